@@ -1,0 +1,55 @@
+"""CTInstruct for Transformers: read a CT, ask in words, get text, masks and probabilities. Research use only."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import CTInstructError
+
+__version__ = "0.1.0"
+
+# public name -> module; loaded on first use, so that importing the package costs nothing
+_HOMES = {
+    "CTVolume": "processing.volume",
+    "read_volume": "processing.volume",
+    "CTInstructImageProcessor": "processing.image_processing_ctinstruct",
+    "CTInstructProcessor": "processing.processing_ctinstruct",
+    "CTInstructConfig": "modeling.configuration_ctinstruct",
+    "CTInstructVisionConfig": "modeling.configuration_ctinstruct",
+    "CTInstructSegmentationConfig": "modeling.configuration_ctinstruct",
+    "CTInstructVisionModel": "modeling.vision_ctinstruct",
+    "CTInstructSegmentationDecoder": "modeling.segmentation_ctinstruct",
+    "CTInstructForPretraining": "modeling.pretraining_ctinstruct",
+    "CTInstructModel": "modeling.modeling_ctinstruct",
+    "CTInstructForConditionalGeneration": "modeling.modeling_ctinstruct",
+    "Study": "study",
+}
+__all__ = ["CTInstructError", "__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .modeling.configuration_ctinstruct import (
+        CTInstructConfig,
+        CTInstructSegmentationConfig,
+        CTInstructVisionConfig,
+    )
+    from .modeling.modeling_ctinstruct import CTInstructForConditionalGeneration, CTInstructModel
+    from .modeling.pretraining_ctinstruct import CTInstructForPretraining
+    from .modeling.segmentation_ctinstruct import CTInstructSegmentationDecoder
+    from .modeling.vision_ctinstruct import CTInstructVisionModel
+    from .processing.image_processing_ctinstruct import CTInstructImageProcessor
+    from .processing.processing_ctinstruct import CTInstructProcessor
+    from .processing.volume import CTVolume, read_volume
+    from .study import Study
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ctinstruct_hf' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

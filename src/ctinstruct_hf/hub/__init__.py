@@ -1,0 +1,1 @@
+"""Between this package and the Hub: the authors' checkpoint, cards, publishing."""

@@ -1,0 +1,1 @@
+"""The network. These files travel to the Hub with a model: torch and transformers only."""
