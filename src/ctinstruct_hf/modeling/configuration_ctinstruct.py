@@ -144,12 +144,25 @@ class CTInstructConfig(PreTrainedConfig):
         "vision_config": CTInstructVisionConfig,
         "segmentation_config": CTInstructSegmentationConfig,
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+        "text_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="mpnet", optional=True),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     segmentation_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     """Any causal language model of Transformers."""
+    text_encoder_config: dict | PreTrainedConfig | None = None
+    """Any text encoder of Transformers, for stage one only; the paper's BioLORD-2023 is an MPNet."""
+    contrastive_temperature: float = 0.07
+    """Of the contrastive loss in stage one."""
+    learn_temperature: bool = True
+    gather_features: bool = False
+    """Stage one: contrast with the samples of all processes, with gradient."""
+    queue_size: int = 0
+    """Stage one: features of past samples to contrast with (512 in the release); 0 for none."""
+    queue_momentum: float = 0.995
+    queue_alpha: float = 0.4
+    """Stage one: share of the momentum model's similarities in the targets, where there is a queue."""
     bridger: Literal["linear", "mlp"] = "linear"
     """`linear`: the paper's. `mlp`: Linear, GELU, Linear, GELU, as released."""
     image_token_order: Literal["patches", "slices"] = "patches"
@@ -166,7 +179,8 @@ class CTInstructConfig(PreTrainedConfig):
     """Id of `<disease_confidence>`."""
     disease_head: Literal["per_disease", "shared"] = "per_disease"
     disease_lists: dict[str, list[str]] | None = None
-    """Named lists of diseases, one linear head each; `ct_rate` and `rad_chestct` by default."""
+    """Named lists of diseases, one linear head each; `ct_rate` and `rad_chestct` by default. Always in the order of
+    their names, since a saved config is."""
     disease_positive_weights: dict[str, list[float]] | None = None
     """Per list, the weight of positive cases in the binary cross entropy."""
     disease_loss_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -182,6 +196,7 @@ class CTInstructConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.disease_lists is None:
             self.disease_lists = {"ct_rate": list(CT_RATE_DISEASES), "rad_chestct": list(RAD_CHESTCT_DISEASES)}
+        self.disease_lists = dict(sorted(self.disease_lists.items()))
         vision: Any = self.vision_config
         segmentation: Any = self.segmentation_config
         if getattr(self.text_config, "tie_word_embeddings", False):
@@ -221,13 +236,18 @@ class CTInstructConfig(PreTrainedConfig):
             ValueError: for another name.
         """
         if name == "paper":
-            settings: dict[str, Any] = {"text_config": dict(_QWEN2_7B), **_QWEN2_TOKENS}
+            settings: dict[str, Any] = {
+                "text_config": dict(_QWEN2_7B),
+                "text_encoder_config": {"model_type": "mpnet"},
+                **_QWEN2_TOKENS,
+            }
         elif name == "tiny":
             vision = CTInstructVisionConfig(**_TINY_VISION)
             settings = {
                 "vision_config": dict(_TINY_VISION),
                 "segmentation_config": {**_TINY_SEGMENTATION, "feature_channels": vision.feature_channels},
                 "text_config": dict(_TINY_TEXT),
+                "text_encoder_config": dict(_TINY_TEXT_ENCODER),
             }
         else:
             raise CTInstructError(f"preset '{name}' is not known: use 'tiny' or 'paper'.")
@@ -290,6 +310,16 @@ _TINY_TEXT: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+
+_TINY_TEXT_ENCODER: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
 }
 
 __all__ = ["CTInstructConfig", "CTInstructError", "CTInstructSegmentationConfig", "CTInstructVisionConfig"]

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError
 from .losses_ctinstruct import label_loss, masks_loss
+from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .vision_blocks_ctinstruct import init_weights
 from .vision_ctinstruct import CosineAttention, CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
@@ -83,7 +84,7 @@ class CTInstructGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     disease_logits: torch.Tensor | None = None
 
 
-class CTInstructPreTrainedModel(PreTrainedModel):
+class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
     config_class = CTInstructConfig
     config: CTInstructConfig
     base_model_prefix = "model"
@@ -469,15 +470,23 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         return sum(weighted[1:], weighted[0]) if weighted else None
 
     def answer_masks(
-        self, input_ids: torch.Tensor, states: torch.Tensor, vision_features: CTInstructVisionOutput | None
+        self,
+        input_ids: torch.Tensor,
+        states: torch.Tensor,
+        vision_features: CTInstructVisionOutput | None,
+        seen_before: int = 0,
     ) -> list[torch.Tensor] | None:
-        """Mask logits [D, H, W] of each `<SEG>`, on the canvas of the image last shown before it."""
+        """Mask logits [D, H, W] of each `<SEG>`, on the canvas of the image last shown before it.
+
+        `seen_before` counts the image tokens before `input_ids`, where these continue a cached prompt.
+        """
         asked = input_ids == self.config.seg_token_id
         if vision_features is None or not bool(asked.any()):
             return None
         grids = grid_rows(vision_features.patch_grid)
         ends = torch.tensor(list(accumulate(z * y * x * s for z, y, x, s in grids)), device=input_ids.device)
         seen = (input_ids == self.config.image_token_id).flatten().cumsum(0).view_as(input_ids)
+        seen = seen + seen_before
         owners = torch.searchsorted(ends, seen[asked])  # the image whose last token came at or after this count
         queries = self.segmentation_query(states[asked])
         masks: list[torch.Tensor | None] = [None] * len(queries)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_ctinstruct import CTInstructSegmentationConfig
+from .saving_ctinstruct import SavesItsCode
 from .vision_blocks_ctinstruct import ConvNorm, channels_last, init_weights
 
 
@@ -77,7 +78,7 @@ class DecoderLayer(nn.Module):
         return queries + self.down(F.relu(self.up(self.feed_forward_norm(queries))))
 
 
-class CTInstructSegmentationDecoder(PreTrainedModel):
+class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     """Masks of one image from the tower's maps and tokens, one per query."""
 
     config_class = CTInstructSegmentationConfig

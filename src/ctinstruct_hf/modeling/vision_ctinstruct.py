@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructError, CTInstructVisionConfig
+from .saving_ctinstruct import SavesItsCode
 from .vision_ablations_ctinstruct import ResNet3D, ViT3D
 from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, channels_last, init_weights
 
@@ -408,7 +409,7 @@ class SliceAttention(nn.Module):
         return cells.permute(0, 1, 3, 4, 2, 5).reshape(-1, volume.shape[-1])
 
 
-class CTInstructVisionModel(PreTrainedModel):
+class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
     """The vision tower. `vision_config.architecture` chooses the paper's (`hybrid`) or one of its ablations."""
 
     config_class = CTInstructVisionConfig

@@ -11,7 +11,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_ctinstruct import CTInstructImageProcessor, flatten_images
+from .image_processing_ctinstruct import CTInstructImageProcessor, as_auto_class, flatten_images
 from .volume import CTInstructError, CTVolume
 
 SEG_TOKEN = "<SEG>"
@@ -41,7 +41,7 @@ class CTInstructProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer with `<|vision_start|>`, `<|image_pad|>`, `<|vision_end|>`, `<SEG>` and
             `<disease_confidence>` as single tokens.
         chat_template: Jinja; Qwen2-VL's by default.
-        disease_lists: {name: diseases}, those of the model's config.
+        disease_lists: {name: diseases}, those of the model's config; kept in the order of their names, as there.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CTInstructProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.image_token = IMAGE_TOKEN
-        self.disease_lists = disease_lists or {}
+        self.disease_lists = dict(sorted((disease_lists or {}).items()))
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         vocabulary = tokenizer.get_vocab()
         missing = [
@@ -215,6 +215,11 @@ class CTInstructProcessor(ProcessorMixin):
     ) -> list[str]:
         """Decoded texts, as pipelines ask for them."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
+        with as_auto_class(self, "AutoProcessor"), as_auto_class(self.image_processor, "AutoImageProcessor"):
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,0 +1,128 @@
+"""`ctinstruct …`: parse, call, print; nothing else. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import CTInstructError
+
+app = typer.Typer(
+    name="ctinstruct",
+    help="CTInstruct: ask 3D CT scans in words. Research use only, never a diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[str | None, typer.Option("--model", help="A folder or a name on the Hub; the bundled model by default.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.obj = {"debug": debug}
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo_output"),
+    seed: Annotated[int, typer.Option(help="Which made-up scan.")] = 3,
+) -> None:
+    """Run the main job on a made-up scan with the bundled model and write a page to look at."""
+    from rich.console import Console
+
+    from .demo import run_demo
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        study = run_demo(output, seed, tell=status.update)
+    for note in study.warnings:
+        console.print(f"[yellow]Note:[/] {note}", highlight=False)
+    typer.echo(f"Research use only. Open {(output / 'results' / 'report.html').resolve()}")
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[Path], typer.Option("-i", "--input", help="A scan, or a folder of scans; repeatable.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    report: Annotated[bool, typer.Option("--report", help="Write a report.")] = False,
+    ask: Annotated[list[str] | None, typer.Option("--ask", help="A question in words; repeatable.")] = None,
+    segment: Annotated[str | None, typer.Option("--segment", help="Names of structures, with commas.")] = None,
+    diagnose: Annotated[
+        str | None, typer.Option("--diagnose", help="A list of the model (ct_rate …), names with commas, or all.")
+    ] = None,
+    output_type: Annotated[list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg; repeatable.")] = None,
+    ml: Annotated[bool, typer.Option("--ml", help="All structures in one label file.")] = False,
+    series: Annotated[str | None, typer.Option("--series", help="SeriesInstanceUID, where a folder has several.")] = None,
+    spacing: Annotated[str | None, typer.Option("--spacing", help="mm depth,height,width, for files without.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written."""
+    from rich.console import Console
+
+    from .predict import Request, find_scans, predict_study, scan_name
+
+    request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
+    request.report = request.report or request.empty
+    mm = None
+    if spacing is not None:
+        try:
+            depth, height, width = (float(value) for value in spacing.split(","))
+        except ValueError as error:
+            raise CTInstructError(f"--spacing is '{spacing}': give three numbers in mm, as 2.5,0.7,0.7.") from error
+        mm = (depth, height, width)
+    scans = find_scans(inputs)
+    console = Console(stderr=True)
+    failed: list[str] = []
+    for number, scan in enumerate(scans, start=1):
+        folder = output if len(scans) == 1 else output / scan_name(scan)
+        with console.status("starting") as status:
+
+            def tell(step: str, scan: Path = scan, number: int = number) -> None:
+                status.update(f"{scan.name} ({number}/{len(scans)}): {step}")
+
+            try:
+                study = predict_study(
+                    scan, folder, request, model=model, device=device, dtype=dtype, series=series, spacing=mm, tell=tell
+                )
+            except CTInstructError as error:
+                if len(scans) == 1:
+                    raise
+                failed.append(f"{scan.name}: {error}")
+                continue
+        for note in study.warnings:
+            console.print(f"[yellow]Note:[/] {scan.name}: {note}", highlight=False, markup=True)
+        typer.echo(f"{folder / 'report.html'}")
+    if failed:
+        raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed))
+    console.print("Research use only. Not a diagnosis.")
+
+
+def main() -> None:
+    """Entry point: an error of ours is one sentence and exit code 2."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app()
+    except CTInstructError as error:
+        if debug:
+            raise
+        print(f"ctinstruct: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Samples, templates, phantoms and the public datasets."""

@@ -1,0 +1,153 @@
+"""What a radiologist would write about a phantom, and what one would ask: words from findings, by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
+
+
+@dataclass(frozen=True)
+class PhantomFinding:
+    """One present finding.
+
+    Attributes:
+        name: of `phantoms.FINDINGS`.
+        side: right, left, both or "" where it has none.
+        size: mm, 0 where it has none.
+        place: a lobe or region, "" where it has none.
+        extent: small or large, "" where it has none.
+    """
+
+    name: str
+    side: str = ""
+    size: int = 0
+    place: str = ""
+    extent: str = ""
+
+
+# how a present finding is told: {size}, {place}, {side}, {extent} are filled in
+_PRESENT: dict[str, tuple[str, ...]] = {
+    "lung nodule": (
+        "A {size} mm nodule is seen in the {place}.",
+        "There is a lung nodule of {size} mm in the {place}.",
+    ),
+    "pleural effusion": (
+        "A {extent} pleural effusion is seen on the {side} side.",
+        "There is a {extent} {side} pleural effusion.",
+    ),
+    "consolidation": (
+        "Consolidation with air bronchograms is seen in the {place}.",
+        "There is consolidation in the {place}.",
+    ),
+    "emphysema": ("Emphysema is seen in the upper lobes.", "There are emphysematous changes in the upper lobes of both lungs."),
+    "cardiomegaly": ("The heart is enlarged, consistent with cardiomegaly.", "There is cardiomegaly."),
+    "arterial wall calcification": (
+        "Calcifications are seen in the wall of the aorta.",
+        "There is arterial wall calcification of the aorta.",
+    ),
+    "pericardial effusion": ("A pericardial effusion of {size} mm is seen.", "There is a pericardial effusion up to {size} mm."),
+    "atelectasis": ("Linear atelectasis is seen in the {place}.", "There is band-like atelectasis in the {place}."),
+    "hiatal hernia": ("A hiatal hernia is seen.", "There is a sliding hiatal hernia of {size} mm."),
+    "medical material": (
+        "A cardiac pacemaker is seen in the {side} chest wall.",
+        "There is medical material: a pacemaker on the {side} side.",
+    ),
+    "lymphadenopathy": (
+        "Enlarged mediastinal lymph nodes up to {size} mm are seen.",
+        "There is mediastinal lymphadenopathy with nodes up to {size} mm.",
+    ),
+    "kidney stone": ("A {size} mm stone is seen in the {side} kidney.", "There is a {size} mm calculus in the {side} kidney."),
+    "liver lesion": ("A hypodense liver lesion of {size} mm is seen.", "There is a {size} mm hypodense lesion in the liver."),
+}
+_ABSENT = ("No {names} is seen.", "There is no {names}.", "No {names} is observed.")
+_PHASE = {
+    "native": "Unenhanced CT of the chest and upper abdomen.",
+    "arterial": "Contrast-enhanced CT of the chest and upper abdomen in the arterial phase.",
+    "portal venous": "Contrast-enhanced CT of the chest and upper abdomen in the portal venous phase.",
+}
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def join_names(names: Sequence[str], last: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def describe(rng: np.random.Generator, finding: PhantomFinding) -> str:
+    """One sentence about one present finding."""
+    return _pick(rng, _PRESENT[finding.name]).format(**finding.__dict__)
+
+
+def write_report(
+    rng: np.random.Generator, labels: dict[str, int], findings: Sequence[PhantomFinding], phase: str
+) -> str:
+    """Technique, findings (present ones each in a sentence, absent ones together) and impression."""
+    sentences = [describe(rng, finding) for finding in findings]
+    absent = [name for name, present in labels.items() if not present]
+    for group in (absent[:4], absent[4:8], absent[8:]):
+        if group:
+            sentences.append(_pick(rng, _ABSENT).format(names=join_names(group, "or")))
+    present = [name for name, there in labels.items() if there]
+    impression = f"{join_names(present).capitalize()}." if present else "No abnormality."
+    return f"Technique: {_PHASE[phase]} Findings: {' '.join(sentences)} Impression: {impression}"
+
+
+def with_article(name: str) -> str:
+    """ "a pleural effusion", "an …"; conditions without number go without."""
+    if name in ("emphysema", "cardiomegaly", "consolidation", "atelectasis", "lymphadenopathy", "medical material", "arterial wall calcification"):
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def write_questions(
+    rng: np.random.Generator,
+    labels: dict[str, int],
+    findings: Sequence[PhantomFinding],
+    structures: Sequence[str],
+    phase: str,
+) -> list[dict[str, object]]:
+    """Questions with their answers: presence of every finding, sides, counts, sizes, the phase, multiple choice."""
+    questions: list[dict[str, object]] = []
+
+    def add(kind: str, question: str, answer: str, about: str, choices: Sequence[str] = ()) -> None:
+        questions.append({"kind": kind, "question": question, "answer": answer, "about": about, "choices": list(choices)})
+
+    for name, present in labels.items():
+        asked = _pick(rng, ("Is there {name}?", "Is {name} present?", "Does this scan show {name}?")).format(name=with_article(name))
+        add("short", asked, "Yes." if present else "No.", name)
+    for name in ("pleural effusion", "consolidation", "atelectasis", "kidney stone", "medical material"):
+        sides = sorted({finding.side for finding in findings if finding.name == name})
+        if labels[name] and sides:
+            answer = "Both sides." if len(sides) > 1 else f"{sides[0].capitalize()}."
+            add("side", f"On which side is the {name}?", answer, name)
+    count = sum(finding.name == "lung nodule" for finding in findings)
+    add("count", "How many lung nodules are there?", f"{NUMBERS[count]}.", "lung nodule")
+    effusions = sum(finding.name == "pleural effusion" for finding in findings)
+    add("count", "How many sides have a pleural effusion?", f"{NUMBERS[effusions]}.", "pleural effusion")
+    for name in ("lung nodule", "liver lesion", "kidney stone"):
+        sizes = [finding.size for finding in findings if finding.name == name]
+        if sizes:
+            add("size", f"How large is the largest {name}?", f"{max(sizes)} mm.", name)
+    add("short", "Which contrast phase is this?", f"{phase.capitalize()}.", "phase")
+    present = [name for name, there in labels.items() if there]
+    absent = [name for name, there in labels.items() if not there]
+    if present and len(absent) >= 3:
+        right = _pick(rng, present)
+        wrong = list(rng.permutation(absent)[:3])
+        choices = [str(name) for name in rng.permutation([right, *wrong])]
+        add("multiple_choice", "Which of these findings is present?", right, right, choices)
+    if absent and len(present) >= 3:
+        right = _pick(rng, absent)
+        wrong = list(rng.permutation(present)[:3])
+        choices = [str(name) for name in rng.permutation([right, *wrong])]
+        add("multiple_choice", "Which of these findings is absent?", right, right, choices)
+    return questions

@@ -1,0 +1,98 @@
+"""Phrasings of the paper's six kinds of instructions (section 3.3), drawn by seed; the paper's own examples among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .phantom_text import join_names
+
+SEG_TOKEN = "<SEG>"
+DISEASE_TOKEN = "<disease_confidence>"
+
+REPORT = (
+    "Please generate a report.",
+    "Write a radiology report for this scan.",
+    "Describe the findings of this CT.",
+    "Generate the radiology report.",
+    "What does this CT show? Write a full report.",
+    "Report this study.",
+)
+CAPTION = (
+    "Describe this image in a sentence.",
+    "Give a short caption for this scan.",
+    "Summarise this scan briefly.",
+    "What is the main finding?",
+    "Caption this image.",
+)
+SEGMENT = (
+    "Where is the {name}?",
+    "Please segment the {name}.",
+    "Segment the {name} in this scan.",
+    "Show me the {name}.",
+    "Can you outline the {name}?",
+    "Mark the {name}.",
+)
+SEGMENT_ANSWER = ("Sure, it is {token}.",)
+SEGMENT_MANY = ("Please segment the {names}.", "Segment the {names} in this scan.", "Where are the {names}?")
+DIAGNOSE = (
+    "Give probabilistic predictions for the presence of {names}.",
+    "Estimate the probability of the presence of {names}.",
+    "How likely is the presence of {names}?",
+    "Predict the presence of {names}.",
+)
+CHOOSE = ("{question} {choices}", "{question} Choose one: {choices}", "{question} Answer with one option. {choices}")
+LETTERS = "ABCDEFGH"
+
+# the examples printed in section 3.3
+PAPER_EXAMPLES = (
+    ("Please generate a report.", "Findings: Minimal pleural effusion ..."),
+    ("Where is the COVID infection?", f"Sure, it is {SEG_TOKEN}."),
+    (
+        "Give probabilistic predictions for the presence of calcification and bronchiectasis.",
+        f"calcification {DISEASE_TOKEN}, bronchiectasis {DISEASE_TOKEN}",
+    ),
+)
+
+
+def draw(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """One of several phrasings."""
+    return options[int(rng.integers(len(options)))]
+
+
+def ask_segmentation(names: Sequence[str], rng: np.random.Generator | None = None) -> str:
+    """A request for masks; the paper's phrasing without a generator."""
+    options = SEGMENT if len(names) == 1 else SEGMENT_MANY
+    phrase = options[0] if rng is None else draw(rng, options)
+    return phrase.format(name=names[0], names=join_names(names))
+
+
+def answer_segmentation(names: Sequence[str]) -> str:
+    """The answer with a `<SEG>` per name, in their order."""
+    if len(names) == 1:
+        return SEGMENT_ANSWER[0].format(token=SEG_TOKEN)
+    return "Sure, " + ", ".join(f"{name} {SEG_TOKEN}" for name in names) + "."
+
+
+def ask_diagnosis(diseases: Sequence[str], rng: np.random.Generator | None = None) -> str:
+    """A request for probabilities; the paper's phrasing without a generator."""
+    phrase = DIAGNOSE[0] if rng is None else draw(rng, DIAGNOSE)
+    return phrase.format(names=join_names(diseases))
+
+
+def answer_diagnosis(diseases: Sequence[str]) -> str:
+    """The answer with a `<disease_confidence>` per disease, in their order."""
+    return ", ".join(f"{disease} {DISEASE_TOKEN}" for disease in diseases)
+
+
+def ask_choice(question: str, choices: Sequence[str], rng: np.random.Generator | None = None) -> str:
+    """A question with lettered choices."""
+    phrase = CHOOSE[0] if rng is None else draw(rng, CHOOSE)
+    lettered = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return phrase.format(question=question, choices=lettered)
+
+
+def answer_choice(choices: Sequence[str], right: str) -> str:
+    """ "(B) pleural effusion"."""
+    return f"({LETTERS[list(choices).index(right)]}) {right}"

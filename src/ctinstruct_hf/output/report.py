@@ -1,0 +1,181 @@
+"""`report.html`: one self-contained page that a person reads, prints, or opens on a phone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .. import __version__
+from ..processing.volume import CTVolume
+
+if TYPE_CHECKING:
+    from ..study import Study
+
+WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-450.0, 1050.0)}
+COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f9dff", "#f58231", "#b865d9", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
+PICTURE_SIDE = 420
+
+_STYLE = """
+:root { color-scheme: light; font-family: system-ui, sans-serif; line-height: 1.5; }
+body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: #1b1f24; background: #fff; }
+.notice { background: #fff3cd; border: 1px solid #d9a400; border-radius: .4rem; padding: .6rem .9rem; font-weight: 600; }
+.warning { background: #fdecea; border: 1px solid #c0392b; border-radius: .4rem; padding: .4rem .9rem; margin-top: .5rem; }
+h1 { font-size: 1.5rem; margin: .8rem 0 .2rem; } h2 { font-size: 1.15rem; margin: 1.6rem 0 .4rem; }
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
+dt { color: #57606a; } dd { margin: 0; overflow-wrap: anywhere; }
+.pictures { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure { margin: 0; flex: 1 1 18rem; max-width: 26rem; } figure img { width: 100%; height: auto; background: #000; border-radius: .3rem; }
+figcaption { font-size: .88rem; color: #424a53; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #d0d7de; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.swatch { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin-right: .4em; border: 1px solid #555; }
+.bar { display: grid; grid-template-columns: minmax(9rem, 16rem) 1fr 3rem; gap: .6rem; align-items: center; margin: .15rem 0; }
+.bar meter { width: 100%; height: 1rem; } blockquote { margin: .3rem 0 1rem; padding-left: .8rem; border-left: 3px solid #8c959f; }
+.text { white-space: pre-wrap; } footer { margin-top: 2rem; font-size: .85rem; color: #57606a; }
+a:focus-visible { outline: 3px solid #4f9dff; }
+@media print { body { max-width: none; } figure { break-inside: avoid; max-width: 45%; } .bar, tr { break-inside: avoid; } }
+"""
+
+
+def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
+    """Write the page of one study; everything from the scan or the model is escaped."""
+    volume = study.volume
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>CTInstruct: {escape(findings['source'] or 'scan')}</title><style>{_STYLE}</style></head><body><main>",
+        '<p class="notice" role="note">Research use only. This is not a diagnosis.</p>',
+        *(f'<p class="warning" role="note">{escape(note)}</p>' for note in findings["warnings"]),
+        f"<h1>{escape(findings['source'] or 'Scan')}</h1>",
+        facts(study, findings),
+    ]
+    if findings["report"] is not None:
+        parts += ["<h2>Report</h2>", f'<p class="text">{escape(findings["report"]) or "<em>The model wrote nothing.</em>"}</p>']
+    if findings["answers"]:
+        parts.append("<h2>Questions</h2>")
+        for pair in findings["answers"]:
+            answer = escape(pair["answer"]) or "<em>no answer</em>"
+            parts.append(f'<p><strong>{escape(pair["question"])}</strong></p><blockquote class="text">{answer}</blockquote>')
+    if findings["diagnosis"]:
+        parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
+    if findings["segmentation"]:
+        parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"])]
+    parts += ["<h2>Pictures</h2>", pictures(volume, study.results.masks)]
+    parts.append(f"</main><footer>Made by ctinstruct-hf {__version__}. Left in the picture is the patient's right.</footer></body></html>")
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def escape(text: Any) -> str:
+    """Text that cannot become markup."""
+    return html.escape(str(text), quote=True)
+
+
+def facts(study: Study, findings: dict[str, Any]) -> str:
+    """Scan and settings, in a few lines."""
+    volume = study.volume
+    depth, height, width = volume.shape
+    fit = study.processor.image_processor.fit_of(volume)
+    rows = {
+        "Scan": f"{depth} x {height} x {width} voxels (depth, height, width), "
+        + " x ".join(f"{mm:.2f}" for mm in volume.spacing)
+        + " mm",
+        "Seen by the model": f"{' x '.join(map(str, fit.resized))} voxels on a canvas of {' x '.join(map(str, fit.grid))} patches",
+        "Model": findings["model"],
+        "Intensities": f"{study.processor.image_processor.intensity}, {study.processor.image_processor.hu_window} HU"
+        if study.processor.image_processor.intensity == "window"
+        else study.processor.image_processor.intensity,
+    }
+    return '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+
+
+def bars(probabilities: dict[str, float]) -> str:
+    """Probabilities as bars, the likeliest first."""
+    lines = []
+    for name, value in sorted(probabilities.items(), key=lambda item: -item[1]):
+        label = escape(name)
+        lines.append(
+            f'<div class="bar"><span>{label}</span><meter min="0" max="1" value="{value:.4f}" '
+            f'aria-label="{label}: {value:.0%}"></meter><span>{value:.2f}</span></div>'
+        )
+    return "\n".join(lines)
+
+
+def structure_table(segmentation: dict[str, dict[str, Any]]) -> str:
+    """Volume and mean HU of every structure."""
+    lines = []
+    for index, (name, numbers) in enumerate(segmentation.items()):
+        mean = "–" if numbers["mean_hu"] is None else f"{numbers['mean_hu']:.0f}"
+        file = f'<a href="{escape(numbers["file"])}">{escape(numbers["file"])}</a>' if numbers["file"] else ""
+        swatch = f'<span class="swatch" style="background:{COLOURS[index % len(COLOURS)]}"></span>'
+        lines.append(
+            f'<tr><th scope="row">{swatch}{escape(name)}</th><td class="number">{numbers["volume_ml"]:.1f}</td>'
+            f'<td class="number">{mean}</td><td class="number">{numbers["voxels"]}</td><td>{file}</td></tr>'
+        )
+    head = '<tr><th scope="col">Structure</th><th scope="col" class="number">Volume (ml)</th><th scope="col" class="number">Mean HU</th><th scope="col" class="number">Voxels</th><th scope="col">File</th></tr>'
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def pictures(volume: CTVolume, masks: dict[str, np.ndarray]) -> str:
+    """The middle of the scan in three planes, and the axial slice where each structure is largest."""
+    depth, height, width = volume.shape
+    shown = list(masks.items())
+    figures = []
+    planes = [("Axial", 0, depth // 2)]
+    if depth > 1:
+        planes += [("Coronal", 1, height // 2), ("Sagittal", 2, width // 2)]
+    for title, axis, index in planes:
+        figures.append(figure(picture(volume, shown, axis, index, "soft tissue"), f"{title}, soft tissue window", title))
+    figures.append(figure(picture(volume, shown, 0, depth // 2, "lung"), "Axial, lung window", "Axial, lung"))
+    for name, mask in shown:
+        if not mask.any():
+            continue
+        best = int(mask.sum(axis=(1, 2)).argmax())
+        inside = float(volume.hu[best][mask[best]].mean())
+        window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
+        caption = f"{name}: slice {best + 1} of {depth} from the feet, {window} window"
+        figures.append(figure(picture(volume, shown, 0, best, window), caption, name))
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def figure(image: Image.Image, caption: str, title: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<figure><img alt="{escape(title)}: CT slice with outlines of structures" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def picture(
+    volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str
+) -> Image.Image:
+    """One slice in a window with the outlines of masks; head up, the patient's right on the left."""
+    low, high = WINDOWS[window]
+    plane = np.take(volume.hu, index, axis=axis).astype(np.float32)
+    spacing = [mm for place, mm in enumerate(volume.spacing) if place != axis]
+    grey = np.clip((plane - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    tall, wide = grey.shape[0] * spacing[0], grey.shape[1] * spacing[1]
+    scale = PICTURE_SIDE / max(tall, wide)
+    size = (max(1, round(wide * scale)), max(1, round(tall * scale)))
+    flip = axis != 0  # rows run from the feet up there
+    image = np.asarray(Image.fromarray(grey[::-1] if flip else grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")).copy()
+    for number, (_, mask) in enumerate(masks):
+        part = np.take(mask, index, axis=axis)
+        if not part.any():
+            continue
+        large = np.asarray(Image.fromarray((part[::-1] if flip else part).astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) > 127
+        image[outline(large)] = tuple(int(COLOURS[number % len(COLOURS)][i : i + 2], 16) for i in (1, 3, 5))
+    return Image.fromarray(image)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that touch its outside."""
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside

@@ -1,0 +1,121 @@
+"""`ctinstruct predict`: scans in, a folder of results each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import CTInstructError
+from .study import Study
+
+SCAN_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".zip", ".dcm", ".png", ".jpg", ".jpeg", ".bmp")
+
+
+@dataclass
+class Request:
+    """What to ask about each scan.
+
+    Attributes:
+        report: write a report.
+        questions: asked in words.
+        structures: names to segment.
+        diagnose: a list's name, names of diseases, or `all`; None asks for none.
+        output_types, multi_label: see `output.folder.save_study`.
+    """
+
+    report: bool = False
+    questions: list[str] = field(default_factory=list)
+    structures: list[str] = field(default_factory=list)
+    diagnose: str | None = None
+    output_types: tuple[str, ...] = ("nifti",)
+    multi_label: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.report or self.questions or self.structures or self.diagnose)
+
+
+def find_scans(inputs: Sequence[Path]) -> list[Path]:
+    """The scans that the inputs name: files, DICOM folders, or folders of either.
+
+    A folder with volume files in it is a folder of scans; one with subfolders only is looked into one level deep;
+    any other is a DICOM folder.
+    """
+    scans: list[Path] = []
+    for path in inputs:
+        if not path.exists():
+            raise CTInstructError(f"{path} does not exist.")
+        if path.is_file():
+            scans.append(path)
+            continue
+        inside = sorted(one for one in path.iterdir() if not one.name.startswith("."))
+        volumes = [one for one in inside if one.is_file() and one.name.lower().endswith(SCAN_SUFFIXES[:8])]
+        folders = [one for one in inside if one.is_dir()]
+        if volumes:
+            scans.extend(volumes)
+        elif folders and len(folders) == len(inside):
+            scans.extend(folders)
+        else:
+            scans.append(path)
+    return scans
+
+
+def scan_name(scan: Path) -> str:
+    """A scan's file name without its endings, as the name of its folder of results."""
+    name = scan.name
+    for suffix in sorted(SCAN_SUFFIXES, key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def predict_study(
+    scan: Path,
+    output: Path,
+    request: Request,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    series: str | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    tell: Callable[[str], None] = lambda step: None,
+) -> Study:
+    """Ask a scan everything in the request and write the folder.
+
+    Args:
+        scan: what `read_volume` takes.
+        output: the folder to write.
+        request: what to ask.
+        model, device, dtype: see `study.load_model`.
+        series, spacing: see `read_volume`.
+        tell: called with the name of each step.
+
+    Raises:
+        CTInstructError: nothing is written then.
+    """
+    tell("reading")
+    study = Study.open(scan, model, device=device, dtype=dtype, series=series, spacing=spacing)
+    if request.diagnose and request.diagnose != "all" and request.diagnose not in study.model.config.disease_lists:
+        diseases: str | list[str] | None = [name.strip() for name in request.diagnose.split(",") if name.strip()]
+        study._disease_rows(diseases)  # fail before the work, not after it
+    else:
+        diseases = None if request.diagnose == "all" else request.diagnose
+    tell("encoding")
+    _ = study.features
+    if request.report:
+        tell("report")
+        study.report()
+    for question in request.questions:
+        tell("question")
+        study.ask(question)
+    if request.structures:
+        tell("masks")
+        study.segment(request.structures)
+    if request.diagnose:
+        tell("probabilities")
+        study.diagnose(diseases)
+    tell("writing")
+    study.save(output, output_types=request.output_types, multi_label=request.multi_label)
+    return study

@@ -1,0 +1,390 @@
+"""Encode once, ask many: a scan opened with a model, and every question about it.
+
+The vision tower and the language model's reading of the image run once per study; each question then costs its own words.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data.templates import (
+    LETTERS,
+    REPORT,
+    answer_diagnosis,
+    answer_segmentation,
+    ask_choice,
+    ask_diagnosis,
+    ask_segmentation,
+)
+from .errors import CTInstructError
+from .modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
+from .processing.processing_ctinstruct import CTInstructProcessor
+from .processing.volume import CTVolume
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "ctinstruct-tiny"
+UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
+
+
+class Answer(str):
+    """An answer's text, with what its special tokens stand for.
+
+    Attributes:
+        masks: bool (depth, height, width) per `<SEG>`, on the volume's grid.
+        probabilities: one per `<disease_confidence>`.
+    """
+
+    masks: list[np.ndarray]
+    probabilities: list[float]
+
+    def __new__(cls, text: str, masks: Sequence[np.ndarray] = (), probabilities: Sequence[float] = ()) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.masks = list(masks)
+        answer.probabilities = list(probabilities)
+        return answer
+
+
+@dataclass
+class Results:
+    """What a study was asked and what came out, in the order of asking."""
+
+    report: str | None = None
+    answers: list[tuple[str, str]] = field(default_factory=list)
+    diagnosis: dict[str, float] = field(default_factory=dict)
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=2)
+def load_model(
+    model: str | None = None, device: str | None = None, dtype: str | None = None
+) -> tuple[CTInstructForConditionalGeneration, CTInstructProcessor]:
+    """A model and its processor, ready to answer; the last two are kept.
+
+    Args:
+        model: a folder or a name on the Hub; the bundled model by default.
+        device: cpu, cuda, cuda:1, mps …; cuda where there is one.
+        dtype: float32, bfloat16 or float16; float32 on a CPU, bfloat16 elsewhere.
+
+    Raises:
+        CTInstructError: where there is no such model, device or dtype.
+    """
+    folder = str(model or BUNDLED_MODEL)
+    if model is None and not (BUNDLED_MODEL / "config.json").exists():
+        raise CTInstructError("The bundled model is missing: run `python scripts/build_tiny.py`, or name a model.")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = dtype or ("float32" if place == "cpu" else "bfloat16")
+    if kind not in ("float32", "bfloat16", "float16"):
+        raise CTInstructError(f"dtype is '{kind}': use float32, bfloat16 or float16.")
+    try:
+        target = torch.device(place)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise CTInstructError(f"device '{place}' cannot be used here: {str(error).splitlines()[0]}") from error
+    try:
+        network = CTInstructForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, kind))
+        processor = CTInstructProcessor.from_pretrained(folder)
+    except CTInstructError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CTInstructError(f"model '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return network.to(target).eval(), processor
+
+
+class Study:
+    """One scan, or several of one patient in the order given, and a model that answers about it.
+
+    Args:
+        volumes: the scan or scans.
+        model, processor: what `load_model` returns.
+    """
+
+    def __init__(
+        self,
+        volumes: CTVolume | Sequence[CTVolume],
+        model: CTInstructForConditionalGeneration,
+        processor: CTInstructProcessor,
+    ) -> None:
+        self.volumes = [volumes] if isinstance(volumes, CTVolume) else list(volumes)
+        if not self.volumes:
+            raise CTInstructError("A study needs at least one volume.")
+        self.model = model
+        self.processor = processor
+        self.results = Results()
+        self._prefixes: dict[bool, Any] = {}
+        self._memory: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def open(
+        cls,
+        source: Any,
+        model: str | tuple[CTInstructForConditionalGeneration, CTInstructProcessor] | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        **reading: Any,
+    ) -> Study:
+        """Read a scan and make it ready for questions.
+
+        Args:
+            source: whatever `read_volume` takes, or a list of such for several scans of one patient.
+            model: a folder, a name on the Hub, or (model, processor); the bundled model by default.
+            device, dtype: see `load_model`.
+            reading: further arguments of `read_volume` (spacing, series, window, max_bytes).
+
+        Raises:
+            CTInstructError: where the scan or the model cannot be read.
+        """
+        from .processing.volume import read_volume
+
+        sources = source if isinstance(source, list | tuple) else [source]
+        network, processor = model if isinstance(model, tuple) else load_model(model, device, dtype)
+        keep = processor.image_processor.intensity == "zscore"
+        volumes = [read_volume(one, **{"keep_padding": keep, **reading}) for one in sources]
+        return cls(volumes, network, processor)
+
+    @property
+    def volume(self) -> CTVolume:
+        """The scan; the last one where there are several."""
+        return self.volumes[-1]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd about the scan, and whether the model is trained."""
+        notes = [note for volume in self.volumes for note in volume.warnings]
+        return [*notes, UNTRAINED] if not self.model.config.trained else notes
+
+    # the three things that are computed once
+
+    @functools.cached_property
+    def batch(self) -> dict[str, torch.Tensor]:
+        """`pixel_values`, `patch_grid` and `slice_mask` of the scans."""
+        return dict(self.processor.image_processor(self.volumes, return_tensors="pt").to(self.model.device))
+
+    @functools.cached_property
+    def features(self) -> Any:
+        """The tower's features and image tokens."""
+        with torch.inference_mode():
+            return self.model.get_image_features(**self.batch, return_dict=True)
+
+    def _ids(self, question: str, answer: str | None = None) -> torch.Tensor:
+        """Token ids [1, L] of the images, a question, and the beginning of an answer."""
+        content = [*({"type": "image"} for _ in self.volumes), {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        rows = [int(np.prod(row)) for row in self.batch["patch_grid"].tolist()]
+        text = self.processor.expand([text], rows)[0] + (answer or "")
+        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return ids.to(self.model.device)
+
+    def _positions(self, input_ids: torch.Tensor, plain: bool) -> torch.Tensor | None:
+        """Positions for language models with three axes; None where the model counts by itself."""
+        if not self.model.config.uses_three_axis_rope:
+            return None
+        if plain:
+            return torch.arange(input_ids.shape[1], device=input_ids.device)[None, None].expand(3, 1, -1)
+        return self.model.model.get_rope_index(input_ids, self.batch["patch_grid"])[0]
+
+    def _prefix(self, input_ids: torch.Tensor, plain: bool) -> tuple[int, Any]:
+        """Length and a copy of the key-value cache of everything up to the end of the last image.
+
+        With `answer_positions="sequential"` an answer with special tokens reads the image at other positions, so there
+        may be two of them (`plain` or not).
+        """
+        length = int((input_ids[0] == self.model.config.vision_end_token_id).nonzero()[-1]) + 1
+        if plain not in self._prefixes:
+            positions = self._positions(input_ids[:, :length], plain)
+            outputs = self.model.model(
+                input_ids=input_ids[:, :length], vision_features=self.features, position_ids=positions, use_cache=True
+            )
+            self._prefixes[plain] = outputs[CACHE_NAME]
+        return length, copy.deepcopy(self._prefixes[plain])
+
+    def _states(self, question: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and hidden states of a question and a given answer: ([1, L], [1, L, D])."""
+        input_ids = self._ids(question, answer)
+        special = (input_ids == self.model.config.seg_token_id) | (input_ids == self.model.config.disease_token_id)
+        plain = self.model.config.answer_positions == "sequential" and bool(special.any())
+        length, cache = self._prefix(input_ids, plain)
+        positions = self._positions(input_ids, plain)
+        outputs = self.model.model(
+            input_ids=input_ids[:, length:],
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=None if positions is None else positions[..., length:],
+            use_cache=True,
+            **{CACHE_NAME: cache},
+        )
+        return input_ids[:, length:], outputs.last_hidden_state
+
+    def _image_tokens(self) -> int:
+        return len(self.batch["slice_mask"])
+
+    # the questions
+
+    @torch.inference_mode()
+    def ask(self, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
+        """Ask in words.
+
+        Args:
+            question: anything; a request for masks or probabilities is answered with them where the model does so.
+            max_new_tokens, generation: as in `generate`; greedy by default.
+        """
+        text, masks, probabilities = self._generate(question, max_new_tokens, generation)
+        answer = Answer(self.processor.write_out(text, probabilities), masks, probabilities)
+        self.results.answers.append((question, str(answer)))
+        return answer
+
+    @torch.inference_mode()
+    def report(self, *, max_new_tokens: int = 512, **generation: Any) -> str:
+        """A radiology report."""
+        text, _, probabilities = self._generate(REPORT[0], max_new_tokens, generation)
+        self.results.report = self.processor.write_out(text, probabilities)
+        return self.results.report
+
+    def _generate(
+        self, question: str, max_new_tokens: int, generation: dict[str, Any]
+    ) -> tuple[str, list[np.ndarray], list[float]]:
+        input_ids = self._ids(question)
+        beams = generation.get("num_beams", 1) > 1 or generation.get("num_return_sequences", 1) > 1
+        shared: dict[str, Any] = {"vision_features": self.features}
+        if not beams:
+            _, cache = self._prefix(input_ids, plain=False)
+            shared = {CACHE_NAME: cache}
+            positions = self._positions(input_ids, plain=False)
+            if positions is not None:
+                shared["position_ids"] = positions
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
+        sequences = self.model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **shared, **options)
+        new = sequences[0, input_ids.shape[1] :]
+        text = self.processor.tokenizer.decode(new)
+        specials = (self.model.config.seg_token_id, self.model.config.disease_token_id)
+        if not any(int(token) in specials for token in new):
+            return text, [], []
+        ids, states = self._states(question, text)
+        logits = self.model.answer_masks(ids, states, self.features, self._image_tokens()) or []
+        masks = [self.processor.image_processor.mask_from_canvas(one, self.volume) for one in logits]
+        named = self.processor.named_diseases(question)
+        try:
+            rows = self.model.disease_rows(ids, None if named is None else torch.tensor(named))
+        except CTInstructError:  # the answer has another number of tokens than any list: they stay as they are
+            rows = None
+        scores = self.model.answer_diseases(ids, states, rows)
+        return text, masks, [] if scores is None else scores.float().sigmoid().tolist()
+
+    @torch.inference_mode()
+    def choose(self, question: str, options: Sequence[str]) -> str:
+        """Multiple choice: the option that the model finds most likely as its answer.
+
+        Raises:
+            CTInstructError: for fewer than two options, or more than letters.
+        """
+        if not 2 <= len(options) <= len(LETTERS):
+            raise CTInstructError(f"options has {len(options)} entries: give 2 to {len(LETTERS)}.")
+        asked = ask_choice(question, options)
+        scores = []
+        for letter, option in zip(LETTERS, options, strict=False):
+            answer = f"({letter}) {option}"
+            ids, states = self._states(asked, answer)
+            count = len(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            logits = self.model.lm_head(states[:, -count - 1 : -1]).float().log_softmax(-1)
+            scores.append(float(logits.gather(-1, ids[:, -count:, None]).sum()))
+        chosen = str(options[int(np.argmax(scores))])
+        self.results.answers.append((asked, chosen))
+        return chosen
+
+    @torch.inference_mode()
+    def segment(self, names: str | Sequence[str], threshold: float = 0.5) -> Any:
+        """Masks by name.
+
+        Args:
+            names: a structure or finding, or several.
+            threshold: probability above which a voxel belongs to the mask.
+
+        Returns:
+            bool (depth, height, width) for one name, {name: mask} for several; `volume.to_source` puts them on the
+            file's grid.
+        """
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        queries = []
+        for name in wanted:
+            ids, states = self._states(ask_segmentation([name]), answer_segmentation([name]))
+            queries.append(states[ids == self.model.config.seg_token_id][-1])
+        grids = [tuple(row) for row in self.batch["patch_grid"].tolist()]
+        stop = self._image_tokens()
+        rows = slice(stop - int(np.prod(grids[-1])), stop)
+        logits = self.model.segmentation_decoder(
+            self.model.segmentation_query(torch.stack(queries)),
+            self.features.feature_maps,
+            self.features.last_hidden_state,
+            grids[-1],
+            rows,
+        )
+        level = float(np.log(threshold / (1 - threshold)))
+        masks = {
+            name: self.processor.image_processor.mask_from_canvas(mask, self.volume, level)
+            for name, mask in zip(wanted, logits, strict=True)
+        }
+        self.results.masks.update(masks)
+        return masks[names] if isinstance(names, str) else masks
+
+    @torch.inference_mode()
+    def diagnose(self, diseases: str | Sequence[str] | None = None) -> dict[str, float]:
+        """Probabilities by disease.
+
+        Args:
+            diseases: names, or the name of one of the model's lists; all lists by default. A model with one head per
+                disease knows the diseases of its lists only.
+
+        Raises:
+            CTInstructError: for a disease that the model has no head for.
+        """
+        lists = self.model.config.disease_lists
+        if diseases is None:
+            groups = list(lists.values())
+        elif isinstance(diseases, str):
+            groups = [lists[diseases]] if diseases in lists else [[diseases]]
+        else:
+            groups = [list(diseases)]
+        found: dict[str, float] = {}
+        for group in groups:
+            rows = self._disease_rows(group)
+            ids, states = self._states(ask_diagnosis(group), answer_diagnosis(group))
+            scores = self.model.answer_diseases(ids, states, torch.tensor(rows, device=states.device))
+            for name, score in zip(group, scores.float().sigmoid().tolist(), strict=True):
+                found.setdefault(name, score)
+        self.results.diagnosis.update(found)
+        return found
+
+    def _disease_rows(self, names: Sequence[str]) -> list[int]:
+        """Rows of the disease head: of the first list that has all names, or of the first that has each."""
+        if self.model.config.disease_head == "shared":
+            return [0] * len(names)
+        known = [name.lower() for name in self.model.config.disease_names]
+        start = 0
+        for diseases in self.model.config.disease_lists.values():
+            index = {name.lower(): start + place for place, name in enumerate(diseases)}
+            if all(name.lower() in index for name in names):
+                return [index[name.lower()] for name in names]
+            start += len(diseases)
+        missing = [name for name in names if name.lower() not in known]
+        if missing:
+            lists = ", ".join(self.model.config.disease_lists)
+            raise CTInstructError(f"The model has no head for {', '.join(missing)}: its lists are {lists}.")
+        return [known.index(name.lower()) for name in names]
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Write everything asked so far: `findings.json`, `report.txt`, `masks/`, `report.html`.
+
+        See `output.folder.save_study` for the options.
+        """
+        from .output.folder import save_study
+
+        return save_study(self, Path(folder), **options)
+
+
+__all__ = ["Answer", "Results", "Study", "load_model"]
