@@ -1,7 +1,7 @@
-"""Registration with the Auto classes, each at the moment its module is there.
+"""Registration with the Auto classes, at the moment somebody looks something up in them.
 
-Importing this package must not import torch and Transformers. So where a module of the Auto classes is not loaded yet, a
-finder waits for it and registers right after.
+Importing this package must import neither torch nor Transformers, and Transformers loads its Auto modules while it is
+itself half loaded. So each of its registries gets a dictionary that fills in our classes when it is first read.
 """
 
 from __future__ import annotations
@@ -11,11 +11,22 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 _AUTO = "transformers.models.auto."
+# while one of these is being executed, nothing of ours can be imported
+_CORE = (
+    "transformers.modeling_utils",
+    "transformers.processing_utils",
+    "transformers.image_processing_utils",
+    "transformers.generation.utils",
+    _AUTO + "configuration_auto",
+    _AUTO + "modeling_auto",
+    _AUTO + "image_processing_auto",
+    _AUTO + "processing_auto",
+)
 
 
 def _configs() -> None:
@@ -69,33 +80,92 @@ def _processor() -> None:
     AutoProcessor.register(CTInstructConfig, CTInstructProcessor, exist_ok=True)
 
 
-_REGISTRARS: dict[str, Callable[[], None]] = {
-    _AUTO + "configuration_auto": _configs,
-    _AUTO + "modeling_auto": _models,
-    _AUTO + "image_processing_auto": _image_processor,
-    _AUTO + "processing_auto": _processor,
+# module -> (its registries, what fills them)
+_REGISTRIES: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
+    _AUTO + "configuration_auto": (("CONFIG_MAPPING",), _configs),
+    _AUTO + "modeling_auto": (
+        ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_PRETRAINING_MAPPING"),
+        _models,
+    ),
+    _AUTO + "image_processing_auto": (("IMAGE_PROCESSOR_MAPPING",), _image_processor),
+    _AUTO + "processing_auto": (("PROCESSOR_MAPPING",), _processor),
 }
+_filled: set[Callable[[], None]] = set()
+
+
+def _half_loaded() -> bool:
+    ours = (name for name in list(sys.modules) if name.startswith(__package__ + "."))
+    return any(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False) for name in (*_CORE, *ours))
+
+
+class _LazyEntries(dict[Any, Any]):
+    """The `_extra_content` of one registry: fills in our classes when it is read."""
+
+    fill: Callable[[], None]
+
+    def _ready(self) -> None:
+        if self.fill not in _filled and not _half_loaded():
+            _filled.add(self.fill)
+            self.fill()
+
+    def __contains__(self, key: object) -> bool:
+        self._ready()
+        return super().__contains__(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        self._ready()
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._ready()
+        return super().__iter__()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._ready()
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        self._ready()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._ready()
+        return super().values()
+
+    def items(self) -> Any:
+        self._ready()
+        return super().items()
+
+
+def _prepare(module: ModuleType) -> None:
+    """Give the registries of a loaded Auto module their lazy dictionary."""
+    names, fill = _REGISTRIES[module.__name__]
+    for name in names:
+        registry = getattr(module, name)
+        entries = _LazyEntries(registry._extra_content)
+        entries.fill = fill
+        registry._extra_content = entries
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, and our registration after it."""
+    """The module's own loader, and `_prepare` after it."""
 
-    def __init__(self, loader: Any, name: str) -> None:
-        self.loader, self.name = loader, name
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _REGISTRARS[self.name]()
+        _prepare(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of the Auto classes once, to run `_Loader` on them."""
+    """Finds the Auto modules once each, to run `_Loader` on them."""
 
-    def __init__(self) -> None:
-        self.waiting = set(_REGISTRARS)
+    def __init__(self, waiting: set[str]) -> None:
+        self.waiting = waiting
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -105,16 +175,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         self.waiting.discard(name)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, name)
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
 def register() -> None:
-    """Register now what is loaded, and the rest as soon as it is."""
-    finder = _Finder()
-    for name, registrar in _REGISTRARS.items():
-        if name in sys.modules:
-            finder.waiting.discard(name)
-            registrar()
-    if finder.waiting:
-        sys.meta_path.insert(0, finder)
+    """Prepare what is loaded now, and the rest as soon as it is."""
+    waiting = {name for name in _REGISTRIES if name not in sys.modules}
+    for name in _REGISTRIES.keys() - waiting:
+        _prepare(sys.modules[name])
+    if waiting:
+        sys.meta_path.insert(0, _Finder(waiting))

@@ -21,15 +21,15 @@ def mask_loss(logits: torch.Tensor, labels: torch.Tensor, smooth: float = 1e-7) 
     if logits.shape != labels.shape:
         raise CTInstructError(f"mask_labels has shape {tuple(labels.shape)}, the canvas is {tuple(logits.shape)}.")
     labels = labels.to(logits.device)
-    kept = labels >= 0
-    scores, truth = logits[kept].float(), labels[kept].float()
-    if scores.numel() == 0:
-        return logits.sum() * 0.0
-    entropy = F.binary_cross_entropy_with_logits(scores, truth)
-    probability = scores.sigmoid()
+    kept = (labels >= 0).float()
+    count = kept.sum()
+    truth = labels.clamp(min=0).float()
+    scores = logits.float()
+    entropy = F.binary_cross_entropy_with_logits(scores, truth, weight=kept, reduction="sum") / count.clamp(min=1)
+    probability = scores.sigmoid() * kept
     overlap = 2 * (probability * truth).sum() + smooth
-    dice = overlap / ((probability**2).sum() + (truth**2).sum() + smooth)
-    return entropy + 1 - dice
+    dice = overlap / ((probability**2).sum() + truth.sum() + smooth)
+    return torch.where(count > 0, entropy + 1 - dice, logits.sum() * 0.0)
 
 
 def masks_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:

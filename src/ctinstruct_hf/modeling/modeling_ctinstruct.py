@@ -136,6 +136,8 @@ def to_token_order(rows: torch.Tensor, grid: tuple[int, int, int, int], order: s
 class CTInstructModel(CTInstructPreTrainedModel):
     """Vision tower, bridger and language model, without heads."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^segmentation_", r"^disease_head", r"^lm_head"]
+
     def __init__(self, config: CTInstructConfig) -> None:
         super().__init__(config)
         self.vision_tower = CTInstructVisionModel._from_config(config.vision_config)
@@ -155,6 +157,7 @@ class CTInstructModel(CTInstructPreTrainedModel):
         patch_grid: PatchGrid | None = None,
         slice_mask: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CTInstructVisionOutput | tuple:
@@ -168,7 +171,12 @@ class CTInstructModel(CTInstructPreTrainedModel):
             which the language model reads them.
         """
         features = self.vision_tower(
-            pixel_values, patch_grid, slice_mask, output_hidden_states=output_hidden_states, return_dict=True
+            pixel_values,
+            patch_grid,
+            slice_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         grids = grid_rows(features.patch_grid)
         bridged = self.bridger(features.last_hidden_state)
@@ -210,13 +218,18 @@ class CTInstructModel(CTInstructPreTrainedModel):
         input_ids: torch.Tensor,
         patch_grid: PatchGrid | None = None,
         attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions of Qwen2-VL's three-axis rope: words count on, an image's tokens take their place in its grid
         (slice, patch row, patch column), and the word after an image follows its largest position.
 
         Returns:
-            positions [3, B, L] and, per sample, what to add to a plain count for the words that follow [B, 1].
+            positions [3, B, L] and, per sample, what to add to a plain count for the words that follow [B, 1]. A plain
+            count [B, L] and zeros for language models whose rope has one axis.
         """
+        if not self.config.uses_three_axis_rope:
+            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            return (kept.cumsum(-1) - 1).clamp(min=0), torch.zeros_like(input_ids[:, :1])
         is_image = input_ids == self.config.image_token_id
         grids = iter(grid_rows(patch_grid) if patch_grid is not None else [])
         positions = torch.ones((3, *input_ids.shape), dtype=torch.long, device=input_ids.device)
@@ -287,8 +300,10 @@ class CTInstructModel(CTInstructPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
             return_dict=True,
             **{CACHE_NAME: cache},
             **kwargs,
@@ -330,6 +345,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
     """The whole network: text, masks and disease probabilities for questions about scans."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     main_input_name = "input_ids"
 
     def __init__(self, config: CTInstructConfig) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError
@@ -39,6 +40,7 @@ class CTInstructPretrainingOutput(ModelOutput):
         text_features: [texts, D_text], normalised.
         category_logits: [images, categories], scaled cosines.
         mask_logits: list with one [D, H, W] on the canvas per mask text.
+        hidden_states: of the vision tower, if asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -49,6 +51,7 @@ class CTInstructPretrainingOutput(ModelOutput):
     text_features: torch.Tensor | None = None
     category_logits: torch.Tensor | None = None
     mask_logits: list[torch.Tensor] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -114,10 +117,17 @@ class FeatureQueue(nn.Module):
         self.filled.copy_((self.filled + count).clamp(max=self.size))
 
 
+def mean_of_words(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """[texts, L, D] -> [texts, D] over words that are not padding."""
+    kept = attention_mask[..., None].to(states.dtype)
+    return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
 class CTInstructForPretraining(CTInstructPreTrainedModel):
     """Vision tower, segmentation decoder and a text encoder, aligned at three grains."""
 
     main_input_name = "pixel_values"
+    _tp_plan = {"text_projection": "colwise_gather_output"}
 
     def __init__(self, config: CTInstructConfig) -> None:
         super().__init__(config)
@@ -126,7 +136,10 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         width = config.segmentation_config.hidden_size
         self.vision_tower = CTInstructVisionModel._from_config(config.vision_config)
         self.segmentation_decoder = CTInstructSegmentationDecoder._from_config(config.segmentation_config)
-        self.text_encoder = AutoModel.from_config(config.text_encoder_config)
+        try:  # the first token's pooler, where an encoder has one, is not used
+            self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
+        except TypeError:
+            self.text_encoder = AutoModel.from_config(config.text_encoder_config)
         text_width = config.text_encoder_config.hidden_size
         # one shared text embedding; a projection head per modality and task on the image's side (equation 4)
         self.text_projection = nn.Linear(text_width, width)
@@ -157,14 +170,6 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_encoder.set_input_embeddings(value)
 
-    def encode_images(
-        self, pixel_values: torch.Tensor, patch_grid: PatchGrid | None = None, slice_mask: torch.Tensor | None = None
-    ) -> CTInstructVisionOutput:
-        """The tower's output, with `pooler_output` the mean token [D] of each image over slices that are not padding."""
-        features = self.vision_tower(pixel_values, patch_grid, slice_mask, return_dict=True)
-        features.pooler_output = list(self.pool(features, slice_mask))
-        return features
-
     @staticmethod
     def pool(features: CTInstructVisionOutput, slice_mask: torch.Tensor | None) -> torch.Tensor:
         tokens = features.last_hidden_state
@@ -180,11 +185,23 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         pixel_values: torch.Tensor,
         patch_grid: PatchGrid | None = None,
         slice_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """[images, D_text], normalised, for retrieval against `get_text_features`."""
-        pooled = torch.stack(self.encode_images(pixel_values, patch_grid, slice_mask).pooler_output)
-        return F.normalize(self.image_projection(pooled), dim=-1)
+    ) -> CTInstructVisionOutput | tuple:
+        """The tower's output with `pooler_output` [images, D_text], normalised, for retrieval against texts."""
+        features = self.vision_tower(
+            pixel_values,
+            patch_grid,
+            slice_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        features.pooler_output = F.normalize(self.image_projection(self.pool(features, slice_mask)), dim=-1)
+        use_dict = return_dict if return_dict is not None else self.config.return_dict
+        return features if use_dict else features.to_tuple()
 
     def embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The shared text embedding T [texts, D_text], before any normalisation.
@@ -198,25 +215,39 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         frozen = not any(parameter.requires_grad for parameter in self.text_encoder.parameters())
         if not frozen:
-            return self._mean_of_words(input_ids, attention_mask)
+            return self._read(input_ids, attention_mask)
         keys = [tuple(row[mask.bool()].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
         new = [index for index, key in enumerate(keys) if key not in self._text_cache]
         if new:
             with torch.no_grad():
-                states = self._mean_of_words(input_ids[new], attention_mask[new])
+                states = self._read(input_ids[new], attention_mask[new])
             self._text_cache.update({keys[index]: state for index, state in zip(new, states, strict=True)})
         return torch.stack([self._text_cache[key].to(input_ids.device) for key in keys])
 
-    def _mean_of_words(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        kept = attention_mask[..., None].to(states.dtype)
-        return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+    def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        encoded = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        return mean_of_words(encoded.last_hidden_state, attention_mask)
 
     def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """[texts, D_text], normalised."""
-        return F.normalize(self.embed_texts(input_ids, attention_mask), dim=-1)
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """The text encoder's output with `pooler_output` [texts, D_text], normalised."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        wanted = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+        encoded = self.text_encoder(input_ids=input_ids, attention_mask=mask, return_dict=True, **wanted)
+        pooled = self.text_projection(mean_of_words(encoded.last_hidden_state, mask))
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=F.normalize(pooled, dim=-1),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        use_dict = return_dict if return_dict is not None else self.config.return_dict
+        return output if use_dict else output.to_tuple()
 
     def forward(
         self,
@@ -233,6 +264,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         mask_attention_mask: torch.Tensor | None = None,
         mask_images: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CTInstructPretrainingOutput | tuple:
@@ -248,13 +280,15 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_images: [masks], the image in which each is looked for; 0 by default.
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
         """
-        features = self.encode_images(pixel_values, patch_grid, slice_mask)
-        pooled = torch.stack(features.pooler_output)
-        images = F.normalize(self.image_projection(pooled), dim=-1)
-        output = CTInstructPretrainingOutput(image_features=images)
+        features = self.get_image_features(
+            pixel_values, patch_grid, slice_mask, output_hidden_states=output_hidden_states, return_dict=True
+        )
+        pooled = self.pool(features, slice_mask)
+        images = features.pooler_output
+        output = CTInstructPretrainingOutput(image_features=images, hidden_states=features.hidden_states)
         losses = []
         if input_ids is not None:
-            texts = self.get_text_features(input_ids, attention_mask)
+            texts = F.normalize(self.embed_texts(input_ids, attention_mask), dim=-1)
             output.text_features = texts
             owners = torch.arange(len(texts), device=texts.device) if text_images is None else text_images
             batch = (pixel_values, features.patch_grid, slice_mask)
@@ -262,7 +296,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             output.contrastive_loss = self.contrast(images[owners], texts, batch, words, owners)
             losses.append(output.contrastive_loss)
         if class_input_ids is not None:
-            classes = self.get_text_features(class_input_ids, class_attention_mask)
+            classes = F.normalize(self.embed_texts(class_input_ids, class_attention_mask), dim=-1)
             cosine = F.normalize(self.category_projection(pooled), dim=-1) @ classes.T  # equation 4
             output.category_logits = cosine * self.category_scale.exp() + self.category_bias
             if class_labels is not None:

@@ -10,24 +10,27 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+_TWO_STAGES = {
+    "AutoConfig": "configuration_ctinstruct.CTInstructConfig",
+    "AutoModel": "modeling_ctinstruct.CTInstructModel",
+    "AutoModelForImageTextToText": "modeling_ctinstruct.CTInstructForConditionalGeneration",
+}
 MODEL_AUTO_MAP = {
-    "ctinstruct": {
-        "AutoConfig": "configuration_ctinstruct.CTInstructConfig",
-        "AutoModel": "modeling_ctinstruct.CTInstructModel",
-        "AutoModelForImageTextToText": "modeling_ctinstruct.CTInstructForConditionalGeneration",
+    "CTInstructModel": _TWO_STAGES,
+    "CTInstructForConditionalGeneration": _TWO_STAGES,
+    "CTInstructForPretraining": {
+        **_TWO_STAGES,
         "AutoModelForPreTraining": "pretraining_ctinstruct.CTInstructForPretraining",
     },
-    "ctinstruct_vision": {
+    "CTInstructVisionModel": {
         "AutoConfig": "configuration_ctinstruct.CTInstructVisionConfig",
         "AutoModel": "vision_ctinstruct.CTInstructVisionModel",
     },
-    "ctinstruct_segmentation": {
+    "CTInstructSegmentationDecoder": {
         "AutoConfig": "configuration_ctinstruct.CTInstructSegmentationConfig",
         "AutoModel": "segmentation_ctinstruct.CTInstructSegmentationDecoder",
     },
 }
-# modules that the map names but that a model's own file may not import
-_ENTRY_MODULES = ("modeling_ctinstruct.py", "pretraining_ctinstruct.py")
 
 
 class SavesItsCode:
@@ -39,10 +42,12 @@ class SavesItsCode:
         if not kwargs.get("is_main_process", True):
             return
         folder = Path(save_directory)
-        add_auto_map(folder / "config.json", MODEL_AUTO_MAP[self.config.model_type])  # type: ignore[attr-defined]
-        here = Path(inspect.getfile(type(self))).parent
-        entries = [Path(inspect.getfile(type(self))), *(here / name for name in _ENTRY_MODULES if (here / name).exists())]
-        copy_code(entries, folder)
+        kind = next((one.__name__ for one in type(self).__mro__ if one.__name__ in MODEL_AUTO_MAP), None)
+        if kind is None:  # a user's own subclass, whose code is not ours to save
+            return
+        home = next(one for one in type(self).__mro__ if one.__name__ == kind)
+        add_auto_map(folder / "config.json", MODEL_AUTO_MAP[kind])
+        copy_code(Path(inspect.getfile(home)), folder)
 
 
 def add_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
@@ -52,9 +57,9 @@ def add_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def copy_code(entries: list[Path], folder: Path) -> None:
-    """The given modules and the siblings that they import, flat into the folder."""
-    files = {Path(file) for entry in entries for file in (entry, *get_relative_import_files(str(entry)))}
+def copy_code(module: Path, folder: Path) -> None:
+    """A module and the siblings that it imports, flat into the folder."""
+    files = {module, *(Path(file) for file in get_relative_import_files(str(module)))}
     for file in sorted(files):
         if file.parent.resolve() != folder.resolve():
             shutil.copyfile(file, folder / file.name)

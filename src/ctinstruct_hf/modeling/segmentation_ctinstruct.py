@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .configuration_ctinstruct import CTInstructSegmentationConfig
 from .saving_ctinstruct import SavesItsCode
-from .vision_blocks_ctinstruct import ConvNorm, channels_last, init_weights
+from .vision_blocks_ctinstruct import ConvNorm, channels_last, eager_attention, init_weights
 
 
-class UpBlock(nn.Module):
+class UpBlock(GradientCheckpointingLayer):
     """Transposed convolution, join with the skip map, two convolutions with batch norm."""
 
     def __init__(self, in_channels: int, skip_channels: int, factor: int) -> None:
@@ -47,6 +48,8 @@ class CrossAttention(nn.Module):
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
         super().__init__()
         width = config.hidden_size
+        self.config = config
+        self.is_causal = False
         self.num_heads = config.num_attention_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
@@ -58,10 +61,12 @@ class CrossAttention(nn.Module):
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projected in (self.query(queries), self.key(keys), self.value(values))
         )
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        mixed, _ = attend(self, query, key, value, None, scaling=query.shape[-1] ** -0.5, dropout=0.0)
+        return self.out(mixed.flatten(2))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm cross-attention and feed-forward; the queries do not see each other."""
 
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
@@ -85,6 +90,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     config: CTInstructSegmentationConfig
     base_model_prefix = "segmentation_decoder"
     main_input_name = "queries"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["UpBlock", "TokenUpBlock", "DecoderLayer"]

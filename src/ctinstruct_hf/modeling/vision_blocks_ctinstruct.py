@@ -8,11 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:
     """The memory order in which 2D convolutions are fastest; values unchanged. [N, C, H, W]."""
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention in the interface of Transformers: [B, heads, L, d] in, ([B, L, heads, d], weights) out."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
 
 
 class ConvNorm(nn.Module):
@@ -68,7 +86,7 @@ class ConvNorm(nn.Module):
         return not plain or hasattr(self.conv, "_hf_hook") or self.conv.weight.device.type == "meta"
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(GradientCheckpointingLayer):
     """1 x 1, 3 x 3 with the stride, 1 x 1, added to the input. [N, C, H, W] both ways."""
 
     def __init__(self, in_channels: int, planes: int, out_channels: int, stride: int) -> None:

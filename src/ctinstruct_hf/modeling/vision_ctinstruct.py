@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructError, CTInstructVisionConfig
 from .saving_ctinstruct import SavesItsCode
 from .vision_ablations_ctinstruct import ResNet3D, ViT3D
-from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, channels_last, init_weights
+from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, channels_last, eager_attention, init_weights
 
 PatchGrid = torch.Tensor | Sequence[Sequence[int]]
 
@@ -36,8 +36,10 @@ class CTInstructVisionOutput(ModelOutput):
             `get_image_features`.
         feature_maps: five maps [N, C, H, W] from half resolution to a thirty-second, for the segmentation decoder.
         patch_grid: int64 [num_images, 4].
-        hidden_states: list of [tokens, D] per image after each attention layer, if asked for.
-        attentions: always None; the field that Transformers expects.
+        hidden_states: [N, h*w, D] before each attention layer and after the last, if asked for; images of one grid
+            come together, in the order of the grids.
+        attentions: weights [groups, heads, cells, cells] of each layer, if asked for and computed eagerly; a tuple of
+            them, one per grid, where images have several.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -75,7 +77,6 @@ class SliceEncoder(nn.Module):
                 channels = planes * config.bottleneck_expansion
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
-        self.gradient_checkpointing = False
 
     def encode(self, slices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One pass over [n, H, W] slices."""
@@ -83,10 +84,7 @@ class SliceEncoder(nn.Module):
         maps = [stem]
         hidden = self.pool(F.relu(self.stem.norm(stem)))
         for stage in self.stages:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(stage, hidden, use_reentrant=False)
-            else:
-                hidden = stage(hidden)
+            hidden = stage(hidden)
             maps.append(hidden)
         return tuple(maps)
 
@@ -185,41 +183,24 @@ class CosineAttention(nn.Module):
         init.ones_(self.query_scale)
         init.ones_(self.key_scale)
 
-    def forward(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`bias` [1 or B, 1 or heads, 1 or L, L] is added to the similarities, -inf-like where a key is padding."""
+    def forward(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, L, D] and, with eager attention, the weights [B, heads, L, L].
+
+        `bias` [1 or B, 1 or heads, 1 or L, L] is added to the similarities, -inf-like where a key is padding."""
         shape = (*tokens.shape[:2], self.num_heads, self.head_dim)
         normed = self.norm(tokens)
         query = F.normalize(self.query(normed).view(shape), dim=-1).transpose(1, 2) * self.query_scale
         key = F.normalize(self.key(tokens).view(shape), dim=-1).transpose(1, 2) * self.key_scale
         value = self.value(tokens).view(shape).transpose(1, 2)
-        implementation = self.config._attn_implementation
-        if implementation not in (None, "eager"):
-            # flash kernels take no bias, so everything but eager runs as sdpa here
-            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        else:
-            attend = eager_attention
+        implementation = self.config._attn_implementation or "eager"
+        if "flash" in implementation:
+            implementation = "sdpa"  # flash kernels take no bias
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         mask = None
         if bias is not None:
             mask = bias.to(query.dtype).expand(query.shape[0], -1, query.shape[2], -1)
-        mixed, _ = attend(self, query, key, value, mask, scaling=self.config.attention_scale, dropout=0.0)
-        return self.out(mixed.flatten(2))
-
-
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention in the interface of Transformers: [B, heads, L, d] in, ([B, L, heads, d], weights) out."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
+        mixed, weights = attend(self, query, key, value, mask, scaling=self.config.attention_scale, dropout=0.0)
+        return self.out(mixed.flatten(2)), weights
 
 
 class GatedFeedForward(nn.Module):
@@ -237,7 +218,7 @@ class GatedFeedForward(nn.Module):
         return self.down(F.gelu(gate) * value)
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(GradientCheckpointingLayer):
     """Position convolution, attention within groups of cells, feed-forward; each added to what came in."""
 
     def __init__(self, config: CTInstructVisionConfig, width: int) -> None:
@@ -246,12 +227,15 @@ class AttentionLayer(nn.Module):
         self.attention = CosineAttention(config, width)
         self.feed_forward = GatedFeedForward(width, config.feed_forward_multiple)
 
-    def forward(self, volume: torch.Tensor, grouping: Grouping, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, volume: torch.Tensor, grouping: Grouping, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         volume = volume + self.position(volume)
         tokens = grouping.split(volume)
-        tokens = tokens + self.attention(tokens, bias)
+        mixed, weights = self.attention(tokens, bias)
+        tokens = tokens + mixed
         tokens = tokens + self.feed_forward(tokens)
-        return grouping.join(tokens)
+        return grouping.join(tokens), weights
 
 
 @dataclass(frozen=True)
@@ -316,6 +300,39 @@ def padding_bias(keys_kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bias.masked_fill(~keys_kept, torch.finfo(dtype).min)[:, None, None, :]
 
 
+@dataclass(frozen=True)
+class VolumeLayout:
+    """Between the rows of `pixel_values` and the volume that they are cut from."""
+
+    grid: tuple[int, int, int, int]
+    map_size: tuple[int, int]
+
+    def volume(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B*Z*Y*X*S, h*w, D] -> [B, Z*S, Y*h, X*w, D]."""
+        (z, y, x, s), (h, w) = self.grid, self.map_size
+        cells = rows.reshape(-1, z, y, x, s, h, w, rows.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return cells.reshape(-1, z * s, y * h, x * w, rows.shape[-1])
+
+    def rows(self, volume: torch.Tensor) -> torch.Tensor:
+        """The inverse of `volume`."""
+        (z, y, x, s), (h, w) = self.grid, self.map_size
+        cells = volume.reshape(-1, z, s, y, h, x, w, volume.shape[-1]).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        return cells.reshape(-1, h * w, volume.shape[-1])
+
+
+class Trace:
+    """Hidden states [N, h*w, D] before each layer and after the last, and attention weights, for those who ask."""
+
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+        self.attentions: list[torch.Tensor | None] = []
+
+    def state(self, volume: torch.Tensor, layout: VolumeLayout) -> torch.Tensor:
+        """Takes the state down and gives it back, so that its gradient can be kept."""
+        self.states.append(layout.rows(volume))
+        return layout.volume(self.states[-1])
+
+
 class SliceAttention(nn.Module):
     """Patch-wise, then slice-wise attention over the last map of the slice encoder.
 
@@ -335,78 +352,58 @@ class SliceAttention(nn.Module):
             [AttentionLayer(config, width) for _ in range(config.num_slice_attention_layers)]
         )
         self.slice_norm = nn.LayerNorm(width, bias=False)
-        self.gradient_checkpointing = False
 
     def forward(
-        self, last_map: torch.Tensor, grid: tuple[int, int, int, int], kept: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self, last_map: torch.Tensor, grid: tuple[int, int, int, int], kept: torch.Tensor, trace: Trace | None = None
+    ) -> torch.Tensor:
         """Tokens of B images that share one grid.
 
         Args:
             last_map: [B*Z*Y*X*S, D, h, w].
             grid: Z, Y, X, S.
             kept: bool [B, Z*Y*X*S], False for padding slices.
+            trace: takes down what is between the layers.
 
         Returns:
-            [B*Z*Y*X*S, D] and the same after every layer.
+            [B*Z*Y*X*S, D].
         """
         z, y, x, s = grid
         if self.released:
             last_map = last_map.mean(dim=(2, 3), keepdim=True)
-        width, h, w = last_map.shape[1:]
-        volume = last_map.view(-1, z, y, x, s, width, h, w).permute(0, 1, 4, 2, 6, 3, 7, 5)
-        volume = volume.reshape(-1, z * s, y * h, x * w, width)  # [B, Z*S, Y*h, X*w, D]
-        kept_volume = kept.view(-1, z, y, x, s).permute(0, 1, 4, 2, 3).reshape(-1, z * s, y, 1, x, 1)
-        kept_volume = kept_volume.expand(-1, -1, -1, h, -1, w).reshape(-1, z * s, y * h, x * w, 1)
-
-        states: list[torch.Tensor] = []
+        h, w = last_map.shape[2:]
+        layout = VolumeLayout(grid, (h, w))
+        volume = layout.volume(last_map.flatten(2).transpose(1, 2))  # [B, Z*S, Y*h, X*w, D]
+        kept_volume = layout.volume(kept.reshape(-1, 1, 1).expand(-1, h * w, 1))
         make = ReleasedGrouping if self.released else Grouping
         patches = make(grid, (h, w), "patches")
-        slices = make(grid, (h, w), "column" if self.released else "slices")
         if self.released:
             bias = self.position_bias(y, x)[None]
         else:
             bias = self.position_bias(z, y * h, x * w)[None]
             bias = bias + padding_bias(patches.split(kept_volume)[..., 0], bias.dtype)
-        volume = self.run(self.patch_layers, volume, patches, bias, states)
+        for layer in self.patch_layers:
+            volume = trace.state(volume, layout) if trace else volume
+            volume, weights = layer(volume, patches, bias)
+            if trace:
+                trace.attentions.append(weights)
         volume = self.patch_norm(volume)
 
-        if self.released:
-            # the order of a column, so that the reshape inside the layers repeats the released one
-            column = Grouping(grid, (h, w), "column")
-            volume = slices.join(column.split(volume))
-            keys = column.split(kept_volume)[..., 0]
-        else:
-            keys = slices.split(kept_volume)[..., 0]
-        volume = self.run(self.slice_layers, volume, slices, padding_bias(keys, volume.dtype), states)
+        slices = make(grid, (h, w), "column" if self.released else "slices")
+        column = Grouping(grid, (h, w), "column")
+        keys = (column if self.released else slices).split(kept_volume)[..., 0]
+        bias = padding_bias(keys, volume.dtype)
+        for layer in self.slice_layers:
+            volume = trace.state(volume, layout) if trace else volume
+            if self.released:  # the layers read a column's tokens in the released, mixed order
+                volume = slices.join(column.split(volume))
+            volume, weights = layer(volume, slices, bias)
+            if self.released:
+                volume = column.join(slices.split(volume))
+            if trace:
+                trace.attentions.append(weights)
         volume = self.slice_norm(volume)
-        if self.released:
-            volume = column.join(slices.split(volume))
-        states[-1:] = [volume]
-        return self.tokens(volume, grid, (h, w)), [self.tokens(state, grid, (h, w)) for state in states]
-
-    def run(
-        self,
-        layers: nn.ModuleList,
-        volume: torch.Tensor,
-        grouping: Grouping,
-        bias: torch.Tensor | None,
-        states: list[torch.Tensor],
-    ) -> torch.Tensor:
-        for layer in layers:
-            if self.gradient_checkpointing and self.training:
-                volume = checkpoint(layer, volume, grouping, bias, use_reentrant=False)
-            else:
-                volume = layer(volume, grouping, bias)
-            states.append(volume)
-        return volume
-
-    @staticmethod
-    def tokens(volume: torch.Tensor, grid: tuple[int, int, int, int], map_size: tuple[int, int]) -> torch.Tensor:
-        """Average over h x w (equation 2), in the order of `pixel_values`: [B*Z*Y*X*S, D]."""
-        (z, y, x, s), (h, w) = grid, map_size
-        cells = volume.reshape(-1, z, s, y, h, x, w, volume.shape[-1]).mean(dim=(4, 6))
-        return cells.permute(0, 1, 3, 4, 2, 5).reshape(-1, volume.shape[-1])
+        volume = trace.state(volume, layout) if trace else volume
+        return layout.rows(volume).mean(dim=1)  # equation 2
 
 
 class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
@@ -433,6 +430,10 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
             self.encoder = ViT3D(config)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that reads the pixels."""
+        return self.encoder.stem.conv if hasattr(self.encoder.stem, "conv") else self.encoder.stem
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
@@ -444,7 +445,8 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
         pixel_values: torch.Tensor,
         patch_grid: PatchGrid | None = None,
         slice_mask: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> CTInstructVisionOutput | tuple:
@@ -475,32 +477,37 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
         for index, grid in enumerate(grids):
             by_grid[grid].append(index)
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_weights = self.config.output_attentions if output_attentions is None else output_attentions
         tokens: list[torch.Tensor] = [maps[-1]] * len(grids)
-        layers: list[list[torch.Tensor]] = [[] for _ in grids]
-        for grid, images in by_grid.items():
+        traces = [Trace() if wants_states or wants_weights else None for _ in by_grid]
+        for (grid, images), trace in zip(by_grid.items(), traces, strict=True):
             spans = [slice(starts[image], starts[image] + sizes[image]) for image in images]
-            last_map = torch.cat([maps[-1][span] for span in spans])
+            last_map = maps[-1] if len(by_grid) == 1 else torch.cat([maps[-1][span] for span in spans])
             if self.config.architecture == "hybrid":
-                mixed, states = self.attention(last_map, grid, torch.stack([kept[span].bool() for span in spans]))
+                kept_rows = torch.stack([kept[span].bool() for span in spans])
+                mixed = self.attention(last_map, grid, kept_rows, trace)
             else:
-                mixed, states = last_map.mean(dim=(2, 3)), []
+                mixed = last_map.mean(dim=(2, 3))
             for index, part in zip(images, mixed.chunk(len(images)), strict=True):
                 tokens[index] = part
-            for state in states:
-                for index, part in zip(images, state.chunk(len(images)), strict=True):
-                    layers[index].append(part)
-
-        hidden_states = None
-        if output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states:
-            pooled = maps[-1].mean(dim=(2, 3))
-            after = [torch.cat(parts) for parts in zip(*layers, strict=True)] if layers[0] else []
-            hidden_states = (pooled, *after)
         output = CTInstructVisionOutput(
             last_hidden_state=torch.cat(tokens),
             feature_maps=tuple(maps),
             patch_grid=torch.tensor(grids, device=pixel_values.device),
-            hidden_states=hidden_states,
         )
+        if wants_states:
+            states = [
+                parts[0] if len(parts) == 1 else torch.cat(parts)
+                for parts in zip(*(trace.states for trace in traces if trace), strict=True)
+            ]
+            if not isinstance(wants_states, bool):  # Transformers also lets one name the layers
+                named = {index % len(states) for index in wants_states}
+                states = [state if index in named else None for index, state in enumerate(states)]
+            output.hidden_states = tuple(states)
+        if wants_weights and all(weights is not None for trace in traces if trace for weights in trace.attentions):
+            per_layer = zip(*(trace.attentions for trace in traces if trace), strict=True)
+            output.attentions = tuple(parts[0] if len(parts) == 1 else parts for parts in per_layer)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
 
