@@ -89,6 +89,21 @@ class WithAnswers:
         return inputs
 
 
+class TowerAttentions:
+    """The tower's attentions are [groups, heads, cells, cells]: over patches, then over slices."""
+
+    def test_attention_outputs(self) -> None:
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(config).eval()
+            model.set_attn_implementation("eager")
+            with torch.no_grad():
+                attentions = model(**inputs, output_attentions=True).attentions
+            self.assertEqual([tuple(weights.shape) for weights in attentions], [(2, 2, 4, 4), (8, 2, 1, 1)])
+            for weights in attentions:
+                torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
 class CTInstructModelsTest(WithAnswers, ModelTesterMixin, unittest.TestCase):
     all_model_classes = (CTInstructModel, CTInstructForConditionalGeneration)
     _is_composite = True
@@ -114,11 +129,10 @@ class VisionTester(Tester):
         return self.get_config(), self.pixels()
 
 
-class CTInstructVisionModelTest(ModelTesterMixin, unittest.TestCase):
+class CTInstructVisionModelTest(TowerAttentions, ModelTesterMixin, unittest.TestCase):
     all_model_classes = (CTInstructVisionModel,)
     test_resize_embeddings = False
     test_torch_exportable = False
-    has_attentions = False
 
     def setUp(self) -> None:
         self.model_tester = VisionTester(self)
@@ -152,12 +166,11 @@ class PretrainingTester(Tester):
         return config, {"input_ids": ids_tensor([self.batch_size, 7], VOCABULARY - 10) + 8, **self.pixels()}
 
 
-class CTInstructForPretrainingTest(WithAnswers, ModelTesterMixin, unittest.TestCase):
+class CTInstructForPretrainingTest(TowerAttentions, WithAnswers, ModelTesterMixin, unittest.TestCase):
     all_model_classes = (CTInstructForPretraining,)
     _is_composite = True
     test_resize_embeddings = False
     test_torch_exportable = False
-    has_attentions = False
 
     def setUp(self) -> None:
         self.model_tester = PretrainingTester(self)

@@ -40,7 +40,7 @@ class CTInstructPretrainingOutput(ModelOutput):
         text_features: [texts, D_text], normalised.
         category_logits: [images, categories], scaled cosines.
         mask_logits: list with one [D, H, W] on the canvas per mask text.
-        hidden_states: of the vision tower, if asked for.
+        hidden_states, attentions: of the vision tower, if asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -52,6 +52,7 @@ class CTInstructPretrainingOutput(ModelOutput):
     category_logits: torch.Tensor | None = None
     mask_logits: list[torch.Tensor] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -265,6 +266,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         mask_images: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CTInstructPretrainingOutput | tuple:
@@ -281,11 +283,17 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
         """
         features = self.get_image_features(
-            pixel_values, patch_grid, slice_mask, output_hidden_states=output_hidden_states, return_dict=True
+            pixel_values,
+            patch_grid,
+            slice_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         pooled = self.pool(features, slice_mask)
         images = features.pooler_output
         output = CTInstructPretrainingOutput(image_features=images, hidden_states=features.hidden_states)
+        output.attentions = features.attentions
         losses = []
         if input_ids is not None:
             texts = F.normalize(self.embed_texts(input_ids, attention_mask), dim=-1)

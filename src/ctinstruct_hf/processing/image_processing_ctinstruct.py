@@ -77,6 +77,13 @@ class CTInstructImageProcessor(BaseImageProcessor):
         if not settings["hu_window"][0] < settings["hu_window"][1]:
             raise CTInstructError(f"hu_window is {settings['hu_window']}: give [low, high] in HU.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; `auto_map` belongs to the saved file only."""
+        settings = super().to_dict()
+        if type(self)._auto_class is None:
+            settings.pop("auto_map", None)
+        return settings
+
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
         with as_auto_class(self, "AutoImageProcessor"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,6 +32,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# call options that a tokenizer may have been made with
+_TOKENIZER_OPTIONS = ("padding", "max_length", "truncation")
 _NAMED = re.compile(r"presence of (?P<names>[^.?!\n]+)", re.IGNORECASE)
 
 
@@ -70,9 +74,6 @@ class CTInstructProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         spacing: Sequence[Any] | None = None,
-        return_tensors: str | None = "pt",
-        images_kwargs: dict[str, Any] | None = None,
-        text_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """A batch for the model.
@@ -81,8 +82,8 @@ class CTInstructProcessor(ProcessorMixin):
             images: whatever `read_volume` takes, one or a (nested) list, in the order of `<|image_pad|>` in the texts.
             text: one or several prompts with one `<|image_pad|>` per image; each becomes one per slice of its patches.
             spacing: mm (depth, height, width) of images given as arrays.
-            return_tensors: "pt" by default.
-            kwargs: settings of the image processor, or arguments of the tokenizer (padding is on by default).
+            kwargs: `return_tensors` ("pt" by default), settings of the image processor, or arguments of the tokenizer
+                (padding is on by default); `images_kwargs` and `text_kwargs` as everywhere in Transformers.
 
         Returns:
             `input_ids`, `attention_mask`, `pixel_values`, `patch_grid`, `slice_mask`, and `disease_ids` where every
@@ -93,22 +94,39 @@ class CTInstructProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise CTInstructError("Give images, text or both.")
-        image_names = set(CTInstructImageProcessor.__init__.__code__.co_varnames) & set(kwargs) - {"self", "kwargs"}
-        image_settings = {**{name: kwargs.pop(name) for name in image_names}, **(images_kwargs or {})}
+        return_tensors = kwargs.pop("return_tensors", "pt")
+        image_options, text_options = self.split_options(kwargs)
         data: dict[str, Any] = {}
         if images is not None:
             images = flatten_images(images)
-            data.update(self.image_processor(images, spacing=spacing, return_tensors=return_tensors, **image_settings))
+            data.update(self.image_processor(images, spacing=spacing, return_tensors=return_tensors, **image_options))
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             grid = data["patch_grid"] if images is not None else []
-            expanded = self.expand(texts, [int(np.prod(row)) for row in grid])
-            options = {"padding": True, "padding_side": "left", "add_special_tokens": False, **kwargs, **(text_kwargs or {})}
-            data.update(self.tokenizer(expanded, return_tensors=return_tensors, **options))
+            expanded = self.expand(texts, [math.prod(int(side) for side in row) for row in grid])
+            data.update(self.tokenizer(expanded, return_tensors=return_tensors, **text_options))
             ids = self.disease_ids_of(texts)
             if ids:
                 data["disease_ids"] = ids
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of a call for the image processor and for the tokenizer."""
+        images, text = dict(options.pop("images_kwargs", {})), dict(options.pop("text_kwargs", {}))
+        common = options.pop("common_kwargs", {})
+        for name in ("videos_kwargs", "audio_kwargs"):
+            options.pop(name, None)
+        names = inspect.signature(type(self.image_processor).__init__).parameters
+        twice = sorted(name for name in options if name in images or name in text)
+        if twice:
+            raise CTInstructError(f"{', '.join(twice)} is given twice: as itself and inside images_kwargs or text_kwargs.")
+        for name, value in {**options, **common}.items():
+            (images if name in names else text).setdefault(name, value)
+        for name in ("return_tensors", "device"):
+            images.pop(name, None)
+            text.pop(name, None)
+        own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in _TOKENIZER_OPTIONS}
+        return images, {"padding": True, "padding_side": "left", "add_special_tokens": False, **own, **text}
 
     def expand(self, texts: list[str], tokens: Sequence[int]) -> list[str]:
         """Each `<|image_pad|>` repeated to one per slice of its image."""
@@ -215,6 +233,13 @@ class CTInstructProcessor(ProcessorMixin):
     ) -> list[str]:
         """Decoded texts, as pipelines ask for them."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; `auto_map` belongs to the saved file only."""
+        settings = super().to_dict()
+        if type(self)._auto_class is None:
+            settings.pop("auto_map", None)
+        return settings
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
