@@ -112,6 +112,25 @@ def predict(
     console.print("Research use only. Not a diagnosis.")
 
 
+@app.command()
+def convert(
+    kind: Annotated[str, typer.Argument(help="What to convert: released (the authors' checkpoint).")],
+    source: Annotated[Path, typer.Option("-i", "--input", help="Folder with the safetensors shards.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Folder of the tokenizer, if elsewhere.")] = None,
+) -> None:
+    """Bring the authors' released weights into this format."""
+    from rich.console import Console
+
+    if kind != "released":
+        raise CTInstructError(f"'{kind}' cannot be converted: use released.")
+    from .hub.released import convert_released
+
+    with Console(stderr=True).status("reading") as status:
+        convert_released(source, output, tokenizer, tell=status.update)
+    typer.echo(str(output))
+
+
 def main() -> None:
     """Entry point: an error of ours is one sentence and exit code 2."""
     debug = "--debug" in sys.argv[1:]
