@@ -85,7 +85,7 @@ class CTInstructVisionConfig(PreTrainedConfig):
     """Width of the `vit3d` tower before its last projection."""
     vit_patch_size: list[int] | tuple[int, ...] = (4, 32, 32)
     """Voxels (depth, height, width) of a `vit3d` token."""
-    slice_chunk_size: int = 16
+    slice_chunk_size: int = 8
     """Slices that go through the slice encoder at once in inference; bounds the memory, changes no result."""
     initializer_range: float = 0.02
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining, GenerationMixin
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_ctinstruct import CTInstructConfig, CTInstructError
+from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstructSegmentationConfig
 from .losses_ctinstruct import label_loss, masks_loss
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
@@ -34,6 +34,16 @@ CACHE_NAME = (
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
+
+
+# fields of the config that hold token ids, and the tokens
+SPECIAL_TOKENS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "seg_token_id": "<SEG>",
+    "disease_token_id": "<disease_confidence>",
+}
 
 
 @dataclass
@@ -358,6 +368,73 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         heads = len(config.disease_names) if config.disease_head == "per_disease" else 1
         self.disease_head = nn.Linear(text_width, heads)
         self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: Any,
+        language_model: Any,
+        tokenizer: Any = None,
+        **overrides: Any,
+    ) -> CTInstructForConditionalGeneration:
+        """A model from a trained tower and a pretrained language model; bridger and heads start fresh.
+
+        Args:
+            vision: a stage-one model or its folder (tower and segmentation decoder are taken), or a
+                `CTInstructVisionModel` or its folder (the decoder starts fresh).
+            language_model: any causal language model of Transformers, or its folder or name.
+            tokenizer: its tokenizer. Missing special tokens are added to it, and the embeddings grow to hold them.
+                Without it the token ids must be given in `overrides`.
+            overrides: fields of `CTInstructConfig`.
+
+        Raises:
+            ValueError: where token ids lie outside the language model's vocabulary.
+        """
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        if isinstance(vision, str):
+            known = AutoConfig.from_pretrained(vision).model_type
+            loader = AutoModel if known == "ctinstruct_vision" else AutoModelForPreTraining
+            vision = loader.from_pretrained(vision)
+        tower = getattr(vision, "vision_tower", vision)
+        decoder = getattr(vision, "segmentation_decoder", None)
+        if tokenizer is not None:
+            missing = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
+            tokenizer.add_tokens(missing, special_tokens=True)
+            ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
+            overrides = {**ids, **overrides}
+            if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+                language_model.resize_token_embeddings(len(tokenizer))
+        segmentation = decoder.config if decoder is not None else CTInstructSegmentationConfig(
+            feature_channels=tower.config.feature_channels
+        )
+        config = CTInstructConfig(
+            vision_config=tower.config,
+            segmentation_config=overrides.pop("segmentation_config", segmentation),
+            text_config=language_model.config.get_text_config(decoder=True),
+            **overrides,
+        )
+        vocabulary = language_model.get_input_embeddings().num_embeddings
+        outside = [name for name in SPECIAL_TOKENS if getattr(config, name) >= vocabulary]
+        if outside:
+            raise CTInstructError(
+                f"{', '.join(outside)} lie outside the language model's {vocabulary} tokens: pass its tokenizer."
+            )
+        with torch.device("meta"):  # nothing of the parts' size is made twice
+            model = cls(config)
+        model.model.vision_tower = tower
+        model.model.language_model = language_model.base_model
+        model.lm_head = language_model.get_output_embeddings()
+        fresh = [model.model.bridger, model.segmentation_query, model.disease_head]
+        if decoder is not None:
+            model.segmentation_decoder = decoder
+        else:
+            fresh.append(model.segmentation_decoder)
+        for module in fresh:
+            module.to_empty(device=language_model.device).to(language_model.dtype)
+            module.apply(model._init_weights)
+        model.tie_weights()
+        return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

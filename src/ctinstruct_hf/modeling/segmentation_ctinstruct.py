@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .configuration_ctinstruct import CTInstructSegmentationConfig
 from .saving_ctinstruct import SavesItsCode
-from .vision_blocks_ctinstruct import ConvNorm, channels_last, eager_attention, init_weights
+from .vision_blocks_ctinstruct import ConvNorm, eager_attention, fastest_layout, init_weights
 
 
 class UpBlock(GradientCheckpointingLayer):
@@ -26,20 +26,26 @@ class UpBlock(GradientCheckpointingLayer):
         self.first = ConvNorm(nn.Conv2d(2 * out, out, 3, padding=1, bias=False), "leaky_relu")
         self.second = ConvNorm(nn.Conv2d(out, out, 3, padding=1, bias=False), "leaky_relu")
 
+    def raise_to(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """`hidden` at the size of `skip`."""
+        return self.up(hidden)
+
     def forward(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(torch.cat([self.up(hidden), skip], dim=1)))
+        joined = torch.cat([self.raise_to(hidden, skip), skip], dim=1)
+        return self.second(self.first(fastest_layout(joined)))
 
 
 class TokenUpBlock(UpBlock):
     """The first step, from the slice's token [N, D, 1, 1] to the last map's h x w; patches of another side than
     `last_map_size` stands for are interpolated."""
 
-    def forward(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        height, width = skip.shape[-2:]
-        raised = self.up(hidden)
+    def raise_to(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        # a transposed convolution of one pixel is a matrix product, and much faster as one
+        weight = self.up.weight  # [D, C, side, side]
+        raised = (hidden.flatten(1) @ weight.flatten(1)).view(-1, *weight.shape[1:])
         if raised.shape[-2:] != skip.shape[-2:]:
-            raised = F.interpolate(raised, size=(height, width), mode="bilinear", align_corners=False)
-        return self.second(self.first(torch.cat([raised, skip], dim=1)))
+            raised = F.interpolate(raised, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        return raised
 
 
 class CrossAttention(nn.Module):
@@ -116,10 +122,14 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
 
-    def unet(self, feature_maps: tuple[torch.Tensor, ...], tokens: torch.Tensor) -> torch.Tensor:
-        """The U-Net up to half resolution: [N, C_stem, H / 2, W / 2]."""
-        hidden = self.token_block(channels_last(tokens[:, :, None, None]), feature_maps[-1])
-        for block, skip in zip(self.blocks, feature_maps[-2::-1], strict=True):
+    def coarse(self, feature_maps: tuple[torch.Tensor, ...], tokens: torch.Tensor) -> torch.Tensor:
+        """The first two steps of the U-Net, small in pixels and large in weights: [N, C, H / 16, W / 16]."""
+        hidden = self.token_block(tokens[:, :, None, None], feature_maps[-1])
+        return self.blocks[0](hidden, feature_maps[-2])
+
+    def fine(self, feature_maps: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> torch.Tensor:
+        """The rest of the U-Net up to half resolution, large in pixels: [N, C_stem, H / 2, W / 2]."""
+        for block, skip in zip(self.blocks[1:], feature_maps[-3::-1], strict=True):
             hidden = block(hidden, skip)
         return hidden
 
@@ -172,25 +182,39 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             [C, Z*S, Y*patch_height, X*patch_width].
         """
         rows = rows if rows is not None else slice(0, tokens.shape[0])
-        step = self.config.slice_chunk_size
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            step = rows.stop - rows.start
-        z, y, x, s = grid
-        canvas: torch.Tensor | None = None
-        for start in range(rows.start, rows.stop, step):
-            chunk = slice(start, min(start + step, rows.stop))
-            maps = tuple(part[chunk] for part in feature_maps)
+            maps = tuple(part[rows] for part in feature_maps)
             embeddings = self.mask_embeddings(queries, *self.memory(maps))
-            painted = self.paint(embeddings, self.unet(maps, tokens[chunk]))  # [n, C, H, W]
-            if step >= rows.stop - rows.start:
-                return assemble(painted, grid)
-            if canvas is None:
-                height, width = painted.shape[-2:]
-                canvas = painted.new_empty((painted.shape[1], z, s, y, height, x, width))
-            for offset, part in enumerate(painted):
-                patch, place = divmod(chunk.start - rows.start + offset, s)
-                plane, row, column = patch // (y * x), patch // x % y, patch % x
-                canvas[:, plane, place, row, :, column, :] = part
+            return assemble(self.paint(embeddings, self.fine(maps, self.coarse(maps, tokens[rows]))), grid)
+        return self.paint_in_chunks(queries, feature_maps, tokens, grid, rows)
+
+    def paint_in_chunks(
+        self,
+        queries: torch.Tensor,
+        feature_maps: tuple[torch.Tensor, ...],
+        tokens: torch.Tensor,
+        grid: tuple[int, int, int, int],
+        rows: slice,
+    ) -> torch.Tensor:
+        """The same masks with bounded memory: more slices at once where maps are small, fewer where they are large."""
+        z, y, x, s = grid
+        step = self.config.slice_chunk_size
+        canvas: torch.Tensor | None = None
+        for start in range(rows.start, rows.stop, 4 * step):
+            wide = slice(start, min(start + 4 * step, rows.stop))
+            maps = tuple(part[wide] for part in feature_maps)
+            embeddings = self.mask_embeddings(queries, *self.memory(maps))
+            hidden = self.coarse(maps, tokens[wide])
+            for first in range(0, wide.stop - wide.start, step):
+                narrow = slice(first, first + step)
+                painted = self.paint(embeddings[narrow], self.fine(tuple(part[narrow] for part in maps), hidden[narrow]))
+                if canvas is None:
+                    height, width = painted.shape[-2:]
+                    canvas = painted.new_empty((painted.shape[1], z, s, y, height, x, width))
+                for offset, part in enumerate(painted):
+                    patch, place = divmod(start - rows.start + first + offset, s)
+                    plane, row, column = patch // (y * x), patch // x % y, patch % x
+                    canvas[:, plane, place, row, :, column, :] = part
         assert canvas is not None
         return canvas.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 

@@ -1,0 +1,61 @@
+"""What tests share: tiny models, small scans, the shared data where it is there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "conformance"))
+
+SHARED = Path(os.environ.get("CTINSTRUCT_SHARED", ROOT.parent / "shared"))
+
+
+def shared(path: str) -> Path:
+    """A file of the shared data, or a skip that says why."""
+    place = SHARED / path
+    if not place.exists():
+        pytest.skip(f"the shared data is not here ({path})")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A function that makes the smallest config with every part."""
+    from tiny import tiny_config
+
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny preset with random weights, as a folder."""
+    from ctinstruct_hf.data.tiny import build_tiny
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def small_scan(tmp_path: Path) -> Path:
+    """A small phantom as NIfTI."""
+    from ctinstruct_hf.data.phantoms import make_phantom
+
+    path = tmp_path / "scan.nii.gz"
+    volume = make_phantom(1, shape=(24, 48, 48)).volume
+    nib.save(volume.to_source(volume.hu), path)
+    return path
