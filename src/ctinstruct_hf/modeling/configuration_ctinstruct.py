@@ -72,7 +72,7 @@ class CTInstructVisionConfig(PreTrainedConfig):
     """Inner width of the bottlenecks of each stage; a stage gives `bottleneck_expansion` times as many channels."""
     bottleneck_expansion: int = 4
     stage_depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
-    """Bottlenecks (resnet3d: blocks; vit3d: transformer layers in the four groups whose ends give the maps)."""
+    """Bottlenecks in each of the four stages."""
     num_attention_heads: int = 8
     attention_head_dim: int = 64
     attention_scale: float = 8.0
@@ -81,8 +81,12 @@ class CTInstructVisionConfig(PreTrainedConfig):
     num_slice_attention_layers: int = 4
     feed_forward_multiple: float = 4.0
     """The GEGLU's inner width is floor(width x this x 2 / 3)."""
-    vit_hidden_size: int = 768
+    resnet3d_planes: list[int] | tuple[int, ...] = (144, 288, 576, 1152)
+    """Channels of the stages of the `resnet3d` tower, with `stage_depths` blocks each."""
+    vit_hidden_size: int = 1152
     """Width of the `vit3d` tower before its last projection."""
+    vit_depths: list[int] | tuple[int, ...] = (5, 5, 5, 5)
+    """Transformer layers of `vit3d` in the four groups whose ends give the maps."""
     vit_patch_size: list[int] | tuple[int, ...] = (4, 32, 32)
     """Voxels (depth, height, width) of a `vit3d` token."""
     slice_chunk_size: int = 8
@@ -285,7 +289,9 @@ _TINY_VISION: dict[str, Any] = {
     "num_patch_attention_layers": 1,
     "num_slice_attention_layers": 2,
     "feed_forward_multiple": 2.0,
+    "resnet3d_planes": [28, 56, 80, 112],
     "vit_hidden_size": 144,
+    "vit_depths": [1, 1, 2, 1],
     "vit_patch_size": [4, 16, 16],
 }
 _TINY_SEGMENTATION: dict[str, Any] = {

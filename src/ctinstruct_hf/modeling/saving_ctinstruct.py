@@ -46,14 +46,17 @@ class SavesItsCode:
         if kind is None:  # a user's own subclass, whose code is not ours to save
             return
         home = next(one for one in type(self).__mro__ if one.__name__ == kind)
-        add_auto_map(folder / "config.json", MODEL_AUTO_MAP[kind])
+        add_auto_map(folder / "config.json", MODEL_AUTO_MAP[kind], str(self.dtype).removeprefix("torch."))  # type: ignore[attr-defined]
         copy_code(Path(inspect.getfile(home)), folder)
 
 
-def add_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
-    """Put `auto_map` into a saved config."""
+def add_auto_map(config_file: Path, auto_map: dict[str, str], dtype: str | None = None) -> None:
+    """Put `auto_map` into a saved config, and the dtype into its parts, where a loaded model has it too."""
     config = json.loads(config_file.read_text())
     config["auto_map"] = auto_map
+    if dtype is not None:
+        for part in (config, *(value for value in config.values() if isinstance(value, dict) and "model_type" in value)):
+            part["dtype"] = dtype
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -42,7 +42,10 @@ class TokenUpBlock(UpBlock):
     def raise_to(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         # a transposed convolution of one pixel is a matrix product, and much faster as one
         weight = self.up.weight  # [D, C, side, side]
-        raised = (hidden.flatten(1) @ weight.flatten(1)).view(-1, *weight.shape[1:])
+        if weight.is_meta:  # offloaded: only the module's own call brings it back
+            raised = self.up(hidden)
+        else:
+            raised = (hidden.flatten(1) @ weight.flatten(1)).view(-1, *weight.shape[1:])
         if raised.shape[-2:] != skip.shape[-2:]:
             raised = F.interpolate(raised, size=skip.shape[-2:], mode="bilinear", align_corners=False)
         return raised
@@ -154,7 +157,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         while there are fewer queries than channels.
         """
         count, queries, _ = embeddings.shape
-        if queries >= half.shape[1]:
+        if queries >= half.shape[1] or self.last_up.weight.is_meta:
             return torch.einsum("ncd,ndhw->nchw", embeddings, self.last_up(half))
         kernel = torch.einsum("ncd,edij->ncije", embeddings, self.last_up.weight)  # [N, C, 2, 2, C_stem]
         height, width = half.shape[-2:]

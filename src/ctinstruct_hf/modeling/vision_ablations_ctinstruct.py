@@ -72,7 +72,7 @@ class Block3D(nn.Module):
 
 
 class ResNet3D(Tower3D):
-    """3D residual network. Inner width from `bottleneck_planes`; a 1 x 1 x 1 projection gives each stage the channels
+    """3D residual network. A 1 x 1 x 1 projection gives each stage the channels
     of the hybrid tower."""
 
     def __init__(self, config: CTInstructVisionConfig) -> None:
@@ -82,7 +82,7 @@ class ResNet3D(Tower3D):
         )
         channels = config.stem_channels
         stages, projections = [], []
-        stages_of = zip(config.bottleneck_planes, config.stage_depths, config.stage_channels, strict=True)
+        stages_of = zip(config.resnet3d_planes, config.stage_depths, config.stage_channels, strict=True)
         for index, (planes, depth, out_channels) in enumerate(stages_of):
             stride = (1, 1, 1) if index == 0 else (2, 2, 2)
             blocks = []
@@ -129,7 +129,7 @@ class ViT3D(Tower3D):
                         for _ in range(depth)
                     ]
                 )
-                for depth in config.stage_depths
+                for depth in config.vit_depths
             ]
         )
         self.norm = nn.LayerNorm(width)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,7 +246,14 @@ class CTInstructProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
         with as_auto_class(self, "AutoProcessor"), as_auto_class(self.image_processor, "AutoImageProcessor"):
-            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        settings_file = Path(save_directory) / "tokenizer_config.json"
+        if settings_file.exists():  # how it was loaded is no part of the tokenizer
+            settings = json.loads(settings_file.read_text(encoding="utf-8"))
+            kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+            if kept != settings:
+                settings_file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return saved
 
     @property
     def model_input_names(self) -> list[str]:

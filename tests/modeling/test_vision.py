@@ -1,0 +1,153 @@
+"""The towers: one suite for the paper's, the released layout and the two ablations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructSegmentationDecoder, CTInstructVisionModel
+
+KINDS = [("hybrid", "paper"), ("hybrid", "released"), ("resnet3d", "paper"), ("vit3d", "paper")]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: "-".join(kind))
+def tower(request: pytest.FixtureRequest, tiny_config) -> CTInstructVisionModel:
+    config = tiny_config().vision_config
+    config.architecture, config.attention_layout = request.param
+    config.vit_hidden_size, config.vit_depths, config.vit_patch_size = 24, [1, 1, 1, 1], [2, 16, 16]
+    config.resnet3d_planes = [4, 8, 8, 16]
+    model = CTInstructVisionModel(config).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def test_a_token_and_five_maps_per_slice(tower: CTInstructVisionModel) -> None:
+    features = tower(torch.randn(6, 64, 96), [(1, 1, 1, 6)])
+    assert features.last_hidden_state.shape == (6, 32)
+    sizes = [(4, 32, 48), (8, 16, 24), (16, 8, 12), (16, 4, 6), (32, 2, 3)]
+    assert [tuple(part.shape[1:]) for part in features.feature_maps] == sizes
+
+
+@torch.no_grad()
+def test_a_mixed_batch_gives_each_image_what_it_gets_alone(tower: CTInstructVisionModel) -> None:
+    grids = [(1, 1, 1, 1), (2, 1, 1, 4), (1, 2, 1, 4), (2, 1, 1, 4)]
+    images = [torch.randn(z * y * x * s, 64, 64) for z, y, x, s in grids]
+    masks = [torch.ones(len(image), dtype=torch.bool) for image in images]
+    masks[1][-2:] = False
+    together = tower(torch.cat(images), torch.tensor(grids), torch.cat(masks))
+    start = 0
+    for image, grid, mask in zip(images, grids, masks, strict=True):
+        alone = tower(image, torch.tensor([grid]), mask)
+        rows = slice(start, start + len(image))
+        torch.testing.assert_close(together.last_hidden_state[rows], alone.last_hidden_state, atol=1e-4, rtol=1e-4)
+        for whole, part in zip(together.feature_maps, alone.feature_maps, strict=True):
+            torch.testing.assert_close(whole[rows], part, atol=1e-4, rtol=1e-4)
+        start += len(image)
+
+
+def test_inference_and_training_paths_agree(tower: CTInstructVisionModel) -> None:
+    """Chunks, folded norms and reused padding change nothing but the rounding."""
+    pixels = torch.randn(12, 64, 64)
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[8:] = False
+    pixels[8:] = -1.0
+    if tower.config.architecture == "hybrid":
+        tower.encoder.slice_chunk_size = 5
+    plain = tower(pixels, [(3, 1, 1, 4)], mask)
+    with torch.no_grad():
+        fast = tower(pixels, [(3, 1, 1, 4)], mask)
+    torch.testing.assert_close(fast.last_hidden_state, plain.last_hidden_state, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(fast.feature_maps, plain.feature_maps, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_folded_norms_follow_a_changed_weight(tiny_config) -> None:
+    tower = CTInstructVisionModel(tiny_config().vision_config).eval()
+    pixels = torch.randn(2, 64, 64)
+    with torch.no_grad():
+        before = tower(pixels).last_hidden_state
+        tower.encoder.stages[0][0].reduce.norm.weight.mul_(3.0)
+        after = tower(pixels).last_hidden_state
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, tower(pixels).last_hidden_state.detach(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_slices_are_no_keys(tiny_config) -> None:
+    """What lies in a slice marked as padding does not reach the other slices' attention within a patch."""
+    tower = CTInstructVisionModel(tiny_config().vision_config).eval()
+    for layer in [*tower.attention.patch_layers, *tower.attention.slice_layers]:
+        layer.position.conv.weight.zero_()  # positions look at neighbours whatever the mask says
+    pixels, mask = torch.randn(4, 64, 64), torch.tensor([True, True, True, False])
+    first = tower(pixels, [(1, 1, 1, 4)], mask).last_hidden_state[:3]
+    pixels[3] = torch.randn(64, 64)
+    torch.testing.assert_close(tower(pixels, [(1, 1, 1, 4)], mask).last_hidden_state[:3], first)
+
+
+def test_grid_and_pixels_that_disagree_are_refused(tower: CTInstructVisionModel) -> None:
+    with pytest.raises(CTInstructError, match="counts 8 slices"):
+        tower(torch.randn(6, 64, 64), [(2, 1, 1, 4)])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_ablation_towers_match_in_parameters(preset: str) -> None:
+    counts = []
+    for architecture in ("hybrid", "resnet3d", "vit3d"):
+        config = CTInstructConfig.preset(preset).vision_config
+        config.architecture = architecture
+        with torch.device("meta"):
+            counts.append(sum(parameter.numel() for parameter in CTInstructVisionModel(config).parameters()))
+    assert all(abs(count / counts[0] - 1) < 0.15 for count in counts), counts
+
+
+@torch.no_grad()
+def test_masks_in_chunks_equal_masks_at_once(tiny_config) -> None:
+    config = tiny_config()
+    tower = CTInstructVisionModel(config.vision_config).eval()
+    decoder = CTInstructSegmentationDecoder(config.segmentation_config).eval()
+    grid = (2, 1, 2, 3)
+    features = tower(torch.randn(12, 64, 64), [grid])
+    arguments = (torch.randn(3, 16), features.feature_maps, features.last_hidden_state, grid)
+    decoder.config.slice_chunk_size = 2
+    chunked = decoder(*arguments)
+    with torch.enable_grad():
+        whole = decoder(*arguments)
+    assert chunked.shape == (3, 6, 64, 128)
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-4)
+    many = decoder(torch.randn(9, 16), *arguments[1:])  # more queries than channels takes the other path
+    assert many.shape == (9, 6, 64, 128)
+
+
+def test_the_tower_compiles_in_one_graph_and_exports(tiny_config) -> None:
+    tower = CTInstructVisionModel(tiny_config().vision_config).eval()
+    pixels, grid = torch.randn(4, 64, 64), [(2, 1, 1, 2)]
+    with torch.no_grad():
+        expected = tower(pixels, grid).last_hidden_state
+        compiled = torch.compile(tower, backend="eager", fullgraph=True)(pixels, grid).last_hidden_state
+        torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-4)
+
+        class Tokens(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tower = tower
+
+            def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+                return self.tower(pixels, grid, return_dict=True).last_hidden_state
+
+        exported = torch.export.export(Tokens(), (pixels,)).module()
+        torch.testing.assert_close(exported(pixels), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_attention_implementations_agree(tiny_config, implementation: str) -> None:
+    tower = CTInstructVisionModel(tiny_config().vision_config).eval()
+    pixels = torch.randn(8, 64, 64)
+    mask = torch.tensor([True] * 6 + [False] * 2)
+    expected = tower(pixels, [(2, 1, 1, 4)], mask).last_hidden_state
+    tower.set_attn_implementation(implementation)
+    torch.testing.assert_close(tower(pixels, [(2, 1, 1, 4)], mask).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
