@@ -13,7 +13,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "conformance"))
+sys.path[:0] = [str(ROOT / "conformance"), str(ROOT / "tests")]
 
 SHARED = Path(os.environ.get("CTINSTRUCT_SHARED", ROOT.parent / "shared"))
 

@@ -251,8 +251,7 @@ class CTInstructProcessor(ProcessorMixin):
         if settings_file.exists():  # how it was loaded is no part of the tokenizer
             settings = json.loads(settings_file.read_text(encoding="utf-8"))
             kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
-            if kept != settings:
-                settings_file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            settings_file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         return saved
 
     @property

@@ -266,6 +266,21 @@ def _read_path(
     window: tuple[float, float] | None,
     limit: Limits,
 ) -> CTVolume:
+    try:
+        return _read_by_name(path, spacing, series, window, limit)
+    except CTInstructError:
+        raise
+    except Exception as error:  # what a broken file makes a library raise, whatever it is
+        raise CTInstructError(f"{path.name} cannot be read: {_last_line(error)} ({type(error).__name__}).") from error
+
+
+def _read_by_name(
+    path: Path,
+    spacing: tuple[float, float, float] | None,
+    series: str | None,
+    window: tuple[float, float] | None,
+    limit: Limits,
+) -> CTVolume:
     if not path.exists():
         raise CTInstructError(f"{path} does not exist.")
     name = path.name.lower()

