@@ -159,19 +159,21 @@ def _read_zip(path: Path, series: str | None, spacing: tuple[float, float, float
 def read_headers(files: Sequence[Path]) -> tuple[list[tuple[Path, Any]], list[str]]:
     """(file, header) of every DICOM file, and the names of DICOM files that are broken; others are passed over."""
 
-    def read(file: Path) -> tuple[Path, Any] | str | None:
+    found: list[tuple[Path, Any]] = []
+    broken: list[str] = []
+    for file in files:  # one after the other: parsing holds the interpreter, threads would only wait for each other
         try:
             with open(file, "rb") as stream:
                 stream.seek(128)
                 if stream.read(4) != b"DICM":
-                    return None
-            return file, pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER_TAGS)
+                    continue
+                stream.seek(0)
+                header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER_TAGS)
+                header.pixel_offset = stream.tell()  # where the pixel data's tag lies
+                found.append((file, header))
         except Exception:
-            return file.name
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(read, files))
-    return [one for one in results if isinstance(one, tuple)], [one for one in results if isinstance(one, str)]
+            broken.append(file.name)
+    return found, broken
 
 
 def choose_series(
@@ -226,11 +228,11 @@ def _some(names: Sequence[str]) -> str:
 
 def slices_of(file: Path, header: Any, spacing: tuple[float, float, float] | None) -> list[Slice]:
     """The images of one file, a frame each where it has several."""
-    if int(header.get("SamplesPerPixel", 1) or 1) != 1:
+    if integer(header, "SamplesPerPixel", 1) != 1:
         raise CTInstructError(f"{file.name} is a colour image: expected CT in HU.")
     if "Rows" not in header or "Columns" not in header:
         raise CTInstructError(f"{file.name} has no pixels.")
-    frames = int(header.get("NumberOfFrames", 1) or 1)
+    frames = integer(header, "NumberOfFrames", 1)
     groups = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
     if frames > 1 and len(groups) != frames:
@@ -270,14 +272,12 @@ def _slice(
     frame: int,
 ) -> Slice:
     try:
-        position = np.array([float(value) for value in place.get("ImagePositionPatient", None) or [0, 0, 0]])
-        axes = np.array([float(value) for value in orientation.get("ImageOrientationPatient", None) or [1, 0, 0, 0, 1, 0]])
-        pixel = [float(value) for value in measures.get("PixelSpacing", None) or [0, 0]]
-        thickness = float(measures.get("SliceThickness", 0) or 0) or None
-        slope = rescale.get("RescaleSlope", None)
-        intercept = rescale.get("RescaleIntercept", None)
-        slope = None if slope is None else float(slope)
-        intercept = None if intercept is None else float(intercept)
+        position = np.array(numbers(place, "ImagePositionPatient") or [0.0, 0.0, 0.0])
+        axes = np.array(numbers(orientation, "ImageOrientationPatient") or [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+        pixel = numbers(measures, "PixelSpacing") or [0.0, 0.0]
+        thickness = (numbers(measures, "SliceThickness") or [0.0])[0] or None
+        slope = next(iter(numbers(rescale, "RescaleSlope")), None)
+        intercept = next(iter(numbers(rescale, "RescaleIntercept")), None)
     except (TypeError, ValueError) as error:
         raise CTInstructError(f"{file.name} has a broken position, spacing or rescale: {_last_line(error)}") from error
     if len(pixel) != 2 or min(pixel) <= 0 or not np.isfinite(pixel).all():
@@ -294,11 +294,37 @@ def _slice(
     return Slice(file, header, position, unit_axes, (pixel[0], pixel[1]), thickness, slope, intercept, frame)
 
 
+def numbers(dataset: Any, keyword: str) -> list[float]:
+    """The decimal strings of an element, straight from its bytes where pydicom has not read them yet; [] for none."""
+    element = dataset.get_item(keyword)
+    if element is None or element.value is None:
+        return []
+    value = element.value
+    if isinstance(value, bytes):
+        return [float(part) for part in value.rstrip(b"\0 ").split(b"\\") if part.strip()]
+    return [float(part) for part in (value if isinstance(value, list | tuple | pydicom.multival.MultiValue) else [value])]
+
+
+def integer(dataset: Any, keyword: str, default: int = 0) -> int:
+    """A whole number of a header, straight from its bytes where pydicom has not read them yet."""
+    element = dataset.get_item(keyword)
+    if element is None or element.value is None or element.value == b"":
+        return default
+    value = element.value
+    if isinstance(value, bytes):
+        if element.VR in ("US", "SS") or (element.VR is None and len(value) == 2):
+            return int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
+        return int(value.strip(b"\0 ") or default)
+    return int(value)
+
+
 def order_slices(slices: list[Slice], warnings: list[str]) -> list[Slice]:
     """Slices of the commonest size, spacing and orientation, by position along their normal, each place once."""
+    spacings = np.round([one.pixel_spacing for one in slices], 4).tolist()
+    planes = np.round([one.orientation.ravel() for one in slices], 3).tolist()
     keys = [
-        (int(one.header.Rows), int(one.header.Columns), *np.round(one.pixel_spacing, 4), *np.round(one.orientation, 3).ravel())
-        for one in slices
+        (integer(one.header, "Rows"), integer(one.header, "Columns"), *spacing, *plane)
+        for one, spacing, plane in zip(slices, spacings, planes, strict=True)
     ]
     common, count = Counter(keys).most_common(1)[0]
     if count < len(slices):
@@ -332,7 +358,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     name = path.name or str(path)
     check_size(name, (len(slices), rows, columns), 2, limit)
     hu = read_pixels(slices, rows, columns, warnings, limit.keep_padding)
-    hu = clean_hu(hu, name, warnings, in_place=True, keep_padding=limit.keep_padding)
+    if hu.dtype != np.int16:  # whole values are cleaned slice by slice as they are read
+        hu = clean_hu(hu, name, warnings, in_place=True, keep_padding=limit.keep_padding)
 
     normal = np.cross(*first.orientation)
     positions = np.array([one.position for one in slices])
@@ -394,7 +421,7 @@ def read_pixels(
     """HU (slices, rows, columns): int16 where every rescale is whole, float32 otherwise."""
     syntaxes = {str(one.header.file_meta.get("TransferSyntaxUID", "")): one for one in slices}
     for syntax, one in syntaxes.items():
-        bits = int(one.header.get("BitsStored", 16))
+        bits = integer(one.header, "BitsStored", 16)
         if syntax in UNDECODABLE:
             raise CTInstructError(f"{one.path.name} is stored as {UID(syntax).name}, for which there is no decoder.")
         if syntax in EIGHT_BIT_JPEG:
@@ -421,6 +448,8 @@ def read_pixels(
 
     def fill(item: tuple[Path, list[int]]) -> None:
         path, indices = item
+        if len(indices) == 1 and whole and fill_in_place(slices[indices[0]], hu[indices[0]], keep_padding):
+            return
         stored = decode(path, slices[indices[0]].header)
         if stored.shape[-2:] != (rows, columns):
             raise CTInstructError(f"{path.name} holds {stored.shape[-2:]} pixels, its header says {(rows, columns)}.")
@@ -444,7 +473,7 @@ def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], 
     """One slice in HU, its padding set to air unless it is to be kept."""
     slope = one.slope if one.slope is not None else 1.0
     intercept = one.intercept or 0.0
-    if stored.dtype == np.uint16 and int(one.header.get("BitsStored", 16)) == 16:
+    if stored.dtype == np.uint16 and integer(one.header, "BitsStored", 16) == 16:
         # stored values of 32768 and more as HU no matter can have are negative numbers whose sign was lost
         highest = int(stored.max())
         if highest >= 2**15 and highest * slope + intercept > 16000:
@@ -455,8 +484,12 @@ def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], 
     if padding is not None:
         padded = stored == np.array(padding).astype(stored.dtype)
     if np.dtype(dtype) == np.int16:
-        values = stored.astype(np.int32) * int(slope) + int(intercept)
         lowest = np.iinfo(np.int16).min if keep_padding else AIR_HU
+        low, high = int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)
+        if slope == 1 and padded is None and -(2**15) <= low and high < 2**15 and abs(intercept) < 2**15:
+            values = stored.view(np.int16) + np.int16(intercept)  # wraps where uint16 does, so the sum is right
+            return values if low >= lowest else np.maximum(values, np.int16(lowest), out=values)
+        values = stored.astype(np.int32) * int(slope) + int(intercept)
         values = values.clip(lowest, np.iinfo(np.int16).max).astype(np.int16)
     else:
         values = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
@@ -469,6 +502,10 @@ def decode(path: Path, header: Any) -> np.ndarray:
     """Stored values of one file, (rows, columns) or (frames, rows, columns)."""
     syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")))
     try:
+        if syntax in _PLAIN and integer(header, "BitsAllocated", 16) == 16:
+            plain = _plain_pixels(path, header, syntax)
+            if plain is not None:
+                return plain
         if not syntax.is_compressed or syntax.is_deflated or syntax == "1.2.840.10008.1.2.5":
             data = pydicom.dcmread(path)
             return native(data) if not syntax.is_compressed else data.pixel_array
@@ -484,6 +521,64 @@ def decode(path: Path, header: Any) -> np.ndarray:
         raise
     except Exception as error:
         raise CTInstructError(f"{path.name} cannot be decoded ({syntax.name}): {_last_line(error)}") from error
+
+
+def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
+    """The usual slice (16-bit little endian, slope 1) read straight into its place; False where it is not usual."""
+    header = one.header
+    syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
+    usual = syntax in _PLAIN and integer(header, "BitsAllocated", 16) == 16 and integer(header, "BitsStored", 16) in (12, 16)
+    slope, intercept = 1.0 if one.slope is None else one.slope, one.intercept or 0.0
+    if not usual or slope != 1 or abs(intercept) >= 2**14 or "PixelPaddingValue" in header or one.frame:
+        return False
+    if integer(header, "NumberOfFrames", 1) != 1:
+        return False
+    with open(one.path, "rb") as stream:
+        if not _at_plain_pixels(stream, header, syntax, hu.size):
+            return False
+        if stream.readinto(memoryview(hu).cast("B")) != hu.nbytes:
+            return False
+    low, high = int(hu.min()), int(hu.max())
+    signed = integer(header, "PixelRepresentation", 0) == 1
+    bits = integer(header, "BitsStored", 16)
+    if (not signed and low < 0) or (bits == 12 and (signed or high >= 2**12)) or not -(2**15) <= low + intercept <= high + intercept < 2**15:
+        return False
+    hu += np.int16(intercept)
+    if not keep_padding and low + intercept < AIR_HU:
+        np.maximum(hu, np.int16(AIR_HU), out=hu)
+    return True
+
+
+def _at_plain_pixels(stream: Any, header: Any, syntax: UID, count: int) -> bool:
+    """Moves to the first pixel; False where the header does not end at plain pixels of that count."""
+    stream.seek(header.pixel_offset)
+    start = stream.read(12)
+    if len(start) < 12 or start[:4] != b"\xe0\x7f\x10\x00":
+        return False
+    explicit = syntax == _PLAIN[1]
+    length = int.from_bytes(start[8:12] if explicit else start[4:8], "little")
+    stream.seek(header.pixel_offset + (12 if explicit else 8))
+    return 2 * count <= length != 0xFFFFFFFF
+
+
+_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # little endian, implicit and explicit
+
+
+def _plain_pixels(path: Path, header: Any, syntax: UID) -> np.ndarray | None:
+    """Little-endian 16-bit pixels straight from where the header ends; None where they do not start there."""
+    signed = "i" if integer(header, "PixelRepresentation", 0) == 1 else "u"
+    shape = (integer(header, "NumberOfFrames", 1), int(header.Rows), int(header.Columns))
+    count = shape[0] * shape[1] * shape[2]
+    with open(path, "rb") as stream:
+        if not _at_plain_pixels(stream, header, syntax, count):
+            return None
+        array = np.fromfile(stream, dtype=f"<{signed}2", count=count)
+    if len(array) < count:
+        raise CTInstructError(f"{path.name} is cut short: {2 * len(array)} of {2 * count} bytes of pixels are there.")
+    bits = integer(header, "BitsStored", 16)
+    if bits < 16:  # bits above BitsStored are undefined by the standard
+        array = (array << (16 - bits)) >> (16 - bits)
+    return array.reshape(shape)
 
 
 def native(data: Any) -> np.ndarray:
@@ -516,5 +611,5 @@ def stored_values(array: np.ndarray, header: Any, path: Path) -> np.ndarray:
     slope = reader.GetMetaData("0028|1053") if reader.HasMetaDataKey("0028|1053") else "1"
     intercept = reader.GetMetaData("0028|1052") if reader.HasMetaDataKey("0028|1052") else "0"
     values = (array.astype(np.float64) - float(intercept)) / float(slope)
-    signed = int(header.get("PixelRepresentation", 0)) == 1
+    signed = integer(header, "PixelRepresentation", 0) == 1
     return np.rint(values).astype(np.int16 if signed else np.uint16)
