@@ -66,7 +66,9 @@ def header(*packages: str) -> str:
         except PackageNotFoundError:
             versions.append(f"{package} absent")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}, " + ", ".join(versions)
+    return f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}, " + ", ".join(
+        versions
+    )
 
 
 def table(pairs: list[Pair]) -> str:

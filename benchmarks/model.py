@@ -78,7 +78,11 @@ def main() -> int:
             torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
     queries = torch.randn(1, segmentation.hidden_size)
     count = sum(parameter.numel() for part in (tower, decoder) for parameter in part.parameters())
-    print(header("torch", "transformers"), f"\ntower and decoder: {count / 1e6:.0f} M parameters, {side} x {side} x {depth}", flush=True)
+    print(
+        header("torch", "transformers"),
+        f"\ntower and decoder: {count / 1e6:.0f} M parameters, {side} x {side} x {depth}",
+        flush=True,
+    )
 
     def ours(pixels: torch.Tensor, grid: tuple, parts: tuple) -> torch.Tensor:
         features = parts[0](pixels, [grid])
@@ -92,14 +96,20 @@ def main() -> int:
     pairs, memory = [], {}
     runs = 1 if options.quick else options.runs
     with torch.inference_mode():
-        inputs = {patches: torch.randn(patches * depth, side, side) for patches in ((1,) if options.quick else options.patches)}
+        inputs = {
+            patches: torch.randn(patches * depth, side, side)
+            for patches in ((1,) if options.quick else options.patches)
+        }
         for patches, pixels in inputs.items():
             grid = (patches, 1, 1, depth)
             exact, plain = ours(pixels, grid, (tower, decoder)), theirs(pixels, grid)
             difference = float((exact - plain).abs().max() / plain.abs().max())
             print(f"{patches} patches: outputs differ by {difference:.1e} of the largest", flush=True)
             assert difference < 1e-4
-            for name, side_of in (("ours", lambda: ours(pixels, grid, (tower, decoder))), ("theirs", lambda: theirs(pixels, grid))):  # noqa: B023
+            for name, side_of in (
+                ("ours", lambda: ours(pixels, grid, (tower, decoder))),
+                ("theirs", lambda: theirs(pixels, grid)),
+            ):
                 gc.collect()
                 with PeakMemory() as peak:
                     side_of()
@@ -107,8 +117,8 @@ def main() -> int:
             pairs.append(
                 alternate(
                     f"float32, {patches} patches, one answer, one mask",
-                    lambda: ours(pixels, grid, (tower, decoder)),  # noqa: B023
-                    lambda: theirs(pixels, grid),  # noqa: B023
+                    lambda: ours(pixels, grid, (tower, decoder)),
+                    lambda: theirs(pixels, grid),
                     runs,
                     None if options.quick else 1.4,
                 )

@@ -34,8 +34,16 @@ def make_volume(shape: tuple[int, int, int]) -> np.ndarray:
 def monai_chain(path: Path, canvas: tuple[int, int, int]):
     """The release's preparation as its users write it with MONAI."""
     import torch
-    from monai.transforms import Compose, CropForeground, EnsureChannelFirst, LoadImage, NormalizeIntensity
-    from monai.transforms import Resize, ScaleIntensityRangePercentiles, SpatialPad
+    from monai.transforms import (
+        Compose,
+        CropForeground,
+        EnsureChannelFirst,
+        LoadImage,
+        NormalizeIntensity,
+        Resize,
+        ScaleIntensityRangePercentiles,
+        SpatialPad,
+    )
 
     class Clip(ScaleIntensityRangePercentiles):
         """Percentile clip that keeps HU."""
@@ -107,7 +115,9 @@ def main() -> int:
             with PeakMemory() as peak:
                 processor(path, return_tensors="pt")
             ratios.append(peak.most / raw)
-            print(f"peak memory of file to patches, {name}: {peak.most / 1e6:.0f} MB, {ratios[-1]:.2f} times the raw volume")
+            print(
+                f"peak memory of file to patches, {name}: {peak.most / 1e6:.0f} MB, {ratios[-1]:.2f} times the raw volume"
+            )
         missed = stated and (any(pair.missed for pair in pairs) or max(ratios) > 2.5)
     return 1 if options.check and missed else 0
 

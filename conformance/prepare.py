@@ -49,7 +49,9 @@ def prepare(folder: Path) -> Path:
         archive = folder / f"transformers-{version}.tar.gz"
         if not archive.exists():
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-            subprocess.run([*command, "--no-build-isolation", "-d", str(folder), f"transformers=={version}"], check=True)
+            subprocess.run(
+                [*command, "--no-build-isolation", "-d", str(folder), f"transformers=={version}"], check=True
+            )
         with tarfile.open(archive) as tar:
             tar.extractall(folder, [one for one in tar.getmembers() if "/tests/" in one.name], filter="data")
         for name, text in STAND_INS.items():

@@ -30,7 +30,19 @@ NOT_APPLICABLE = re.compile(
 def main() -> int:
     root = prepare(HERE.parent / ".conformance")
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(HERE)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        str(HERE),
+    ]
     files = [str(HERE / "test_models.py"), str(HERE / "test_processors.py")]
     done = subprocess.run([*command, *files, *sys.argv[1:]], env=environment, text=True, capture_output=True)
     print(done.stdout[-6000:] if done.returncode else "", end="")

@@ -8,7 +8,6 @@ import torch
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 from tiny import VOCABULARY, tiny_config
-
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ctinstruct_hf import (
@@ -20,7 +19,6 @@ from ctinstruct_hf import (
     CTInstructVisionConfig,
     CTInstructVisionModel,
 )
-
 
 # what the library's own models have in these tables; the suite reads there which heads have no loss
 MODEL_MAPPING_NAMES.update(
@@ -99,7 +97,7 @@ class TowerAttentions:
             model.set_attn_implementation("eager")
             with torch.no_grad():
                 attentions = model(**inputs, output_attentions=True).attentions
-            self.assertEqual([tuple(weights.shape) for weights in attentions], [(2, 2, 4, 4), (8, 2, 1, 1)])
+            assert [tuple(weights.shape) for weights in attentions] == [(2, 2, 4, 4), (8, 2, 1, 1)]
             for weights in attentions:
                 torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
@@ -149,8 +147,8 @@ class CTInstructVisionModelTest(TowerAttentions, ModelTesterMixin, unittest.Test
     def test_model_get_set_embeddings(self) -> None:
         """As in the library's own vision suites: the layer that reads pixels is no `nn.Embedding`."""
         model = CTInstructVisionModel(self.model_tester.get_config())
-        self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
-        self.assertIsNone(model.get_output_embeddings())
+        assert isinstance(model.get_input_embeddings(), torch.nn.Module)
+        assert model.get_output_embeddings() is None
 
     def test_segmentation_config(self) -> None:
         ConfigTester(

@@ -49,6 +49,7 @@ class CTInstructImageProcessorTest(ImageProcessingTestMixin, unittest.TestCase):
     @unittest.skip("CT has one channel; colour is refused (tests/processing/test_volume.py)")
     def test_call_numpy_4_channels(self) -> None: ...
 
+
 class CTInstructProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = CTInstructProcessor
     images_input_name = "pixel_values"

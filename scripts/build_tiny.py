@@ -1,6 +1,6 @@
 """Makes the bundled checkpoint `src/ctinstruct_hf/assets/ctinstruct-tiny` with random weights, marked as untrained.
 
-    python scripts/build_tiny.py [-o FOLDER] [--seed 0]
+python scripts/build_tiny.py [-o FOLDER] [--seed 0]
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "conformance"), str(ROOT / "tests")]
 

@@ -13,9 +13,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 AXIS_ORDERS = [
-    "".join(codes)
-    for axes in itertools.permutations(("LR", "PA", "IS"))
-    for codes in itertools.product(*axes)
+    "".join(codes) for axes in itertools.permutations(("LR", "PA", "IS")) for codes in itertools.product(*axes)
 ]
 
 
@@ -105,8 +103,15 @@ def dicom_series(
     normal = np.cross(orientation[:3], orientation[3:])
     order = np.random.default_rng(1).permutation(len(hu))
     for number, k in enumerate(order):
-        place = positions[k] if positions is not None else np.array([-30.0, -40.0, 10.0]) + k * np.array(step or 2.0 * normal)
-        extra = {name: value[k] if isinstance(value, list) and len(value) == len(hu) else value for name, value in tags.items()}
+        place = (
+            positions[k]
+            if positions is not None
+            else np.array([-30.0, -40.0, 10.0]) + k * np.array(step or 2.0 * normal)
+        )
+        extra = {
+            name: value[k] if isinstance(value, list) and len(value) == len(hu) else value
+            for name, value in tags.items()
+        }
         data = dicom_slice(
             np.ascontiguousarray(hu[k]),
             ImagePositionPatient=[float(round(v, 5)) for v in place],
@@ -120,8 +125,17 @@ def dicom_series(
 
 def enhanced(hu: np.ndarray, path: Path) -> Path:
     """One enhanced multi-frame CT with its frames from the head down."""
-    data = dicom_slice(np.ascontiguousarray(hu[::-1]), SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1", NumberOfFrames=len(hu))
-    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope", "RescaleIntercept"):
+    data = dicom_slice(
+        np.ascontiguousarray(hu[::-1]), SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1", NumberOfFrames=len(hu)
+    )
+    for name in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "SliceThickness",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
         delattr(data, name)
     measures, orientation, rescale = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
     measures.PixelSpacing, measures.SliceThickness = [1.5, 1.0], 2.0

@@ -95,7 +95,9 @@ _filled: set[Callable[[], None]] = set()
 
 def _half_loaded() -> bool:
     ours = (name for name in list(sys.modules) if name.startswith(__package__ + "."))
-    return any(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False) for name in (*_CORE, *ours))
+    return any(
+        getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False) for name in (*_CORE, *ours)
+    )
 
 
 class _LazyEntries(dict[Any, Any]):

@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelOption = Annotated[str | None, typer.Option("--model", help="A folder or a name on the Hub; the bundled model by default.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A folder or a name on the Hub; the bundled model by default.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 
@@ -63,9 +65,13 @@ def predict(
     diagnose: Annotated[
         str | None, typer.Option("--diagnose", help="A list of the model (ct_rate …), names with commas, or all.")
     ] = None,
-    output_type: Annotated[list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg; repeatable.")] = None,
+    output_type: Annotated[
+        list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg; repeatable.")
+    ] = None,
     ml: Annotated[bool, typer.Option("--ml", help="All structures in one label file.")] = False,
-    series: Annotated[str | None, typer.Option("--series", help="SeriesInstanceUID, where a folder has several.")] = None,
+    series: Annotated[
+        str | None, typer.Option("--series", help="SeriesInstanceUID, where a folder has several.")
+    ] = None,
     spacing: Annotated[str | None, typer.Option("--spacing", help="mm depth,height,width, for files without.")] = None,
     model: ModelOption = None,
     device: DeviceOption = None,

@@ -9,7 +9,17 @@ from .data.phantoms import make_phantom
 from .predict import Request, predict_study
 from .study import Study
 
-STRUCTURES = ["right lung", "left lung", "liver", "heart", "spleen", "left kidney", "right kidney", "spine", "pleural effusion"]
+STRUCTURES = [
+    "right lung",
+    "left lung",
+    "liver",
+    "heart",
+    "spleen",
+    "left kidney",
+    "right kidney",
+    "spine",
+    "pleural effusion",
+]
 QUESTIONS = ["Is there a pleural effusion?", "How many lung nodules are there?"]
 
 

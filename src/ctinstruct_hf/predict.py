@@ -9,7 +9,21 @@ from pathlib import Path
 from .errors import CTInstructError
 from .study import Study
 
-SCAN_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".zip", ".dcm", ".png", ".jpg", ".jpeg", ".bmp")
+SCAN_SUFFIXES = (
+    ".nii",
+    ".nii.gz",
+    ".mha",
+    ".mhd",
+    ".nrrd",
+    ".npy",
+    ".npz",
+    ".zip",
+    ".dcm",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+)
 
 
 @dataclass
@@ -97,11 +111,11 @@ def predict_study(
     """
     tell("reading")
     study = Study.open(scan, model, device=device, dtype=dtype, series=series, spacing=spacing)
-    if request.diagnose and request.diagnose != "all" and request.diagnose not in study.model.config.disease_lists:
-        diseases: str | list[str] | None = [name.strip() for name in request.diagnose.split(",") if name.strip()]
-        study._disease_rows(diseases)  # fail before the work, not after it
-    else:
-        diseases = None if request.diagnose == "all" else request.diagnose
+    diseases: str | list[str] | None = None if request.diagnose == "all" else request.diagnose
+    if isinstance(diseases, str) and diseases not in study.model.config.disease_lists:
+        names = [name.strip() for name in diseases.split(",") if name.strip()]
+        study._disease_rows(names)  # fail before the work, not after it
+        diseases = names
     tell("encoding")
     _ = study.features
     if request.report:

@@ -259,7 +259,9 @@ class Study:
             if positions is not None:
                 shared["position_ids"] = positions
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
-        sequences = self.model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **shared, **options)
+        sequences = self.model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **shared, **options
+        )
         new = sequences[0, input_ids.shape[1] :]
         text = self.processor.tokenizer.decode(new)
         specials = (self.model.config.seg_token_id, self.model.config.disease_token_id)

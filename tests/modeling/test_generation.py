@@ -50,7 +50,6 @@ def prompts(model, rows: list[list[int]], length: int) -> dict[str, torch.Tensor
     return {"input_ids": padded, "attention_mask": mask}
 
 
-
 def forced(model, start: int):
     config = model.config
 
@@ -109,13 +108,17 @@ def test_masks_and_probabilities_equal_a_forward_pass_over_the_sequences(model, 
             patch_grid=batch["patch_grid"][sample : sample + 1],
         )
         torch.testing.assert_close(outputs.mask_logits[row], alone.mask_logits[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(outputs.disease_logits[2 * row : 2 * row + 2], alone.disease_logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            outputs.disease_logits[2 * row : 2 * row + 2], alone.disease_logits, atol=1e-4, rtol=1e-4
+        )
 
 
 @torch.no_grad()
 def test_left_padding_and_neighbours_do_not_change_an_answer(model) -> None:
     batch = images(2)
-    together = model.generate(**prompts(model, [[10, -1, 11, 12], [13, -2, 14]], 12), **batch, max_new_tokens=6, do_sample=False)
+    together = model.generate(
+        **prompts(model, [[10, -1, 11, 12], [13, -2, 14]], 12), **batch, max_new_tokens=6, do_sample=False
+    )
     first = {"pixel_values": batch["pixel_values"][:4], "patch_grid": batch["patch_grid"][:1]}
     alone = model.generate(**prompts(model, [[10, -1, 11, 12]], 9), **first, max_new_tokens=6, do_sample=False)
     assert torch.equal(together[0, 12:], alone[0, 9:])
@@ -140,7 +143,12 @@ def test_the_tower_runs_once_for_an_answer_with_a_mask(model) -> None:
     inputs = prompts(model, [[10, -1, 11]], 9)
     batch = {"pixel_values": images(1)["pixel_values"], "patch_grid": images(1)["patch_grid"]}
     model.generate(
-        **inputs, **batch, max_new_tokens=6, return_dict_in_generate=True, logits_processor=forced(model, 9), do_sample=False
+        **inputs,
+        **batch,
+        max_new_tokens=6,
+        return_dict_in_generate=True,
+        logits_processor=forced(model, 9),
+        do_sample=False,
     )
     handle.remove()
     assert len(calls) == 1

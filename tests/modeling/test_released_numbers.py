@@ -86,7 +86,11 @@ def test_positions_states_logits_and_losses_agree(model, golden, batch, task: st
 def test_unknown_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
     source = shared("reference/released_tiny")
     tensors = load_file(source / "model.safetensors")
-    for name in ("visual.qwen2biolord.weight", "rad_class_heads.3.bias", "visual.encoder.resnet2D.layer1.0.bn1.running_mean"):
+    for name in (
+        "visual.qwen2biolord.weight",
+        "rad_class_heads.3.bias",
+        "visual.encoder.resnet2D.layer1.0.bn1.running_mean",
+    ):
         tensors.pop(name)
     tensors["visual.extra"] = torch.zeros(1)
     broken = tmp_path / "broken"

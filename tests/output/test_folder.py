@@ -48,7 +48,9 @@ def test_dicom_seg_reads_back_on_its_series(tmp_path: Path) -> None:
     seg = hd.seg.segread(tmp_path / "seg.dcm")
     assert [one.SegmentLabel for one in seg.SegmentSequence] == ["left lung", "something new"]
     assert seg.get_segment_description(1).segmented_property_type.value == "44029006"
-    source = sorted((pydicom.dcmread(file) for file in (tmp_path / "series").iterdir()), key=lambda one: one.ImagePositionPatient[2])
+    source = sorted(
+        (pydicom.dcmread(file) for file in (tmp_path / "series").iterdir()), key=lambda one: one.ImagePositionPatient[2]
+    )
     frames = seg.get_pixels_by_source_instance([one.SOPInstanceUID for one in source], segment_numbers=[1])
     assert np.array_equal(frames[..., 0].astype(bool), left)
     assert seg.SeriesInstanceUID != source[0].SeriesInstanceUID
@@ -116,7 +118,7 @@ def test_an_unwritable_place_leaves_nothing_behind(tmp_path: Path, model) -> Non
         study.save(tmp_path / "file" / "out")
     with pytest.raises(CTInstructError, match="output type"):
         study.save(tmp_path / "out", output_types=("jpeg",))
+    study.results.masks = {"liver": study.volume.hu > 0}
     with pytest.raises(CTInstructError, match="no DICOM series"):
-        study.results.masks = {"liver": study.volume.hu > 0}
         study.save(tmp_path / "out", output_types=("dicom-seg",))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file"]

@@ -54,7 +54,8 @@ def test_rows_masks_and_offsets_fit_together(shape, patch, most, fit_name) -> No
     assert all(length <= side for length, side in zip(fit.resized, fit.canvas, strict=True))
     assert any(length == side for length, side in zip(fit.resized, fit.canvas, strict=True))
     if shape[0] == 1:
-        assert fit.patch[0] == 1 and fit.grid[0] == 1
+        assert fit.patch[0] == 1
+        assert fit.grid[0] == 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -36,7 +36,9 @@ def attempt(path: Path) -> str:
 def mutate(data: bytes, rng: random.Random) -> bytes:
     """Cut, flip, overwrite, repeat or insert, mostly near the start, where headers are."""
     kind = rng.randrange(5)
-    place = min(int(rng.expovariate(1 / 400)), max(len(data) - 1, 0)) if rng.random() < 0.8 else rng.randrange(len(data))
+    place = (
+        min(int(rng.expovariate(1 / 400)), max(len(data) - 1, 0)) if rng.random() < 0.8 else rng.randrange(len(data))
+    )
     if kind == 0:
         return data[: rng.randrange(len(data))]
     if kind == 1:
@@ -45,7 +47,9 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             changed[min(place + rng.randrange(40), len(data) - 1)] ^= 1 << rng.randrange(8)
         return bytes(changed)
     if kind == 2:
-        junk = rng.choice([b"\xff" * 8, b"\0" * 8, struct.pack("<q", 2**40), struct.pack("<d", float("nan")), os.urandom(8)])
+        junk = rng.choice(
+            [b"\xff" * 8, b"\0" * 8, struct.pack("<q", 2**40), struct.pack("<d", float("nan")), os.urandom(8)]
+        )
         return data[:place] + junk + data[place + len(junk) :]
     if kind == 3:
         return data[:place] + data[max(0, place - 16) :]

@@ -201,7 +201,10 @@ def test_what_lies_beside_the_ct_is_left_out_and_named(tmp_path: Path) -> None:
     hu = asymmetric((6, 8, 8))
     folder = dicom_series(tmp_path / "study" / "ct", hu).parent
     (folder / "other").mkdir()
-    save(dicom_slice(hu[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], SeriesInstanceUID="1.9"), folder / "other" / "scout")
+    save(
+        dicom_slice(hu[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], SeriesInstanceUID="1.9"),
+        folder / "other" / "scout",
+    )
     save(dicom_slice(hu[0], Modality="SR", SOPClassUID="1.2.840.10008.5.1.4.1.1.88.67"), folder / "other" / "dose")
     (folder / "other" / "notes.txt").write_text("not DICOM")
     volume = read_volume(folder)

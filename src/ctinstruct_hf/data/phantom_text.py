@@ -43,13 +43,19 @@ _PRESENT: dict[str, tuple[str, ...]] = {
         "Consolidation with air bronchograms is seen in the {place}.",
         "There is consolidation in the {place}.",
     ),
-    "emphysema": ("Emphysema is seen in the upper lobes.", "There are emphysematous changes in the upper lobes of both lungs."),
+    "emphysema": (
+        "Emphysema is seen in the upper lobes.",
+        "There are emphysematous changes in the upper lobes of both lungs.",
+    ),
     "cardiomegaly": ("The heart is enlarged, consistent with cardiomegaly.", "There is cardiomegaly."),
     "arterial wall calcification": (
         "Calcifications are seen in the wall of the aorta.",
         "There is arterial wall calcification of the aorta.",
     ),
-    "pericardial effusion": ("A pericardial effusion of {size} mm is seen.", "There is a pericardial effusion up to {size} mm."),
+    "pericardial effusion": (
+        "A pericardial effusion of {size} mm is seen.",
+        "There is a pericardial effusion up to {size} mm.",
+    ),
     "atelectasis": ("Linear atelectasis is seen in the {place}.", "There is band-like atelectasis in the {place}."),
     "hiatal hernia": ("A hiatal hernia is seen.", "There is a sliding hiatal hernia of {size} mm."),
     "medical material": (
@@ -60,8 +66,14 @@ _PRESENT: dict[str, tuple[str, ...]] = {
         "Enlarged mediastinal lymph nodes up to {size} mm are seen.",
         "There is mediastinal lymphadenopathy with nodes up to {size} mm.",
     ),
-    "kidney stone": ("A {size} mm stone is seen in the {side} kidney.", "There is a {size} mm calculus in the {side} kidney."),
-    "liver lesion": ("A hypodense liver lesion of {size} mm is seen.", "There is a {size} mm hypodense lesion in the liver."),
+    "kidney stone": (
+        "A {size} mm stone is seen in the {side} kidney.",
+        "There is a {size} mm calculus in the {side} kidney.",
+    ),
+    "liver lesion": (
+        "A hypodense liver lesion of {size} mm is seen.",
+        "There is a {size} mm hypodense lesion in the liver.",
+    ),
 }
 _ABSENT = ("No {names} is seen.", "There is no {names}.", "No {names} is observed.")
 _PHASE = {
@@ -103,7 +115,15 @@ def write_report(
 
 def with_article(name: str) -> str:
     """ "a pleural effusion", "an …"; conditions without number go without."""
-    if name in ("emphysema", "cardiomegaly", "consolidation", "atelectasis", "lymphadenopathy", "medical material", "arterial wall calcification"):
+    if name in (
+        "emphysema",
+        "cardiomegaly",
+        "consolidation",
+        "atelectasis",
+        "lymphadenopathy",
+        "medical material",
+        "arterial wall calcification",
+    ):
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -119,10 +139,14 @@ def write_questions(
     questions: list[dict[str, object]] = []
 
     def add(kind: str, question: str, answer: str, about: str, choices: Sequence[str] = ()) -> None:
-        questions.append({"kind": kind, "question": question, "answer": answer, "about": about, "choices": list(choices)})
+        questions.append(
+            {"kind": kind, "question": question, "answer": answer, "about": about, "choices": list(choices)}
+        )
 
     for name, present in labels.items():
-        asked = _pick(rng, ("Is there {name}?", "Is {name} present?", "Does this scan show {name}?")).format(name=with_article(name))
+        asked = _pick(rng, ("Is there {name}?", "Is {name} present?", "Does this scan show {name}?")).format(
+            name=with_article(name)
+        )
         add("short", asked, "Yes." if present else "No.", name)
     for name in ("pleural effusion", "consolidation", "atelectasis", "kidney stone", "medical material"):
         sides = sorted({finding.side for finding in findings if finding.name == name})

@@ -127,7 +127,9 @@ class Phantom:
 class _Canvas:
     """Coordinates of every voxel in the patient, and the arrays being painted."""
 
-    def __init__(self, rng: np.random.Generator, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
+    def __init__(
+        self, rng: np.random.Generator, shape: tuple[int, int, int], spacing: tuple[float, float, float]
+    ) -> None:
         self.rng = rng
         self.shape = shape
         self.spacing = spacing
@@ -136,7 +138,9 @@ class _Canvas:
         angles = np.radians(rng.normal(0, 2.0, 3))
         self.rotation = _rotation(*angles)
         self.scale = rng.uniform(0.92, 1.08)  # the size of the patient
-        depth, height, width = [((np.arange(n) - (n - 1) / 2) * mm).astype(np.float32) for n, mm in zip(shape, spacing, strict=True)]
+        depth, height, width = [
+            ((np.arange(n) - (n - 1) / 2) * mm).astype(np.float32) for n, mm in zip(shape, spacing, strict=True)
+        ]
         axes = [width[None, None, :], height[None, :, None], depth[:, None, None]]  # x, y, z of the scanner
         turn = (self.rotation / self.scale).astype(np.float32)
         x, y, z = (
@@ -166,7 +170,11 @@ class _Canvas:
         scanner = (corners - self.centre) * self.scale @ self.rotation  # inverse of the turn
         first, last = scanner.min(0) - margin, scanner.max(0) + margin
         spans = []
-        for axis, n, mm in ((2, self.shape[0], self.spacing[0]), (1, self.shape[1], self.spacing[1]), (0, self.shape[2], self.spacing[2])):
+        for axis, n, mm in (
+            (2, self.shape[0], self.spacing[0]),
+            (1, self.shape[1], self.spacing[1]),
+            (0, self.shape[2], self.spacing[2]),
+        ):
             start = int(np.floor(first[axis] / mm + (n - 1) / 2))
             stop = int(np.ceil(last[axis] / mm + (n - 1) / 2)) + 1
             start, stop = max(start, 0), min(stop, n)
@@ -175,7 +183,9 @@ class _Canvas:
             spans.append(slice(start, stop))
         return tuple(spans)  # type: ignore[return-value]
 
-    def ellipsoid(self, centre: tuple[float, float, float], axes: tuple[float, float, float]) -> tuple[tuple[slice, slice, slice], np.ndarray] | None:
+    def ellipsoid(
+        self, centre: tuple[float, float, float], axes: tuple[float, float, float]
+    ) -> tuple[tuple[slice, slice, slice], np.ndarray] | None:
         """(box, inside) of an ellipsoid in the patient."""
         c, a = np.array(centre), np.array(axes)
         box = self.box(c - a, c + a)
@@ -261,7 +271,12 @@ def make_phantom(
     present = {name: int(rng.random() < 0.4) for name in FINDINGS}
     present.update(findings or {})
     _anatomy(canvas, hu, present)
-    found = [one for name in FINDINGS if present[name] for one in _FINDING_PAINTERS[name](canvas, np.random.default_rng([seed, 1, FINDINGS.index(name)]), hu)]
+    found = [
+        one
+        for name in FINDINGS
+        if present[name]
+        for one in _FINDING_PAINTERS[name](canvas, np.random.default_rng([seed, 1, FINDINGS.index(name)]), hu)
+    ]
     seen = {one.name for one in found}
     for name in FINDINGS:
         if name in canvas.finding_masks and (name not in seen or not canvas.finding_masks[name].any()):
@@ -275,7 +290,18 @@ def make_phantom(
     words = np.random.default_rng([seed, 3])
     report = write_report(words, labels, found, phase)
     questions = write_questions(words, labels, found, structures, phase)
-    return Phantom(volume, labels, found, report, questions, canvas.organs, canvas.finding_masks, phase, seed, ["body", *structures])
+    return Phantom(
+        volume,
+        labels,
+        found,
+        report,
+        questions,
+        canvas.organs,
+        canvas.finding_masks,
+        phase,
+        seed,
+        ["body", *structures],
+    )
 
 
 def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
@@ -344,7 +370,11 @@ def _bones(c: _Canvas, hu: dict[str, float], chest: np.ndarray, fat_share: np.fl
 def _diaphragm(x: np.ndarray, y: np.ndarray, side: float) -> np.ndarray:
     """Height of the dome under a lung: higher on the right, falling toward the wall and the back."""
     top = 14.0 if side < 0 else 4.0
-    return np.float32(top) - np.float32(0.010) * np.square(x - np.float32(side * 70)) - np.float32(0.0085) * np.square(y + np.float32(15))
+    return (
+        np.float32(top)
+        - np.float32(0.010) * np.square(x - np.float32(side * 70))
+        - np.float32(0.0085) * np.square(y + np.float32(15))
+    )
 
 
 def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
@@ -367,7 +397,10 @@ def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
         for step in range(1, 5):
             place = start + direction * step * 17 + rng.normal(0, 3, 3)
             radius = max(2.0, 5.5 - step)
-            part = c.ellipsoid(tuple(place), (radius + abs(direction[0]) * 7, radius + abs(direction[1]) * 7, radius + abs(direction[2]) * 7))
+            part = c.ellipsoid(
+                tuple(place),
+                (radius + abs(direction[0]) * 7, radius + abs(direction[1]) * 7, radius + abs(direction[2]) * 7),
+            )
             if part:
                 box, inside = part
                 inside &= c.is_organ(box, "right lung", "left lung")
@@ -407,7 +440,9 @@ def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
 def _abdomen(c: _Canvas, hu: dict[str, float]) -> None:
     rng = c.rng
 
-    def organ(name: str, centre: tuple[float, float, float], axes: tuple[float, float, float], side: float = 0.0) -> None:
+    def organ(
+        name: str, centre: tuple[float, float, float], axes: tuple[float, float, float], side: float = 0.0
+    ) -> None:
         jitter = rng.normal(0, 3, 3)
         part = c.ellipsoid(tuple(np.array(centre) + jitter), tuple(np.array(axes) * rng.uniform(0.92, 1.08)))  # type: ignore[arg-type]
         if part is None:
@@ -444,7 +479,9 @@ def _vessels(c: _Canvas, hu: dict[str, float]) -> None:
     def tube(low: float, high: float, x: float, y: float, radius: float) -> None:
         part = c.box(np.array([x - radius, y - radius, low]), np.array([x + radius, y + radius, high]))
         if part:
-            inside = np.square((c.x[part] - np.float32(x)) / radius) + np.square((c.y[part] - np.float32(y)) / radius) < 1
+            inside = (
+                np.square((c.x[part] - np.float32(x)) / radius) + np.square((c.y[part] - np.float32(y)) / radius) < 1
+            )
             inside &= (c.z[part] > low) & (c.z[part] < high)
             c.organ("aorta", part, inside & ~c.is_organ(part, "spine"), hu["aorta"])
 
@@ -455,7 +492,9 @@ def _vessels(c: _Canvas, hu: dict[str, float]) -> None:
         along = np.hypot(c.x[part] - 6, (c.y[part] - 10) * np.float32(0.9))
         ring = np.square((np.hypot(along, c.z[part] - 118) - 34) / 13)
         line = np.abs((c.x[part] - 6) * np.float32(0.93) - (c.y[part] - 10) * np.float32(0.40)) < 14
-        c.organ("aorta", part, (ring < 1) & line & (c.z[part] > 118) & ~c.is_organ(part, "trachea", "spine"), hu["aorta"])
+        c.organ(
+            "aorta", part, (ring < 1) & line & (c.z[part] > 118) & ~c.is_organ(part, "trachea", "spine"), hu["aorta"]
+        )
     part = c.box(np.array([-36, 15, -330]), np.array([-8, 50, 10]))
     if part:  # inferior vena cava
         inside = np.square((c.x[part] + 22) / 12) + np.square((c.y[part] - 34) / 9) < 1
@@ -499,7 +538,9 @@ def _paint_effusion(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) 
         if part is None:
             continue
         height = np.float32(rng.uniform(60, 140))
-        inside = c.is_organ(part, f"{side} lung") & (c.y[part] > np.float32(level) + np.float32(0.28) * (c.z[part] - height * 0.5))
+        inside = c.is_organ(part, f"{side} lung") & (
+            c.y[part] > np.float32(level) + np.float32(0.28) * (c.z[part] - height * 0.5)
+        )
         if c.finding("pleural effusion", part, inside, float(rng.uniform(2, 18))) >= 8:
             yield PhantomFinding("pleural effusion", side, 0, "", "large" if level < 26 else "small")
 

@@ -87,7 +87,9 @@ def _up_block(released: str, ours: str) -> list[Rule]:
     for index, name in ((1, "first"), (2, "second")):
         rules.append(Rule(block + rf"conv_block\.conv{index}\.conv\.weight", (target + f"{name}.conv.weight",)))
         rules.append(
-            Rule(block + rf"conv_block\.norm{index}\.{_NORM}", (target + f"{name}.norm." + rf"\{block.count('(') + 1}",))
+            Rule(
+                block + rf"conv_block\.norm{index}\.{_NORM}", (target + f"{name}.norm." + rf"\{block.count('(') + 1}",)
+            )
         )
     return rules
 
@@ -178,7 +180,26 @@ def convert_tensor(released_name: str, tensor: torch.Tensor) -> Iterator[tuple[s
 # the release's own lists in the order of its heads, and their positive weights
 _HEADS = {"ctrate": "ct_rate", "rad": "rad_chestct"}
 POSITIVE_WEIGHTS = {
-    "ct_rate": [7.36, 2.60, 8.33, 13.17, 3.03, 6.04, 2.94, 4.15, 2.90, 1.19, 1.72, 2.74, 7.44, 12.44, 8.6, 4.69, 9.00, 11.68],
+    "ct_rate": [
+        7.36,
+        2.60,
+        8.33,
+        13.17,
+        3.03,
+        6.04,
+        2.94,
+        4.15,
+        2.90,
+        1.19,
+        1.72,
+        2.74,
+        7.44,
+        12.44,
+        8.6,
+        4.69,
+        9.00,
+        11.68,
+    ],
     "rad_chestct": [0.93, 0.42, 7.92, 5.31, 7.78, 5.15, 2.69, 2.39, 0.26, 0.86, 6.71, 4.01, 11.03, 6.19, 5.31, 13.23],
 }
 # added to Qwen2-VL's tokenizer, in this order, from id 151657 on
@@ -245,7 +266,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
+                for name in shard:
                     part = shard.get_slice(name)
                     entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
         except Exception as error:
@@ -311,10 +332,15 @@ def config_of(entries: dict[str, Entry], settings: dict[str, Any]) -> CTInstruct
         "last_map_size": shape("visual.decoder.decoder_vit.transp_conv.conv.weight")[-1],
     }
     lists = {}
-    for released, ours, diseases in (("ctrate", "ct_rate", CT_RATE_DISEASES), ("rad", "rad_chestct", RAD_CHESTCT_DISEASES)):
+    for released, ours, diseases in (
+        ("ctrate", "ct_rate", CT_RATE_DISEASES),
+        ("rad", "rad_chestct", RAD_CHESTCT_DISEASES),
+    ):
         heads = count(rf"{released}_class_heads\.(\d+)\.")
         if heads != len(diseases):
-            raise CTInstructError(f"The checkpoint has {heads} {released}_class_heads, the release has {len(diseases)}.")
+            raise CTInstructError(
+                f"The checkpoint has {heads} {released}_class_heads, the release has {len(diseases)}."
+            )
         lists[ours] = list(diseases)
     tokens = {name: settings.get(name, default) for name, default in _TOKEN_IDS.items()}
     tokens["disease_token_id"] = settings.get("disease_confidence_token_id", tokens["disease_token_id"])
@@ -385,7 +411,9 @@ def check_names(entries: dict[str, Entry], config: CTInstructConfig) -> None:
         except CTInstructError:
             unknown.append(name)
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in CTInstructForConditionalGeneration(config).state_dict().items()}
+        expected = {
+            name: tensor.shape for name, tensor in CTInstructForConditionalGeneration(config).state_dict().items()
+        }
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     heads = [
@@ -467,7 +495,9 @@ def convert_released(
     with whole_folder(output) as draft:
         write_shards(entries, config, draft, tell)
         config.architectures = ["CTInstructForConditionalGeneration"]
-        config.dtype = getattr(torch, {"F32": "float32", "F16": "float16"}.get(entries["model.embed_tokens.weight"].dtype, "bfloat16"))
+        config.dtype = getattr(
+            torch, {"F32": "float32", "F16": "float16"}.get(entries["model.embed_tokens.weight"].dtype, "bfloat16")
+        )
         config.save_pretrained(draft)
         add_auto_map(draft / "config.json", MODEL_AUTO_MAP["CTInstructForConditionalGeneration"])
         copy_code(Path(inspect.getfile(CTInstructForConditionalGeneration)), draft)
@@ -498,7 +528,7 @@ def write_shards(
                 shape = (shape[0], 1, *shape[2:])
             if len(targets) > 1:
                 shape = (shape[0] // len(targets), *shape[1:])
-            layout.update({target: (entries[name].dtype, shape) for target in targets})
+            layout.update(dict.fromkeys(targets, (entries[name].dtype, shape)))
         path = folder / f"model-{number:05d}-of-{total:05d}.safetensors"
         writer = ShardWriter(path, layout)
         with safe_open(file, framework="pt") as shard:
@@ -542,13 +572,21 @@ def write_processor(source: Path, config: CTInstructConfig, folder: Path) -> Non
         return
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_TOKENS)}, replace_extra_special_tokens=False)
-    ids = {"<SEG>": config.seg_token_id, "<disease_confidence>": config.disease_token_id, "<|image_pad|>": config.image_token_id}
+    ids = {
+        "<SEG>": config.seg_token_id,
+        "<disease_confidence>": config.disease_token_id,
+        "<|image_pad|>": config.image_token_id,
+    }
     for token, expected in ids.items():
         found = tokenizer.convert_tokens_to_ids(token)
         if found != expected:
-            raise CTInstructError(f"The tokenizer in {source.name} gives {token} the id {found}, the model uses {expected}.")
+            raise CTInstructError(
+                f"The tokenizer in {source.name} gives {token} the id {found}, the model uses {expected}."
+            )
     tokenizer.padding_side = "left"
     template = tokenizer.chat_template
     if not isinstance(template, str) or "vision_start" not in template:
         template = QWEN2_VL_TEMPLATE
-    CTInstructProcessor(image_processor, tokenizer, chat_template=template, disease_lists=config.disease_lists).save_pretrained(folder)
+    CTInstructProcessor(
+        image_processor, tokenizer, chat_template=template, disease_lists=config.disease_lists
+    ).save_pretrained(folder)

@@ -151,11 +151,13 @@ class CTInstructConfig(PreTrainedConfig):
         "text_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="mpnet", optional=True),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    segmentation_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    """`CTInstructVisionConfig`, or a dict of its fields."""
+    segmentation_config: Any = None
+    """`CTInstructSegmentationConfig`, or a dict of its fields."""
+    text_config: Any = None
     """Any causal language model of Transformers."""
-    text_encoder_config: dict | PreTrainedConfig | None = None
+    text_encoder_config: Any = None
     """Any text encoder of Transformers, for stage one only; the paper's BioLORD-2023 is an MPNet."""
     contrastive_temperature: float = 0.07
     """Of the contrastive loss in stage one."""
@@ -182,8 +184,8 @@ class CTInstructConfig(PreTrainedConfig):
     disease_token_id: int = 7
     """Id of `<disease_confidence>`."""
     disease_head: Literal["per_disease", "shared"] = "per_disease"
-    disease_lists: dict[str, list[str]] | None = None
-    """Named lists of diseases, one linear head each; `ct_rate` and `rad_chestct` by default. Always in the order of
+    disease_lists: Any = None
+    """{name: [diseases]}: named lists, one linear head each; `ct_rate` and `rad_chestct` by default. Always in the order of
     their names, since a saved config is."""
     disease_positive_weights: dict[str, list[float]] | None = None
     """Per list, the weight of positive cases in the binary cross entropy."""

@@ -192,9 +192,7 @@ class CTInstructModel(CTInstructPreTrainedModel):
         bridged = self.bridger(features.last_hidden_state)
         parts = bridged.split([z * y * x * s for z, y, x, s in grids])
         order = self.config.image_token_order
-        features.pooler_output = [
-            to_token_order(part, grid, order) for part, grid in zip(parts, grids, strict=True)
-        ]
+        features.pooler_output = [to_token_order(part, grid, order) for part, grid in zip(parts, grids, strict=True)]
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return features if use_dict else features.to_tuple()
 
@@ -340,7 +338,9 @@ class CTInstructModel(CTInstructPreTrainedModel):
         if inputs_embeds is not None or (cache is not None and cache.get_seq_length() > 0):
             if vision_features is None:
                 return None
-            raise CTInstructError("Pass position_ids with inputs_embeds, or when a prompt with images continues a cache.")
+            raise CTInstructError(
+                "Pass position_ids with inputs_embeds, or when a prompt with images continues a cache."
+            )
         grid = vision_features.patch_grid if vision_features is not None else None
         positions, _ = self.get_rope_index(input_ids, grid, attention_mask)
         if self.config.answer_positions == "sequential":
@@ -405,8 +405,10 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             overrides = {**ids, **overrides}
             if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
                 language_model.resize_token_embeddings(len(tokenizer))
-        segmentation = decoder.config if decoder is not None else CTInstructSegmentationConfig(
-            feature_channels=tower.config.feature_channels
+        segmentation = (
+            decoder.config
+            if decoder is not None
+            else CTInstructSegmentationConfig(feature_channels=tower.config.feature_channels)
         )
         config = CTInstructConfig(
             vision_config=tower.config,
@@ -600,7 +602,9 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         if total == 0:
             return None
         if disease_ids is not None and len(disease_ids) != total:
-            raise CTInstructError(f"disease_ids has {len(disease_ids)} entries for {total} <disease_confidence> tokens.")
+            raise CTInstructError(
+                f"disease_ids has {len(disease_ids)} entries for {total} <disease_confidence> tokens."
+            )
         if self.config.disease_head == "shared":
             return torch.zeros(total, dtype=torch.long, device=input_ids.device)
         if disease_ids is not None:

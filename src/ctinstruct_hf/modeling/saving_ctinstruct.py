@@ -55,7 +55,10 @@ def add_auto_map(config_file: Path, auto_map: dict[str, str], dtype: str | None 
     config = json.loads(config_file.read_text())
     config["auto_map"] = auto_map
     if dtype is not None:
-        for part in (config, *(value for value in config.values() if isinstance(value, dict) and "model_type" in value)):
+        for part in (
+            config,
+            *(value for value in config.values() if isinstance(value, dict) and "model_type" in value),
+        ):
             part["dtype"] = dtype
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

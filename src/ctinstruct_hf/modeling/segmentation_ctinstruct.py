@@ -117,7 +117,10 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
         self.mask_embedding = nn.Sequential(
-            nn.Linear(width, config.mask_hidden_size), nn.GELU(), nn.Linear(config.mask_hidden_size, channels[0]), nn.GELU()
+            nn.Linear(width, config.mask_hidden_size),
+            nn.GELU(),
+            nn.Linear(config.mask_hidden_size, channels[0]),
+            nn.GELU(),
         )
         self.post_init()
 
@@ -210,7 +213,9 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             hidden = self.coarse(maps, tokens[wide])
             for first in range(0, wide.stop - wide.start, step):
                 narrow = slice(first, first + step)
-                painted = self.paint(embeddings[narrow], self.fine(tuple(part[narrow] for part in maps), hidden[narrow]))
+                painted = self.paint(
+                    embeddings[narrow], self.fine(tuple(part[narrow] for part in maps), hidden[narrow])
+                )
                 if canvas is None:
                     height, width = painted.shape[-2:]
                     canvas = painted.new_empty((painted.shape[1], z, s, y, height, x, width))

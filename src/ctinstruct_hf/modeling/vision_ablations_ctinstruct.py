@@ -24,9 +24,7 @@ def blocks_of(
         for _ in range(z * y * x):
             spans.setdefault(s, []).append(slice(start, start + s))
             start += s
-    return [
-        (s, rows, torch.stack([pixel_values[row] for row in rows])[:, None]) for s, rows in sorted(spans.items())
-    ]
+    return [(s, rows, torch.stack([pixel_values[row] for row in rows])[:, None]) for s, rows in sorted(spans.items())]
 
 
 def per_slice(volume: torch.Tensor, slices: int) -> torch.Tensor:
@@ -42,9 +40,7 @@ class Tower3D(nn.Module):
         """[P, 1, S, H, W] -> five maps [P * S, C, H / 2^k, W / 2^k]."""
         raise NotImplementedError
 
-    def forward(
-        self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int, int]]
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int, int]]) -> tuple[torch.Tensor, ...]:
         groups = blocks_of(pixel_values, grids)
         encoded = [self.encode(volume) for _, _, volume in groups]
         if len(groups) == 1:

@@ -93,9 +93,7 @@ class SliceEncoder(nn.Module):
             return self.encode(pixel_values)
         return self.encode_in_chunks(pixel_values, slice_mask)
 
-    def encode_in_chunks(
-        self, pixel_values: torch.Tensor, slice_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+    def encode_in_chunks(self, pixel_values: torch.Tensor, slice_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The same maps with bounded memory; padding slices, all alike, are computed once."""
         count = pixel_values.shape[0]
         rows = torch.arange(count, device=pixel_values.device)
@@ -367,7 +365,7 @@ class SliceAttention(nn.Module):
         Returns:
             [B*Z*Y*X*S, D].
         """
-        z, y, x, s = grid
+        z, y, x, _s = grid
         if self.released:
             last_map = last_map.mean(dim=(2, 3), keepdim=True)
         h, w = last_map.shape[2:]

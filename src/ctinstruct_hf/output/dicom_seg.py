@@ -69,22 +69,31 @@ def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -
         raise CTInstructError("DICOM SEG needs highdicom: pip install 'ctinstruct-hf[dicom-seg]'.") from error
     files = volume.source.dicom_files
     if volume.source.kind != "dicom" or not files:
-        raise CTInstructError(f"{volume.source.name or 'The scan'} is no DICOM series on disk: DICOM SEG references one.")
+        raise CTInstructError(
+            f"{volume.source.name or 'The scan'} is no DICOM series on disk: DICOM SEG references one."
+        )
     slices: list[Any] = [pydicom.dcmread(file, stop_before_pixels=True) for file in dict.fromkeys(files)]
     for one in slices:
         if not one.get("SOPClassUID"):
-            one.SOPClassUID, one.SOPInstanceUID = one.file_meta.MediaStorageSOPClassUID, one.file_meta.MediaStorageSOPInstanceUID
+            one.SOPClassUID, one.SOPInstanceUID = (
+                one.file_meta.MediaStorageSOPClassUID,
+                one.file_meta.MediaStorageSOPInstanceUID,
+            )
         for name in _EXPECTED:
             if name not in one:
                 setattr(one, name, None if name != "StudyInstanceUID" else pydicom.uid.generate_uid())
         if not one.get("FrameOfReferenceUID"):
             raise CTInstructError(f"{volume.source.name} has no frame of reference: DICOM SEG cannot be placed in it.")
-    stored = [np.asarray(volume.to_source(mask.astype(np.uint8)).dataobj).transpose(2, 1, 0) > 0 for mask in masks.values()]
+    stored = [
+        np.asarray(volume.to_source(mask.astype(np.uint8)).dataobj).transpose(2, 1, 0) > 0 for mask in masks.values()
+    ]
     pixels = np.stack(stored, axis=-1)  # (frames, rows, columns, segments)
     descriptions = []
     for number, name in enumerate(masks, start=1):
         code, meaning, category = CODES.get(name, ("", name, _ANATOMY))
-        concept = CodedConcept(code, "SCT", meaning) if code else CodedConcept(f"CTI{number}", "99CTINSTRUCT", name[:64])
+        concept = (
+            CodedConcept(code, "SCT", meaning) if code else CodedConcept(f"CTI{number}", "99CTINSTRUCT", name[:64])
+        )
         descriptions.append(
             hd.seg.SegmentDescription(
                 segment_number=number,

@@ -106,7 +106,9 @@ def save_study(
             "segmentation": segmentation,
             "warnings": study.warnings,
         }
-        (draft / "findings.json").write_text(json.dumps(findings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (draft / "findings.json").write_text(
+            json.dumps(findings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         notice = "Research use only. Not a diagnosis.\n"
         text = results.report if results.report is not None else "No report was asked for."
         lines = [notice, *(f"Note: {note}\n" for note in study.warnings), text, ""]

@@ -22,7 +22,7 @@ def save_label_map(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -
     The table of names stands in `<name>.json` beside it and in the header, as the XML that 3D viewers read.
     """
     labels = np.zeros(volume.hu.shape, dtype=np.uint8 if len(masks) < 256 else np.uint16)
-    names = {index: name for index, name in enumerate(masks, start=1)}
+    names = dict(enumerate(masks, start=1))
     for index, name in names.items():
         labels[masks[name]] = index
     image = volume.to_source(labels)

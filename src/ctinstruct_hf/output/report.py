@@ -58,18 +58,25 @@ def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
         facts(study, findings),
     ]
     if findings["report"] is not None:
-        parts += ["<h2>Report</h2>", f'<p class="text">{escape(findings["report"]) or "<em>The model wrote nothing.</em>"}</p>']
+        parts += [
+            "<h2>Report</h2>",
+            f'<p class="text">{escape(findings["report"]) or "<em>The model wrote nothing.</em>"}</p>',
+        ]
     if findings["answers"]:
         parts.append("<h2>Questions</h2>")
         for pair in findings["answers"]:
             answer = escape(pair["answer"]) or "<em>no answer</em>"
-            parts.append(f'<p><strong>{escape(pair["question"])}</strong></p><blockquote class="text">{answer}</blockquote>')
+            parts.append(
+                f'<p><strong>{escape(pair["question"])}</strong></p><blockquote class="text">{answer}</blockquote>'
+            )
     if findings["diagnosis"]:
         parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
     if findings["segmentation"]:
         parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"])]
     parts += ["<h2>Pictures</h2>", pictures(volume, study.results.masks)]
-    parts.append(f"</main><footer>Made by ctinstruct-hf {__version__}. Left in the picture is the patient's right.</footer></body></html>")
+    parts.append(
+        f"</main><footer>Made by ctinstruct-hf {__version__}. Left in the picture is the patient's right.</footer></body></html>"
+    )
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -93,7 +100,9 @@ def facts(study: Study, findings: dict[str, Any]) -> str:
         if study.processor.image_processor.intensity == "window"
         else study.processor.image_processor.intensity,
     }
-    return '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+    return (
+        '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+    )
 
 
 def bars(probabilities: dict[str, float]) -> str:
@@ -132,7 +141,9 @@ def pictures(volume: CTVolume, masks: dict[str, np.ndarray]) -> str:
     if depth > 1:
         planes += [("Coronal", 1, height // 2), ("Sagittal", 2, width // 2)]
     for title, axis, index in planes:
-        figures.append(figure(picture(volume, shown, axis, index, "soft tissue"), f"{title}, soft tissue window", title))
+        figures.append(
+            figure(picture(volume, shown, axis, index, "soft tissue"), f"{title}, soft tissue window", title)
+        )
     figures.append(figure(picture(volume, shown, 0, depth // 2, "lung"), "Axial, lung window", "Axial, lung"))
     for name, mask in shown:
         if not mask.any():
@@ -152,9 +163,7 @@ def figure(image: Image.Image, caption: str, title: str) -> str:
     return f'<figure><img alt="{escape(title)}: CT slice with outlines of structures" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def picture(
-    volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str
-) -> Image.Image:
+def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str) -> Image.Image:
     """One slice in a window with the outlines of masks; head up, the patient's right on the left."""
     low, high = WINDOWS[window]
     plane = np.take(volume.hu, index, axis=axis).astype(np.float32)
@@ -164,12 +173,21 @@ def picture(
     scale = PICTURE_SIDE / max(tall, wide)
     size = (max(1, round(wide * scale)), max(1, round(tall * scale)))
     flip = axis != 0  # rows run from the feet up there
-    image = np.asarray(Image.fromarray(grey[::-1] if flip else grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")).copy()
+    image = np.asarray(
+        Image.fromarray(grey[::-1] if flip else grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
+    ).copy()
     for number, (_, mask) in enumerate(masks):
         part = np.take(mask, index, axis=axis)
         if not part.any():
             continue
-        large = np.asarray(Image.fromarray((part[::-1] if flip else part).astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) > 127
+        large = (
+            np.asarray(
+                Image.fromarray((part[::-1] if flip else part).astype(np.uint8) * 255).resize(
+                    size, Image.Resampling.BILINEAR
+                )
+            )
+            > 127
+        )
         image[outline(large)] = tuple(int(COLOURS[number % len(COLOURS)][i : i + 2], 16) for i in (1, 3, 5))
     return Image.fromarray(image)
 

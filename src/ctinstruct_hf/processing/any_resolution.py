@@ -172,7 +172,11 @@ def resized_slices(
         for old in [index for index in in_plane if index < needed[0]]:
             del in_plane[old]
         if fresh:
-            stack = volume[fresh].float() if len(fresh) != fresh[-1] - fresh[0] + 1 else volume[fresh[0] : fresh[-1] + 1].float()
+            stack = (
+                volume[fresh].float()
+                if len(fresh) != fresh[-1] - fresh[0] + 1
+                else volume[fresh[0] : fresh[-1] + 1].float()
+            )
             if stack.shape[1:] != size[1:]:
                 stack = F.interpolate(stack[:, None], size=size[1:], mode="bilinear", align_corners=corners)[:, 0]
             in_plane.update(zip(fresh, stack, strict=True))
@@ -213,9 +217,9 @@ def write_slices(patches: torch.Tensor, slices: torch.Tensor, depth: int, fit: C
             for column in range(columns):
                 near, far = max(left, column * w), min(left + image.shape[1], (column + 1) * w)
                 if up < down and near < far:
-                    patches[plane, row, column, place, up - row * h : down - row * h, near - column * w : far - column * w] = image[
-                        up - top : down - top, near - left : far - left
-                    ]
+                    patches[
+                        plane, row, column, place, up - row * h : down - row * h, near - column * w : far - column * w
+                    ] = image[up - top : down - top, near - left : far - left]
 
 
 def labels_on_canvas(labels: torch.Tensor, fit: CanvasFit) -> torch.Tensor:

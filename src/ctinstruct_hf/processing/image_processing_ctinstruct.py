@@ -70,7 +70,12 @@ class CTInstructImageProcessor(BaseImageProcessor):
             if settings[name] not in allowed:
                 raise CTInstructError(f"{name} is '{settings[name]}': use one of {', '.join(allowed)}.")
         patch = settings["patch_size"]
-        if not {"depth", "height", "width"} <= set(patch) or patch["height"] % 32 or patch["width"] % 32 or min(patch.values()) < 1:
+        if (
+            not {"depth", "height", "width"} <= set(patch)
+            or patch["height"] % 32
+            or patch["width"] % 32
+            or min(patch.values()) < 1
+        ):
             raise CTInstructError(f"patch_size is {patch}: give depth, height and width, the last two divisible by 32.")
         if settings["max_patches"] < 1:
             raise CTInstructError(f"max_patches is {settings['max_patches']}: at least 1 is needed.")
@@ -201,7 +206,9 @@ class CTInstructImageProcessor(BaseImageProcessor):
         """A label volume in the axes of `volume.hu` as `mask_labels`: int8 [D, H, W] on the canvas, −1 = padding."""
         array = np.asarray(labels)
         if array.shape != volume.hu.shape:
-            raise CTInstructError(f"The labels have shape {array.shape}, the volume {volume.hu.shape}: they must be equal.")
+            raise CTInstructError(
+                f"The labels have shape {array.shape}, the volume {volume.hu.shape}: they must be equal."
+            )
         if self.axes == "file" and volume.source.kind != "array":
             array = volume.in_file_axes(array).transpose(2, 0, 1)
         return labels_on_canvas(as_tensor(array.astype(np.int8)), self.fit_of(volume))

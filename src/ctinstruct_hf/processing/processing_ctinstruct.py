@@ -15,7 +15,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_ctinstruct import CTInstructImageProcessor, as_auto_class, flatten_images
+from .image_processing_ctinstruct import as_auto_class, flatten_images
 from .volume import CTInstructError, CTVolume
 
 SEG_TOKEN = "<SEG>"
@@ -121,7 +121,9 @@ class CTInstructProcessor(ProcessorMixin):
         names = inspect.signature(type(self.image_processor).__init__).parameters
         twice = sorted(name for name in options if name in images or name in text)
         if twice:
-            raise CTInstructError(f"{', '.join(twice)} is given twice: as itself and inside images_kwargs or text_kwargs.")
+            raise CTInstructError(
+                f"{', '.join(twice)} is given twice: as itself and inside images_kwargs or text_kwargs."
+            )
         for name, value in {**options, **common}.items():
             (images if name in names else text).setdefault(name, value)
         for name in ("return_tensors", "device"):
@@ -134,7 +136,9 @@ class CTInstructProcessor(ProcessorMixin):
         """Each `<|image_pad|>` repeated to one per slice of its image."""
         places = sum(text.count(IMAGE_TOKEN) for text in texts)
         if places != len(tokens):
-            raise CTInstructError(f"The texts have {places} {IMAGE_TOKEN} for {len(tokens)} images: one each is needed.")
+            raise CTInstructError(
+                f"The texts have {places} {IMAGE_TOKEN} for {len(tokens)} images: one each is needed."
+            )
         counts = iter(tokens)
         return [re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(counts), text) for text in texts]
 
@@ -211,12 +215,16 @@ class CTInstructProcessor(ProcessorMixin):
         if diseases is None:
             fitting = [names for names in self.disease_lists.values() if len(names) == len(scores)]
             if len(fitting) != 1:
-                raise CTInstructError(f"There are {len(scores)} probabilities and no single list of that length: pass diseases.")
+                raise CTInstructError(
+                    f"There are {len(scores)} probabilities and no single list of that length: pass diseases."
+                )
             diseases = fitting[0]
         nested = bool(diseases) and not isinstance(diseases[0], str)
         groups: Sequence[Sequence[str]] = diseases if nested else [diseases]  # type: ignore[assignment]
         if sum(len(names) for names in groups) != len(scores):
-            raise CTInstructError(f"There are {len(scores)} probabilities for {sum(len(names) for names in groups)} diseases.")
+            raise CTInstructError(
+                f"There are {len(scores)} probabilities for {sum(len(names) for names in groups)} diseases."
+            )
         rest = iter(scores)
         results = [{name: next(rest) for name in names} for names in groups]
         return results if nested else results[0]
@@ -224,7 +232,11 @@ class CTInstructProcessor(ProcessorMixin):
     def write_out(self, text: str, probabilities: Iterable[float] = ()) -> str:
         """An answer for people: "calcification 0.90, bronchiectasis 0.20" for its tokens, special tokens left out."""
         rest = iter(probabilities)
-        text = re.sub(re.escape(DISEASE_TOKEN), lambda token: f"{value:.2f}" if (value := next(rest, None)) is not None else token[0], text)
+        text = re.sub(
+            re.escape(DISEASE_TOKEN),
+            lambda token: f"{value:.2f}" if (value := next(rest, None)) is not None else token[0],
+            text,
+        )
         special = [token for token in self.tokenizer.all_special_tokens if token not in (SEG_TOKEN, DISEASE_TOKEN)]
         for token in special:
             text = text.replace(token, "")
@@ -251,7 +263,9 @@ class CTInstructProcessor(ProcessorMixin):
         if settings_file.exists():  # how it was loaded is no part of the tokenizer
             settings = json.loads(settings_file.read_text(encoding="utf-8"))
             kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
-            settings_file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+            settings_file.write_text(
+                json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         return saved
 
     @property

@@ -172,7 +172,9 @@ def read_volume(
         return _from_picture(source, "the picture", spacing, window)
     array = _as_numpy(source)
     if array.dtype == object:
-        raise CTInstructError(f"A volume cannot be read from a {type(source).__name__}: give a path, an image or an array.")
+        raise CTInstructError(
+            f"A volume cannot be read from a {type(source).__name__}: give a path, an image or an array."
+        )
     return from_array(array, spacing or (1.0, 1.0, 1.0), keep_padding=keep_padding)
 
 
@@ -311,7 +313,9 @@ def _read_itk(path: Path, limit: Limits) -> CTVolume:
         reader.ReadImageInformation()
         check_size(path.name, reader.GetSize(), 4, limit)
         if reader.GetNumberOfComponents() != 1:
-            raise CTInstructError(f"{path.name} has {reader.GetNumberOfComponents()} values per voxel: expected CT in HU.")
+            raise CTInstructError(
+                f"{path.name} has {reader.GetNumberOfComponents()} values per voxel: expected CT in HU."
+            )
         if reader.GetDimension() not in (2, 3):
             raise CTInstructError(f"{path.name} has {reader.GetDimension()} dimensions: give one volume of it.")
         image = reader.Execute()
@@ -326,7 +330,9 @@ def _from_simpleitk(image: Any, kind: str, limit: Limits) -> CTVolume:
     import SimpleITK
 
     if image.GetNumberOfComponentsPerPixel() != 1:
-        raise CTInstructError(f"The image has {image.GetNumberOfComponentsPerPixel()} values per voxel: expected CT in HU.")
+        raise CTInstructError(
+            f"The image has {image.GetNumberOfComponentsPerPixel()} values per voxel: expected CT in HU."
+        )
     if image.GetDimension() == 2:
         image = SimpleITK.JoinSeries(image)
     if image.GetDimension() != 3:
@@ -372,9 +378,13 @@ def _read_array_file(path: Path, spacing: tuple[float, float, float] | None, lim
         try:
             spacing = tuple(json.loads(sidecar.read_text())["spacing"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CTInstructError(f"{sidecar.name} has no 'spacing': expected {{\"spacing\": [d, h, w]}} in mm.") from error
+            raise CTInstructError(
+                f"{sidecar.name} has no 'spacing': expected {{\"spacing\": [d, h, w]}} in mm."
+            ) from error
     if spacing is None:
-        raise CTInstructError(f"{path.name} has no voxel spacing: pass spacing=(depth, height, width) in mm, or {sidecar.name}.")
+        raise CTInstructError(
+            f"{path.name} has no voxel spacing: pass spacing=(depth, height, width) in mm, or {sidecar.name}."
+        )
     volume = from_array(array, spacing, path.name, keep_padding=limit.keep_padding)
     volume.source.path = path
     return volume

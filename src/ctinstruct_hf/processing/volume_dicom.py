@@ -76,9 +76,7 @@ class Slice:
     frame: int = 0
 
 
-def read_dicom(
-    path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits
-) -> CTVolume:
+def read_dicom(path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
     """A DICOM file, folder or zip; see `read_volume`."""
     before = pydicom.config.settings.reading_validation_mode
     # pydicom's warnings quote what they find, and that may be a patient's
@@ -89,9 +87,7 @@ def read_dicom(
         pydicom.config.settings.reading_validation_mode = before
 
 
-def _read_dicom(
-    path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits
-) -> CTVolume:
+def _read_dicom(path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
     if path.is_file() and zipfile.is_zipfile(path):
         return _read_zip(path, series, spacing, limit)
     files = [path] if path.is_file() else list_files(path)
@@ -127,7 +123,9 @@ def _read_zip(path: Path, series: str | None, spacing: tuple[float, float, float
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             if sum(member.file_size for member in members) > limit.bytes:
-                raise CTInstructError(f"{path.name} would unpack to more than the {limit.bytes / 2**30:.3g} GiB allowed.")
+                raise CTInstructError(
+                    f"{path.name} would unpack to more than the {limit.bytes / 2**30:.3g} GiB allowed."
+                )
             budget = limit.bytes
             for index, member in enumerate(members):
                 suffix = "".join(Path(Path(member.filename).name).suffixes[-2:]).lower()
@@ -192,7 +190,9 @@ def choose_series(
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
         raise CTInstructError(f"{name} holds no CT image ({kinds}): only CT can be read.")
     if left_out:
-        warnings.append("Left out beside the CT: " + ", ".join(f"{count} {kind}" for kind, count in left_out.items()) + ".")
+        warnings.append(
+            "Left out beside the CT: " + ", ".join(f"{count} {kind}" for kind, count in left_out.items()) + "."
+        )
     if wanted is not None:
         if wanted not in series:
             raise CTInstructError(f"{name} has no CT series {wanted}; it has {_listed(series)}.")
@@ -218,7 +218,8 @@ def _kind(header: Any) -> str:
 
 def _listed(series: dict[str, list[tuple[Path, Any]]]) -> str:
     return ", ".join(
-        f"{uid} ({len(members)} files, {members[0][1].get('SliceThickness', '?')} mm)" for uid, members in series.items()
+        f"{uid} ({len(members)} files, {members[0][1].get('SliceThickness', '?')} mm)"
+        for uid, members in series.items()
     )
 
 
@@ -302,7 +303,9 @@ def numbers(dataset: Any, keyword: str) -> list[float]:
     value = element.value
     if isinstance(value, bytes):
         return [float(part) for part in value.rstrip(b"\0 ").split(b"\\") if part.strip()]
-    return [float(part) for part in (value if isinstance(value, list | tuple | pydicom.multival.MultiValue) else [value])]
+    return [
+        float(part) for part in (value if isinstance(value, list | tuple | pydicom.multival.MultiValue) else [value])
+    ]
 
 
 def integer(dataset: Any, keyword: str, default: int = 0) -> int:
@@ -337,8 +340,11 @@ def order_slices(slices: list[Slice], warnings: list[str]) -> list[Slice]:
     if len(repeated) == 0:
         return slices
     places = len(slices) - len(repeated)
-    if places == 1 and len(slices) > 1 and all("ImagePositionPatient" not in one.header for one in slices) and not any(
-        one.header.get("PerFrameFunctionalGroupsSequence") for one in slices
+    if (
+        places == 1
+        and len(slices) > 1
+        and all("ImagePositionPatient" not in one.header for one in slices)
+        and not any(one.header.get("PerFrameFunctionalGroupsSequence") for one in slices)
     ):
         raise CTInstructError(f"{slices[0].path.name} and its series have no slice positions: they cannot be ordered.")
     if places > 1 and len(slices) % places == 0 and len(slices) // places > 1:
@@ -373,7 +379,13 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     affine[:3, 3] = first.position
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     source = VolumeSource(
-        (columns, rows, len(slices)), affine, np.zeros((3, 2)), "dicom", name, path, dicom_files=[one.path for one in slices]
+        (columns, rows, len(slices)),
+        affine,
+        np.zeros((3, 2)),
+        "dicom",
+        name,
+        path,
+        dicom_files=[one.path for one in slices],
     )
     stored = hu.transpose(2, 1, 0)  # (i, j, k)
     drift = positions - first.position
@@ -391,9 +403,13 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
         warnings.append(f"Slice distances are uneven ({gaps}): resampled to one every {step:g} mm.")
     if tilted:
         slope = np.linalg.norm(drift[-1] - distances[-1] * normal) / max(float(distances[-1]), 1e-6)
-        warnings.append(f"The gantry was tilted by {np.degrees(np.arctan(slope)):.1f} degrees: resampled to an upright grid.")
+        warnings.append(
+            f"The gantry was tilted by {np.degrees(np.arctan(slope)):.1f} degrees: resampled to an upright grid."
+        )
     count = int(np.floor(distances[-1] / step + 1e-3)) + 1
-    resampling = source.resampling = SliceResampling(distances, shifts if tilted else np.zeros_like(shifts), step, count)
+    resampling = source.resampling = SliceResampling(
+        distances, shifts if tilted else np.zeros_like(shifts), step, count
+    )
     upright = affine.copy()
     upright[:3, 3] -= resampling.margins[0] * affine[:3, 0] + resampling.margins[2] * affine[:3, 1]
     if not even:
@@ -486,7 +502,7 @@ def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], 
     if np.dtype(dtype) == np.int16:
         lowest = np.iinfo(np.int16).min if keep_padding else AIR_HU
         low, high = int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)
-        if slope == 1 and padded is None and -(2**15) <= low and high < 2**15 and abs(intercept) < 2**15:
+        if slope == 1 and padded is None and low >= -(2**15) and high < 2**15 and abs(intercept) < 2**15:
             values = stored.view(np.int16) + np.int16(intercept)  # wraps where uint16 does, so the sum is right
             return values if low >= lowest else np.maximum(values, np.int16(lowest), out=values)
         values = stored.astype(np.int32) * int(slope) + int(intercept)
@@ -527,7 +543,11 @@ def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
     """The usual slice (16-bit little endian, slope 1) read straight into its place; False where it is not usual."""
     header = one.header
     syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
-    usual = syntax in _PLAIN and integer(header, "BitsAllocated", 16) == 16 and integer(header, "BitsStored", 16) in (12, 16)
+    usual = (
+        syntax in _PLAIN
+        and integer(header, "BitsAllocated", 16) == 16
+        and integer(header, "BitsStored", 16) in (12, 16)
+    )
     slope, intercept = 1.0 if one.slope is None else one.slope, one.intercept or 0.0
     if not usual or slope != 1 or abs(intercept) >= 2**14 or "PixelPaddingValue" in header or one.frame:
         return False
@@ -541,7 +561,11 @@ def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
     low, high = int(hu.min()), int(hu.max())
     signed = integer(header, "PixelRepresentation", 0) == 1
     bits = integer(header, "BitsStored", 16)
-    if (not signed and low < 0) or (bits == 12 and (signed or high >= 2**12)) or not -(2**15) <= low + intercept <= high + intercept < 2**15:
+    if (
+        (not signed and low < 0)
+        or (bits == 12 and (signed or high >= 2**12))
+        or not -(2**15) <= low + intercept <= high + intercept < 2**15
+    ):
         return False
     hu += np.int16(intercept)
     if not keep_padding and low + intercept < AIR_HU:

@@ -49,7 +49,9 @@ def from_nibabel(image: Any, limit: Limits, path: Path | None = None) -> CTVolum
         header.set_slope_inter(1.0, 0.0)
     if getattr(image, "affine", None) is not None and not np.allclose(image.affine, header.get_best_affine()):
         header.set_sform(image.affine, code=1)
-    return _volume(_squeezed(raw, name), header, path.name if path else "", path, "nibabel" if path is None else "nifti", limit)
+    return _volume(
+        _squeezed(raw, name), header, path.name if path else "", path, "nibabel" if path is None else "nifti", limit
+    )
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -130,9 +132,7 @@ def _squeezed(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _volume(
-    stored: np.ndarray, header: Any, name: str, path: Path | None, kind: str, limit: Limits
-) -> CTVolume:
+def _volume(stored: np.ndarray, header: Any, name: str, path: Path | None, kind: str, limit: Limits) -> CTVolume:
     warnings: list[str] = []
     what = name or "the image"
     affine = _affine(header, what, warnings)

@@ -44,7 +44,9 @@ class SliceResampling:
         def slice_of(index: int) -> np.ndarray:
             if index not in upright:
                 canvas = np.full(shape, fill, dtype=np.float32)
-                canvas[before_i : before_i + stored.shape[0], before_j : before_j + stored.shape[1]] = stored[..., index]
+                canvas[before_i : before_i + stored.shape[0], before_j : before_j + stored.shape[1]] = stored[
+                    ..., index
+                ]
                 upright[index] = shifted(canvas, *self.shifts[index], fill=fill)
                 for old in [key for key in upright if key < index - 1]:
                     del upright[old]

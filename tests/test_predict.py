@@ -1,0 +1,149 @@
+"""The main job as a user runs it: real processes, real scans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from conftest import shared
+from processing.test_volume import bad_files
+
+
+def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ctinstruct_hf.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_predict_writes_everything_on_the_scans_own_grid(small_scan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("predict", "-i", small_scan, "-o", out, "--report", "--ask", "Is there a nodule?", "--segment", "liver,left lung", "--diagnose", "all")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    findings = json.loads((out / "findings.json").read_text())
+    assert findings["source"] == "scan.nii.gz"
+    assert findings["research_use_only"] is True
+    assert "untrained" in findings["model"] or findings["model"] == "ctinstruct-tiny"
+    assert isinstance(findings["report"], str)
+    assert findings["answers"][0]["question"] == "Is there a nodule?"
+    assert {"cardiomegaly", "lung nodule", "calcification"} <= set(findings["diagnosis"])
+    assert all(0 <= value <= 1 for value in findings["diagnosis"].values())
+    source = nib.load(small_scan)
+    for name, numbers in findings["segmentation"].items():
+        mask = nib.load(out / numbers["file"])
+        assert mask.shape == source.shape, name
+        assert np.array_equal(mask.affine, source.affine)
+        assert int(np.asarray(mask.dataobj).sum()) == numbers["voxels"]
+    assert set(findings["segmentation"]) == {"liver", "left lung"}
+    assert "Research use only" in (out / "report.txt").read_text()
+    assert "Research use only" in (out / "report.html").read_text()
+    assert "Research use only" in done.stderr
+
+
+@pytest.mark.parametrize("scan", ["abdomen/ct.nii.gz", "body_dicom"])
+def test_real_scans_end_in_under_a_minute_with_masks_in_place(scan: str, tmp_path: Path) -> None:
+    path, out = shared(f"data/{scan}"), tmp_path / "out"
+    start = time.monotonic()
+    done = run(
+        "predict",
+        "-i",
+        path,
+        "-o",
+        out,
+        "--report",
+        "--segment",
+        "liver,spine",
+        "--diagnose",
+        "ct_rate",
+        "--ask",
+        "What is seen?",
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 60
+    if path.is_dir():
+        reader = SimpleITK.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(path)))
+        theirs = reader.Execute()
+        shape, affine = theirs.GetSize(), np.eye(4)
+        affine[:3, :3] = np.reshape(theirs.GetDirection(), (3, 3)) * theirs.GetSpacing()
+        affine[:3, 3] = theirs.GetOrigin()
+        affine = np.diag([-1, -1, 1, 1]) @ affine
+    else:
+        shape, affine = nib.load(path).shape, nib.load(path).affine
+    masks = sorted((out / "masks").iterdir())
+    assert [file.name for file in masks] == ["liver.nii.gz", "spine.nii.gz"]
+    for file in masks:
+        assert nib.load(file).shape == shape
+        assert np.allclose(nib.load(file).affine, affine, atol=1e-4)
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    out = tmp_path / "results" / "out"
+    for name, (path, _) in bad_files(source).items():
+        done = run("predict", "-i", path, "-o", out)
+        assert done.returncode == 2, name
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("ctinstruct: ")
+        assert "Traceback" not in done.stderr
+        assert not out.exists(), name
+    assert not list(tmp_path.glob("**/.out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--diagnose", "nothing known"], "no head for nothing known"),
+        (["--model", "/nowhere"], "cannot be loaded"),
+        (["--device", "cuda:7"], "cannot be used"),
+        (["--dtype", "float7"], "use float32"),
+        (["--spacing", "1,2"], "three numbers"),
+        (["--output-type", "jpeg", "--segment", "liver"], "output type jpeg"),
+    ],
+)
+def test_bad_options_are_one_sentence(small_scan: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    done = run("predict", "-i", small_scan, "-o", tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_scans_goes_on_after_a_bad_one(small_scan: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "a.nii.gz").write_bytes(small_scan.read_bytes())
+    (folder / "b.nii.gz").write_bytes(b"broken")
+    (folder / "c.nii.gz").write_bytes(small_scan.read_bytes())
+    done = run("predict", "-i", folder, "-o", tmp_path / "out", "--segment", "liver", "--ml")
+    assert done.returncode == 2
+    assert "1 of 3 scans failed" in done.stderr
+    assert "b.nii.gz" in done.stderr
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["a", "c"]
+    assert (tmp_path / "out" / "a" / "masks" / "labels.nii.gz").exists()
+
+
+def test_the_demo_needs_no_network(tmp_path: Path) -> None:
+    done = run("demo", "-o", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    page = tmp_path / "demo" / "results" / "report.html"
+    assert str(page) in done.stdout
+    assert page.read_text().count("<img") > 5
+
+
+def test_help_and_import_are_quick() -> None:
+    fastest = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = run("--help")
+        fastest.append(time.monotonic() - start)
+        assert "predict" in done.stdout
+    assert min(fastest) < 1.0
+    code = "import sys, ctinstruct_hf; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
