@@ -25,6 +25,13 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, c
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 
 
+def _quiet() -> None:
+    """No bars of Transformers between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
@@ -47,6 +54,7 @@ def demo(
 
     from .demo import run_demo
 
+    _quiet()
     console = Console(stderr=True)
     with console.status("starting") as status:
         study = run_demo(output, seed, tell=status.update)
@@ -82,6 +90,7 @@ def predict(
 
     from .predict import Request, find_scans, predict_study, scan_name
 
+    _quiet()
     request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
     request.report = request.report or request.empty
     mm = None

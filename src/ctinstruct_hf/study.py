@@ -61,6 +61,24 @@ class Results:
     masks: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@functools.lru_cache(maxsize=4)
+def load_processor(model: str | None = None) -> CTInstructProcessor:
+    """The processor of a model, by folder or name; the bundled model's by default.
+
+    Raises:
+        CTInstructError: where there is no such model.
+    """
+    if model is None and not (BUNDLED_MODEL / "config.json").exists():
+        raise CTInstructError("The bundled model is missing: run `python scripts/build_tiny.py`, or name a model.")
+    folder = str(model or BUNDLED_MODEL)
+    try:
+        return CTInstructProcessor.from_pretrained(folder)
+    except CTInstructError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CTInstructError(f"model '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
 @functools.lru_cache(maxsize=2)
 def load_model(
     model: str | None = None, device: str | None = None, dtype: str | None = None
@@ -75,9 +93,8 @@ def load_model(
     Raises:
         CTInstructError: where there is no such model, device or dtype.
     """
+    processor = load_processor(model)
     folder = str(model or BUNDLED_MODEL)
-    if model is None and not (BUNDLED_MODEL / "config.json").exists():
-        raise CTInstructError("The bundled model is missing: run `python scripts/build_tiny.py`, or name a model.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = dtype or ("float32" if place == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16", "float16"):
@@ -89,7 +106,6 @@ def load_model(
         raise CTInstructError(f"device '{place}' cannot be used here: {str(error).splitlines()[0]}") from error
     try:
         network = CTInstructForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, kind))
-        processor = CTInstructProcessor.from_pretrained(folder)
     except CTInstructError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -144,9 +160,11 @@ class Study:
         from .processing.volume import read_volume
 
         sources = source if isinstance(source, list | tuple) else [source]
-        network, processor = model if isinstance(model, tuple) else load_model(model, device, dtype)
+        processor = model[1] if isinstance(model, tuple) else load_processor(model)
         keep = processor.image_processor.intensity == "zscore"
+        # the scan first: it is where things go wrong, and it is quick
         volumes = [read_volume(one, **{"keep_padding": keep, **reading}) for one in sources]
+        network = model[0] if isinstance(model, tuple) else load_model(model, device, dtype)[0]
         return cls(volumes, network, processor)
 
     @property

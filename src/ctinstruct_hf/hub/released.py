@@ -266,7 +266,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard:
+                for name in list(shard.keys()):
                     part = shard.get_slice(name)
                     entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
         except Exception as error:

@@ -257,6 +257,10 @@ class CTInstructProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # what the last call set is no part of the tokenizer
+            backend.no_padding()
+            backend.no_truncation()
         with as_auto_class(self, "AutoProcessor"), as_auto_class(self.image_processor, "AutoImageProcessor"):
             saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         settings_file = Path(save_directory) / "tokenizer_config.json"

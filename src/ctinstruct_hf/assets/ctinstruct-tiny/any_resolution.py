@@ -1,0 +1,247 @@
+"""Any resolution: a volume of any size on a canvas of whole patches, and logits from the canvas back (section 3.2).
+
+Everything is said in the volume's axes (depth, height, width); patches lie along them as Z, Y, X.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CanvasFit:
+    """How one volume lies on its canvas.
+
+    Attributes:
+        volume: (depth, height, width) voxels of the volume.
+        start, size: the box of the volume that is fitted; all of it unless it was cropped to its foreground.
+        resized: the box after the resize.
+        offset: first voxel of the resized box on the canvas.
+        patch: (depth, height, width) voxels of a patch.
+        grid: patches (Z, Y, X) along depth, height and width.
+        corners: resize between the centres of the corner voxels (the release) instead of between their outer faces.
+    """
+
+    volume: Size
+    start: Size
+    size: Size
+    resized: Size
+    offset: Size
+    patch: Size
+    grid: Size
+    corners: bool = False
+
+    @property
+    def canvas(self) -> Size:
+        """(depth, height, width) voxels of the canvas."""
+        return tuple(count * side for count, side in zip(self.grid, self.patch, strict=True))  # type: ignore[return-value]
+
+    @property
+    def rows(self) -> int:
+        """Slices of all patches: rows of `pixel_values`, and image tokens."""
+        return math.prod(self.grid) * self.patch[0]
+
+    def slice_mask(self) -> torch.Tensor:
+        """bool [Z, Y, X, S], False where a slice of a patch holds nothing of the volume."""
+        masks = []
+        for axis in range(3):
+            voxels = torch.arange(self.canvas[axis]).view(self.grid[axis], self.patch[axis])
+            inside = (voxels >= self.offset[axis]) & (voxels < self.offset[axis] + self.resized[axis])
+            masks.append(inside if axis == 0 else inside.any(1))
+        depth, height, width = masks
+        return depth[:, None, None, :] & height[None, :, None, None] & width[None, None, :, None]
+
+
+@lru_cache(maxsize=256)
+def choose_grid(shape: Size, patch: Size, max_patches: int) -> Size:
+    """Patches (Z, Y, X) of the best canvas: it keeps most voxels after an aspect-preserving resize, then wastes least.
+
+    Args:
+        shape: (depth, height, width) of the volume.
+        patch: the same of a patch.
+        max_patches: the most patches a canvas may have.
+    """
+    best: tuple[int, int] | None = None
+    chosen = (1, 1, 1)
+    for y in range(1, max_patches + 1):
+        for x in range(1, max_patches // y + 1):
+            for z in range(1, max_patches // (y * x) + 1):
+                canvas = (z * patch[0], y * patch[1], x * patch[2])
+                scale = min(side / length for side, length in zip(canvas, shape, strict=True))
+                kept = min(math.prod(int(length * scale) for length in shape), math.prod(shape))
+                score = (kept, kept - math.prod(canvas))
+                if best is None or score > best:
+                    best, chosen = score, (z, y, x)
+    return chosen
+
+
+def fit_to_canvas(
+    volume: Size,
+    patch: Size,
+    max_patches: int,
+    fit: str = "aspect",
+    box: tuple[Size, Size] | None = None,
+    zoom: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> CanvasFit:
+    """Choose the canvas of a volume and lay it in the middle.
+
+    Args:
+        volume: (depth, height, width) voxels. A single slice gets patches of depth 1.
+        patch, max_patches: see `choose_grid`.
+        fit: `aspect` scales all axes alike; `released` repeats the released code, which stretches square volumes.
+        box: (start, size) of the part to fit; all by default.
+        zoom: voxels after a change of spacing per voxel before, along each axis; all 1 for the stored spacing.
+    """
+    start, size = box or ((0, 0, 0), volume)
+    if volume[0] == 1:
+        patch = (1, patch[1], patch[2])
+    shape: Size = tuple(max(1, round(length * factor)) for length, factor in zip(size, zoom, strict=True))  # type: ignore[assignment]
+    grid = choose_grid(shape, patch, max_patches)
+    canvas = tuple(count * side for count, side in zip(grid, patch, strict=True))
+    resized = (released_size if fit == "released" else aspect_size)(shape, canvas)  # type: ignore[arg-type]
+    offset = tuple((side - length) // 2 for side, length in zip(canvas, resized, strict=True))
+    return CanvasFit(volume, start, size, resized, offset, patch, grid, corners=fit == "released")  # type: ignore[arg-type]
+
+
+def aspect_size(shape: Size, canvas: Size) -> Size:
+    """The largest size on the canvas with the shape's aspect; the axis that limits it fills the canvas exactly."""
+    scale = min(side / length for side, length in zip(canvas, shape, strict=True))
+    return tuple(  # type: ignore[return-value]
+        min(side, max(1, round(length * scale))) for side, length in zip(canvas, shape, strict=True)
+    )
+
+
+def released_size(shape: Size, canvas: Size) -> Size:
+    """The released code's size: where no in-plane scale is strictly the smallest, depth decides, cut at the canvas."""
+    scales = [side / length for side, length in zip(canvas, shape, strict=True)]
+    depth, height, width = scales
+    scale, axis = depth, 0
+    if width < height and width < depth:
+        scale, axis = width, 2
+    elif height < width and height < depth:
+        scale, axis = height, 1
+    sizes = [min(math.ceil(length * scale), side) for side, length in zip(canvas, shape, strict=True)]
+    sizes[axis] = canvas[axis]
+    return tuple(sizes)  # type: ignore[return-value]
+
+
+def axis_places(source: int, target: int, corners: bool) -> torch.Tensor:
+    """Where the target's cells lie on the source's axis, in source cells: float64 [target]."""
+    cells = torch.arange(target, dtype=torch.float64)
+    if corners:
+        return cells * ((source - 1) / max(target - 1, 1))
+    return ((cells + 0.5) * (source / target) - 0.5).clamp(0, source - 1)
+
+
+def axis_weights(source: int, target: int, corners: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Linear resampling along one axis: (lower index, upper index, weight of the upper) [target]."""
+    places = axis_places(source, target, corners)
+    lower = places.floor().long().clamp(max=source - 1)
+    upper = (lower + 1).clamp(max=source - 1)
+    return lower, upper, (places - lower).float()
+
+
+def resized_slices(
+    volume: torch.Tensor, size: Size, corners: bool = False, chunk: int = 16
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Trilinear resize, a few slices at a time, so that nothing of the volume's size is made.
+
+    Args:
+        volume: [D, H, W], any dtype.
+        size: the new (depth, height, width).
+        corners: see `CanvasFit`.
+        chunk: new slices per step.
+
+    Yields:
+        (first new slice, float32 [n, height, width]).
+    """
+    lower, upper, weight = axis_weights(volume.shape[0], size[0], corners)
+    in_plane: dict[int, torch.Tensor] = {}
+    for first in range(0, size[0], chunk):
+        last = min(first + chunk, size[0])
+        needed = sorted({*lower[first:last].tolist(), *upper[first:last].tolist()})
+        fresh = [index for index in needed if index not in in_plane]
+        for old in [index for index in in_plane if index < needed[0]]:
+            del in_plane[old]
+        if fresh:
+            stack = (
+                volume[fresh].float()
+                if len(fresh) != fresh[-1] - fresh[0] + 1
+                else volume[fresh[0] : fresh[-1] + 1].float()
+            )
+            if stack.shape[1:] != size[1:]:
+                stack = F.interpolate(stack[:, None], size=size[1:], mode="bilinear", align_corners=corners)[:, 0]
+            in_plane.update(zip(fresh, stack, strict=True))
+        low = torch.stack([in_plane[index] for index in lower[first:last].tolist()])
+        if bool((weight[first:last] == 0).all()):
+            yield first, low
+            continue
+        high = torch.stack([in_plane[index] for index in upper[first:last].tolist()])
+        yield first, low.lerp_(high, weight[first:last, None, None])
+
+
+def place_on_canvas(box: torch.Tensor, fit: CanvasFit, fill: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The fitted box resized (linear) onto its canvas, cut into patches.
+
+    Args:
+        box: [D, H, W] the part of the volume that `fit.start` and `fit.size` name.
+        fit: where it goes.
+        fill: the value of padding.
+
+    Returns:
+        [N, patch height, patch width]: slices of patches in the order of `pixel_values`.
+    """
+    (z, y, x), (s, h, w) = fit.grid, fit.patch
+    patches = torch.full((z, y, x, s, h, w), fill, dtype=dtype)
+    for first, slices in resized_slices(box, fit.resized, fit.corners):
+        write_slices(patches, slices, first + fit.offset[0], fit)
+    return patches.view(-1, h, w)
+
+
+def write_slices(patches: torch.Tensor, slices: torch.Tensor, depth: int, fit: CanvasFit) -> None:
+    """Write [n, height, width] at canvas depth `depth` into patches [Z, Y, X, S, h, w]."""
+    (_, rows, columns), (s, h, w) = fit.grid, fit.patch
+    _, top, left = fit.offset
+    for index, image in enumerate(slices):
+        plane, place = divmod(depth + index, s)
+        for row in range(rows):
+            up, down = max(top, row * h), min(top + image.shape[0], (row + 1) * h)
+            for column in range(columns):
+                near, far = max(left, column * w), min(left + image.shape[1], (column + 1) * w)
+                if up < down and near < far:
+                    patches[
+                        plane, row, column, place, up - row * h : down - row * h, near - column * w : far - column * w
+                    ] = image[up - top : down - top, near - left : far - left]
+
+
+def labels_on_canvas(labels: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
+    """A label volume on the canvas, nearest voxel, −1 where the canvas is padding: int8 [D, H, W]."""
+    canvas = torch.full(fit.canvas, -1, dtype=torch.int8)
+    index = []
+    for axis in range(3):
+        places = axis_places(fit.size[axis], fit.resized[axis], fit.corners)
+        index.append((places + 0.5).floor().long().clamp(max=fit.size[axis] - 1) + fit.start[axis])
+    picked = labels[index[0]][:, index[1]][:, :, index[2]].to(torch.int8)
+    place = tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
+    canvas[place] = picked
+    return canvas
+
+
+def mask_from_canvas(logits: torch.Tensor, fit: CanvasFit, threshold: float = 0.0) -> torch.Tensor:
+    """Canvas logits [D, H, W] back on the volume's grid, linear, above the threshold: bool (depth, height, width)."""
+    place = tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
+    inside = logits[place].float()
+    mask = torch.zeros(fit.volume, dtype=torch.bool)
+    start, size = fit.start, fit.size
+    box = mask[start[0] : start[0] + size[0], start[1] : start[1] + size[1], start[2] : start[2] + size[2]]
+    for first, slices in resized_slices(inside, size, fit.corners):
+        box[first : first + len(slices)] = (slices > threshold).cpu()
+    return mask

@@ -1,0 +1,333 @@
+"""Sizes and choices of a CTInstruct network, each field explained where it is declared."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+try:
+    from ctinstruct_hf.errors import CTInstructError
+except ImportError:  # in a saved folder, on a machine without the package
+
+    class CTInstructError(ValueError):  # type: ignore[no-redef]
+        """Bad input, told in one sentence."""
+
+
+# The diseases of the paper's two diagnosis benchmarks, in the order of their label files.
+CT_RATE_DISEASES: list[str] = [
+    "medical material",
+    "arterial wall calcification",
+    "cardiomegaly",
+    "pericardial effusion",
+    "coronary artery wall calcification",
+    "hiatal hernia",
+    "lymphadenopathy",
+    "emphysema",
+    "atelectasis",
+    "lung nodule",
+    "lung opacity",
+    "pulmonary fibrotic sequela",
+    "pleural effusion",
+    "mosaic attenuation pattern",
+    "peribronchial thickening",
+    "consolidation",
+    "bronchiectasis",
+    "interlobular septal thickening",
+]
+RAD_CHESTCT_DISEASES: list[str] = [
+    "medical material",
+    "calcification",
+    "cardiomegaly",
+    "pericardial effusion",
+    "hiatal hernia",
+    "lymphadenopathy",
+    "emphysema",
+    "atelectasis",
+    "lung nodule",
+    "lung opacity",
+    "pulmonary fibrotic sequela",
+    "pleural effusion",
+    "peribronchial thickening",
+    "consolidation",
+    "bronchiectasis",
+    "interlobular septal thickening",
+]
+
+
+class CTInstructVisionConfig(PreTrainedConfig):
+    """The vision tower (section 3.2). The defaults are the paper's: ResNet-50, 2048 wide, 4 + 4 attention layers."""
+
+    model_type = "ctinstruct_vision"
+    base_config_key = "vision_config"
+
+    architecture: Literal["hybrid", "resnet3d", "vit3d"] = "hybrid"
+    """The paper's tower, or one of the two of its table 4."""
+    attention_layout: Literal["paper", "released"] = "paper"
+    """`paper`: attend on the spatial grid of the last map, then pool. `released`: pool, then attend."""
+    stem_channels: int = 64
+    """Channels of the 7 x 7 stem convolution, the first of the five feature maps."""
+    bottleneck_planes: list[int] | tuple[int, ...] = (64, 128, 256, 512)
+    """Inner width of the bottlenecks of each stage; a stage gives `bottleneck_expansion` times as many channels."""
+    bottleneck_expansion: int = 4
+    stage_depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    """Bottlenecks in each of the four stages."""
+    num_attention_heads: int = 8
+    attention_head_dim: int = 64
+    attention_scale: float = 8.0
+    """Factor on the cosine similarity of queries and keys."""
+    num_patch_attention_layers: int = 4
+    num_slice_attention_layers: int = 4
+    feed_forward_multiple: float = 4.0
+    """The GEGLU's inner width is floor(width x this x 2 / 3)."""
+    resnet3d_planes: list[int] | tuple[int, ...] = (144, 288, 576, 1152)
+    """Channels of the stages of the `resnet3d` tower, with `stage_depths` blocks each."""
+    vit_hidden_size: int = 1152
+    """Width of the `vit3d` tower before its last projection."""
+    vit_depths: list[int] | tuple[int, ...] = (5, 5, 5, 5)
+    """Transformer layers of `vit3d` in the four groups whose ends give the maps."""
+    vit_patch_size: list[int] | tuple[int, ...] = (4, 32, 32)
+    """Voxels (depth, height, width) of a `vit3d` token."""
+    slice_chunk_size: int = 8
+    """Slices that go through the slice encoder at once in inference; bounds the memory, changes no result."""
+    initializer_range: float = 0.02
+
+    @property
+    def stage_channels(self) -> list[int]:
+        return [planes * self.bottleneck_expansion for planes in self.bottleneck_planes]
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of the five maps, from half resolution to a thirty-second."""
+        return [self.stem_channels, *self.stage_channels]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of a slice token."""
+        return self.stage_channels[-1]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.num_patch_attention_layers + self.num_slice_attention_layers
+
+
+class CTInstructSegmentationConfig(PreTrainedConfig):
+    """U-Net and text-prompted transformer decoder (section 3.2, figure 4)."""
+
+    model_type = "ctinstruct_segmentation"
+    base_config_key = "segmentation_config"
+
+    feature_channels: list[int] | tuple[int, ...] = (64, 256, 512, 1024, 2048)
+    """Channels of the tower's five maps; the last is also the width of its tokens."""
+    hidden_size: int = 768
+    """Width D_text of the queries, keys and values."""
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    last_map_size: int = 8
+    """Side of the tower's last map, a thirty-second of the patch side: how far a token is first upsampled."""
+    mask_hidden_size: int = 256
+    """Inner width of the MLP from a decoded query to its mask embedding."""
+    slice_chunk_size: int = 8
+    """Slices decoded at once in inference; bounds the memory, changes no result."""
+    initializer_range: float = 0.02
+
+
+class CTInstructConfig(PreTrainedConfig):
+    """A whole CTInstruct: tower, segmentation decoder, bridger, language model and diagnosis heads.
+
+    `CTInstructConfig.preset("tiny")` trains on a CPU; `CTInstructConfig.preset("paper")` has the paper's sizes.
+
+    Raises:
+        ValueError: where the parts do not fit each other.
+    """
+
+    model_type = "ctinstruct"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "vision_config": CTInstructVisionConfig,
+        "segmentation_config": CTInstructSegmentationConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+        "text_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="mpnet", optional=True),
+    }
+
+    vision_config: Any = None
+    """`CTInstructVisionConfig`, or a dict of its fields."""
+    segmentation_config: Any = None
+    """`CTInstructSegmentationConfig`, or a dict of its fields."""
+    text_config: Any = None
+    """Any causal language model of Transformers."""
+    text_encoder_config: Any = None
+    """Any text encoder of Transformers, for stage one only; the paper's BioLORD-2023 is an MPNet."""
+    contrastive_temperature: float = 0.07
+    """Of the contrastive loss in stage one."""
+    learn_temperature: bool = True
+    gather_features: bool = False
+    """Stage one: contrast with the samples of all processes, with gradient."""
+    queue_size: int = 0
+    """Stage one: features of past samples to contrast with (512 in the release); 0 for none."""
+    queue_momentum: float = 0.995
+    queue_alpha: float = 0.4
+    """Stage one: share of the momentum model's similarities in the targets, where there is a queue."""
+    bridger: Literal["linear", "mlp"] = "linear"
+    """`linear`: the paper's. `mlp`: Linear, GELU, Linear, GELU, as released."""
+    image_token_order: Literal["patches", "slices"] = "patches"
+    """Order in which the language model sees the tokens of a volume: patch by patch (the order of `pixel_values`),
+    or slice by slice over the whole grid (as released)."""
+    answer_positions: Literal["three_axis", "sequential"] = "three_axis"
+    """Matters with three-axis rope only. `sequential`: a sequence with `<SEG>` or `<disease_confidence>` in it counts
+    its image tokens like words, as the release does in those two tasks."""
+    image_token_id: int = 5
+    vision_start_token_id: int = 3
+    vision_end_token_id: int = 4
+    seg_token_id: int = 6
+    disease_token_id: int = 7
+    """Id of `<disease_confidence>`."""
+    disease_head: Literal["per_disease", "shared"] = "per_disease"
+    disease_lists: Any = None
+    """{name: [diseases]}: named lists, one linear head each; `ct_rate` and `rad_chestct` by default. Always in the order of
+    their names, since a saved config is."""
+    disease_positive_weights: dict[str, list[float]] | None = None
+    """Per list, the weight of positive cases in the binary cross entropy."""
+    disease_loss_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the disease loss is computed; the release casts to bfloat16."""
+    segmentation_loss_weight: float = 1.0
+    disease_loss_weight: float = 1.0
+    trained: bool = True
+    """False marks a checkpoint with random weights; every output of it says so."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.disease_lists is None:
+            self.disease_lists = {"ct_rate": list(CT_RATE_DISEASES), "rad_chestct": list(RAD_CHESTCT_DISEASES)}
+        self.disease_lists = dict(sorted(self.disease_lists.items()))
+        vision: Any = self.vision_config
+        segmentation: Any = self.segmentation_config
+        if getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+        if list(segmentation.feature_channels) != list(vision.feature_channels):
+            raise CTInstructError(
+                f"segmentation_config.feature_channels is {list(segmentation.feature_channels)}, but the vision tower "
+                f"gives {list(vision.feature_channels)}: make them equal."
+            )
+        for name, weights in (self.disease_positive_weights or {}).items():
+            if len(weights) != len(self.disease_lists.get(name, [])):
+                raise CTInstructError(
+                    f"disease_positive_weights['{name}'] has {len(weights)} numbers for "
+                    f"{len(self.disease_lists.get(name, []))} diseases."
+                )
+
+    @property
+    def disease_names(self) -> list[str]:
+        """All diseases of all lists, flattened in order: what `disease_ids` count."""
+        return [name for names in (self.disease_lists or {}).values() for name in names]
+
+    @property
+    def uses_three_axis_rope(self) -> bool:
+        """Whether the language model takes a position per depth, height and width (Qwen2-VL's)."""
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        return "mrope_section" in rope
+
+    @classmethod
+    def preset(cls, name: Literal["tiny", "paper"], **overrides: Any) -> CTInstructConfig:
+        """Sizes by name.
+
+        Args:
+            name: `tiny` (about 5 M parameters, trains on a CPU) or `paper` (ResNet-50, 2048 wide, Qwen2-7B).
+            overrides: fields of `CTInstructConfig` to set instead of the preset's.
+
+        Raises:
+            ValueError: for another name.
+        """
+        if name == "paper":
+            settings: dict[str, Any] = {
+                "text_config": dict(_QWEN2_7B),
+                "text_encoder_config": {"model_type": "mpnet"},
+                **_QWEN2_TOKENS,
+            }
+        elif name == "tiny":
+            vision = CTInstructVisionConfig(**_TINY_VISION)
+            settings = {
+                "vision_config": dict(_TINY_VISION),
+                "segmentation_config": {**_TINY_SEGMENTATION, "feature_channels": vision.feature_channels},
+                "text_config": dict(_TINY_TEXT),
+                "text_encoder_config": dict(_TINY_TEXT_ENCODER),
+            }
+        else:
+            raise CTInstructError(f"preset '{name}' is not known: use 'tiny' or 'paper'.")
+        return cls(**{**settings, **overrides})
+
+
+# Qwen2-7B, with the ids that its tokenizer gives the vision tokens and, appended, ours.
+_QWEN2_7B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "pad_token_id": 151643,
+}
+_QWEN2_TOKENS: dict[str, int] = {
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "seg_token_id": 151657,
+    "disease_token_id": 151658,
+}
+_TINY_VISION: dict[str, Any] = {
+    "stem_channels": 16,
+    "bottleneck_planes": [8, 16, 32, 64],
+    "stage_depths": [1, 1, 2, 1],
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "num_patch_attention_layers": 1,
+    "num_slice_attention_layers": 2,
+    "feed_forward_multiple": 2.0,
+    "resnet3d_planes": [28, 56, 80, 112],
+    "vit_hidden_size": 144,
+    "vit_depths": [1, 1, 2, 1],
+    "vit_patch_size": [4, 16, 16],
+}
+_TINY_SEGMENTATION: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "mask_hidden_size": 64,
+    "last_map_size": 4,
+}
+_TINY_TEXT: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 2048,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+_TINY_TEXT_ENCODER: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+}
+
+__all__ = ["CTInstructConfig", "CTInstructError", "CTInstructSegmentationConfig", "CTInstructVisionConfig"]

@@ -1,0 +1,349 @@
+"""Stage one (section 3.2): the tower learns from reports, category labels and masks, through one text encoder.
+
+`L = L_seg + L_cls + L_CLIP` (equation 5), each over whichever labels the batch has.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_ctinstruct import CTInstructConfig, CTInstructError
+from .losses_ctinstruct import label_loss, masks_loss
+from .modeling_ctinstruct import CTInstructPreTrainedModel
+from .segmentation_ctinstruct import CTInstructSegmentationDecoder
+from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
+
+
+@dataclass
+class CTInstructPretrainingOutput(ModelOutput):
+    """Answer of stage one.
+
+    Attributes:
+        loss: the sum of the three below, where labels were given.
+        contrastive_loss: L_CLIP over the image-text pairs of the batch.
+        category_loss: L_cls over the known category labels.
+        segmentation_loss: L_seg over the masks.
+        image_features: [images, D_text], normalised.
+        text_features: [texts, D_text], normalised.
+        category_logits: [images, categories], scaled cosines.
+        mask_logits: list with one [D, H, W] on the canvas per mask text.
+    """
+
+    loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    category_loss: torch.Tensor | None = None
+    segmentation_loss: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    category_logits: torch.Tensor | None = None
+    mask_logits: list[torch.Tensor] | None = None
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """Features of all processes one after the other; the gradient of each part goes home, summed over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
+        counts = [torch.zeros(1, dtype=torch.long, device=features.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, torch.tensor([len(features)], device=features.device))
+        ctx.counts = [int(count) for count in counts]
+        most = max(ctx.counts)
+        padded = F.pad(features, (0, 0, 0, most - len(features))).contiguous()
+        parts = [torch.zeros_like(padded) for _ in ctx.counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = sum(ctx.counts[: dist.get_rank()])
+        return gradient[start : start + ctx.counts[dist.get_rank()]]
+
+
+def contrastive_loss(
+    image_scores: torch.Tensor, text_scores: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """L_CLIP: minus the mean over pairs of the log-probabilities of the right text and of the right image, summed.
+
+    Args:
+        image_scores: [N, texts] similarities over the temperature; text i belongs to image i, further ones to none.
+        text_scores: [N, images], likewise.
+        targets: soft targets of the same shapes instead of that pairing.
+    """
+    if targets is None:
+        labels = torch.arange(len(image_scores), device=image_scores.device)
+        return F.cross_entropy(image_scores, labels) + F.cross_entropy(text_scores, labels)
+    return F.cross_entropy(image_scores, targets[0]) + F.cross_entropy(text_scores, targets[1])
+
+
+class FeatureQueue(nn.Module):
+    """The latest `size` image and text features of the momentum model."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("images", torch.zeros(size, width))
+        self.register_buffer("texts", torch.zeros(size, width))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        count = int(self.filled)
+        return self.images[:count].clone(), self.texts[:count].clone()
+
+    @torch.no_grad()
+    def push(self, images: torch.Tensor, texts: torch.Tensor) -> None:
+        count = min(len(images), self.size)
+        rows = (int(self.place) + torch.arange(count, device=self.images.device)) % self.size
+        self.images[rows] = images[:count].to(self.images.dtype)
+        self.texts[rows] = texts[:count].to(self.texts.dtype)
+        self.place.copy_((self.place + count) % self.size)
+        self.filled.copy_((self.filled + count).clamp(max=self.size))
+
+
+class CTInstructForPretraining(CTInstructPreTrainedModel):
+    """Vision tower, segmentation decoder and a text encoder, aligned at three grains."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CTInstructConfig) -> None:
+        super().__init__(config)
+        if config.text_encoder_config is None:
+            raise CTInstructError("config.text_encoder_config is missing: stage one needs a text encoder.")
+        width = config.segmentation_config.hidden_size
+        self.vision_tower = CTInstructVisionModel._from_config(config.vision_config)
+        self.segmentation_decoder = CTInstructSegmentationDecoder._from_config(config.segmentation_config)
+        self.text_encoder = AutoModel.from_config(config.text_encoder_config)
+        text_width = config.text_encoder_config.hidden_size
+        # one shared text embedding; a projection head per modality and task on the image's side (equation 4)
+        self.text_projection = nn.Linear(text_width, width)
+        self.image_projection = nn.Linear(config.vision_config.hidden_size, width)
+        self.category_projection = nn.Linear(config.vision_config.hidden_size, width)
+        self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=config.learn_temperature)
+        self.category_scale = nn.Parameter(torch.zeros(()))
+        self.category_bias = nn.Parameter(torch.zeros(()))
+        if config.queue_size:
+            self.queue = FeatureQueue(config.queue_size, width)
+            self.momentum_tower = copy.deepcopy(self.vision_tower).requires_grad_(False)
+            self.momentum_image_projection = copy.deepcopy(self.image_projection).requires_grad_(False)
+            self.momentum_text_projection = copy.deepcopy(self.text_projection).requires_grad_(False)
+        self._text_cache: dict[tuple[int, ...], torch.Tensor] = {}
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CTInstructForPretraining):
+            init.constant_(module.logit_scale, math.log(1 / self.config.contrastive_temperature))
+            init.constant_(module.category_scale, math.log(1 / self.config.contrastive_temperature))
+            init.zeros_(module.category_bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.set_input_embeddings(value)
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, patch_grid: PatchGrid | None = None, slice_mask: torch.Tensor | None = None
+    ) -> CTInstructVisionOutput:
+        """The tower's output, with `pooler_output` the mean token [D] of each image over slices that are not padding."""
+        features = self.vision_tower(pixel_values, patch_grid, slice_mask, return_dict=True)
+        features.pooler_output = list(self.pool(features, slice_mask))
+        return features
+
+    @staticmethod
+    def pool(features: CTInstructVisionOutput, slice_mask: torch.Tensor | None) -> torch.Tensor:
+        tokens = features.last_hidden_state
+        sizes = [z * y * x * s for z, y, x, s in grid_rows(features.patch_grid)]
+        kept = torch.ones(len(tokens), device=tokens.device) if slice_mask is None else slice_mask.to(tokens.device)
+        pooled = []
+        for part, keep in zip(tokens.split(sizes), kept.to(tokens.dtype).split(sizes), strict=True):
+            pooled.append((part * keep[:, None]).sum(0) / keep.sum().clamp(min=1))
+        return torch.stack(pooled)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        patch_grid: PatchGrid | None = None,
+        slice_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[images, D_text], normalised, for retrieval against `get_text_features`."""
+        pooled = torch.stack(self.encode_images(pixel_values, patch_grid, slice_mask).pooler_output)
+        return F.normalize(self.image_projection(pooled), dim=-1)
+
+    def embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The shared text embedding T [texts, D_text], before any normalisation.
+
+        A frozen encoder reads each text once; its output is kept.
+        """
+        return self.text_projection(self.encode_texts(input_ids, attention_mask))
+
+    def encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        frozen = not any(parameter.requires_grad for parameter in self.text_encoder.parameters())
+        if not frozen:
+            return self._mean_of_words(input_ids, attention_mask)
+        keys = [tuple(row[mask.bool()].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
+        new = [index for index, key in enumerate(keys) if key not in self._text_cache]
+        if new:
+            with torch.no_grad():
+                states = self._mean_of_words(input_ids[new], attention_mask[new])
+            self._text_cache.update({keys[index]: state for index, state in zip(new, states, strict=True)})
+        return torch.stack([self._text_cache[key].to(input_ids.device) for key in keys])
+
+    def _mean_of_words(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        kept = attention_mask[..., None].to(states.dtype)
+        return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """[texts, D_text], normalised."""
+        return F.normalize(self.embed_texts(input_ids, attention_mask), dim=-1)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        patch_grid: PatchGrid | None = None,
+        slice_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        text_images: torch.Tensor | None = None,
+        class_input_ids: torch.Tensor | None = None,
+        class_attention_mask: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        mask_input_ids: torch.Tensor | None = None,
+        mask_attention_mask: torch.Tensor | None = None,
+        mask_images: torch.Tensor | None = None,
+        mask_labels: Sequence[torch.Tensor] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CTInstructPretrainingOutput | tuple:
+        """One step of stage one.
+
+        Args:
+            pixel_values, patch_grid, slice_mask: see `CTInstructVisionModel.forward`.
+            input_ids, attention_mask: [texts, L], descriptions of images.
+            text_images: [texts], the image that each describes; the first image for the first text by default.
+            class_input_ids, class_attention_mask: [categories, L], a sentence each.
+            class_labels: [images, categories], 1, 0, or −1 for unknown.
+            mask_input_ids, mask_attention_mask: [masks, L], names of structures.
+            mask_images: [masks], the image in which each is looked for; 0 by default.
+            mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
+        """
+        features = self.encode_images(pixel_values, patch_grid, slice_mask)
+        pooled = torch.stack(features.pooler_output)
+        images = F.normalize(self.image_projection(pooled), dim=-1)
+        output = CTInstructPretrainingOutput(image_features=images)
+        losses = []
+        if input_ids is not None:
+            texts = self.get_text_features(input_ids, attention_mask)
+            output.text_features = texts
+            owners = torch.arange(len(texts), device=texts.device) if text_images is None else text_images
+            batch = (pixel_values, features.patch_grid, slice_mask)
+            words = (input_ids, attention_mask)
+            output.contrastive_loss = self.contrast(images[owners], texts, batch, words, owners)
+            losses.append(output.contrastive_loss)
+        if class_input_ids is not None:
+            classes = self.get_text_features(class_input_ids, class_attention_mask)
+            cosine = F.normalize(self.category_projection(pooled), dim=-1) @ classes.T  # equation 4
+            output.category_logits = cosine * self.category_scale.exp() + self.category_bias
+            if class_labels is not None:
+                output.category_loss = label_loss(output.category_logits, class_labels)
+                losses.append(output.category_loss)
+        if mask_input_ids is not None:
+            queries = self.embed_texts(mask_input_ids, mask_attention_mask)
+            output.mask_logits = self.segment(features, queries, mask_images)
+            if mask_labels is not None:
+                output.segmentation_loss = masks_loss(output.mask_logits, mask_labels)
+                losses.append(output.segmentation_loss)
+        output.loss = sum(losses[1:], losses[0]) if losses else None
+        use_dict = return_dict if return_dict is not None else self.config.return_dict
+        return output if use_dict else output.to_tuple()
+
+    def segment(
+        self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Mask logits [D, H, W] of each query in its image."""
+        grids = grid_rows(features.patch_grid)
+        owner_list = [0] * len(queries) if owners is None else owners.tolist()
+        masks: list[torch.Tensor | None] = [None] * len(queries)
+        start = 0
+        for image, (z, y, x, s) in enumerate(grids):
+            stop = start + z * y * x * s
+            rows = [row for row, owner in enumerate(owner_list) if owner == image]
+            if rows:
+                painted = self.segmentation_decoder(
+                    queries[rows], features.feature_maps, features.last_hidden_state, grids[image], slice(start, stop)
+                )
+                for row, mask in zip(rows, painted, strict=True):
+                    masks[row] = mask
+            start = stop
+        return masks  # type: ignore[return-value]
+
+    def contrast(
+        self,
+        images: torch.Tensor,
+        texts: torch.Tensor,
+        batch: tuple[torch.Tensor, PatchGrid, torch.Tensor | None],
+        words: tuple[torch.Tensor, torch.Tensor | None],
+        owners: torch.Tensor,
+    ) -> torch.Tensor:
+        """L_CLIP of the batch, over all processes and past samples where the config asks for them."""
+        scale = self.logit_scale.exp().clamp(max=100.0)
+        if self.config.gather_features and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            images, texts = GatherWithGradient.apply(images), GatherWithGradient.apply(texts)
+        if not self.config.queue_size:
+            scores = images @ texts.T * scale
+            return contrastive_loss(scores, scores.T)
+        with torch.no_grad():
+            if self.training:
+                self.follow()
+            tower = self.momentum_tower(*batch, return_dict=True)
+            past_images, past_texts = self.queue.contents()
+            slow_images = F.normalize(self.momentum_image_projection(self.pool(tower, batch[2])), dim=-1)[owners]
+            slow_texts = F.normalize(self.momentum_text_projection(self.encode_texts(*words)), dim=-1)
+            if len(slow_images) != len(images):
+                slow_images, slow_texts = GatherWithGradient.apply(slow_images), GatherWithGradient.apply(slow_texts)
+            all_images, all_texts = torch.cat([slow_images, past_images]), torch.cat([slow_texts, past_texts])
+            alpha = self.config.queue_alpha
+            targets = []
+            for queries, keys in ((slow_images, all_texts), (slow_texts, all_images)):
+                hard = torch.zeros(len(queries), len(keys), device=keys.device).fill_diagonal_(1.0)
+                targets.append(alpha * (queries @ keys.T * scale).softmax(-1) + (1 - alpha) * hard)
+        loss = contrastive_loss(images @ all_texts.T * scale, texts @ all_images.T * scale, (targets[0], targets[1]))
+        if self.training:
+            self.queue.push(slow_images, slow_texts)
+        return loss
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The momentum copies move a little toward the model."""
+        momentum = self.config.queue_momentum
+        for fast, slow in (
+            (self.vision_tower, self.momentum_tower),
+            (self.image_projection, self.momentum_image_projection),
+            (self.text_projection, self.momentum_text_projection),
+        ):
+            for new, old in zip(fast.parameters(), slow.parameters(), strict=True):
+                old.mul_(momentum).add_(new.detach().to(old.dtype), alpha=1 - momentum)
+
+
+__all__ = ["CTInstructForPretraining"]

@@ -1,0 +1,453 @@
+"""A CT volume in Hounsfield units that knows the file it came from, and `read_volume` for whatever holds one.
+
+The axes of `CTVolume.hu` are always (depth toward the head, height toward the back, width toward the patient's left).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from .volume_resampling import SliceResampling
+
+try:
+    from ctinstruct_hf.errors import CTInstructError
+except ImportError:  # in a saved folder, on a machine without the package
+
+    class CTInstructError(ValueError):  # type: ignore[no-redef]
+        """Bad input, told in one sentence."""
+
+
+AIR_HU = -1024
+# what a file may unpack to, unless the caller allows more
+MAX_BYTES = int(os.environ.get("CTINSTRUCT_MAX_BYTES", 4 * 2**30))
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
+# grey values of a picture have no unit: they are taken as this window (HU) unless the caller names another
+PICTURE_WINDOW = (-1250.0, 250.0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a reader may unpack, and whether it leaves padding values as stored."""
+
+    bytes: int
+    keep_padding: bool = False
+
+
+@dataclass
+class VolumeSource:
+    """All that is needed to write a mask in the grid of the file that a volume came from.
+
+    Attributes:
+        shape: voxels of the source along its own axes (i, j, k), in the order of nibabel and of SimpleITK's GetSize.
+        affine: 4 x 4, source voxel (i, j, k) -> RAS mm.
+        orientation: [3, 2], nibabel's orientation that turns (width, height, depth) back into (i, j, k).
+        kind: nifti, dicom, itk, array, picture, nibabel or simpleitk.
+        name: the file's or folder's name without its path; "" for objects.
+        path: where it was read from; never written to results.
+        resampling: what was done to tilted or uneven slices.
+        dicom_files: the source slices in the order of k, for DICOM SEG.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    orientation: np.ndarray
+    kind: str = "array"
+    name: str = ""
+    path: Path | None = None
+    resampling: SliceResampling | None = None
+    dicom_files: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class CTVolume:
+    """A volume in HU with its place in the patient.
+
+    Attributes:
+        hu: float32 or int16 (depth, height, width): toward the head, the back, the patient's left.
+        affine: 4 x 4, voxel (width, height, depth) -> RAS mm.
+        source: what `to_source` needs.
+        warnings: what was odd about the file and how it was handled, a sentence each.
+    """
+
+    hu: np.ndarray
+    affine: np.ndarray
+    source: VolumeSource
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(depth, height, width) in voxels."""
+        depth, height, width = self.hu.shape
+        return depth, height, width
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm between voxels along (depth, height, width)."""
+        width, height, depth = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(depth), float(height), float(width)
+
+    def in_file_axes(self, array: np.ndarray) -> np.ndarray:
+        """An array in the axes of `hu` turned to the source's own axes (i, j, k); a view."""
+        return nib.orientations.apply_orientation(array.transpose(2, 1, 0), self.source.orientation)
+
+    def from_file_axes(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `in_file_axes`."""
+        identity = np.array([[0, 1], [1, 1], [2, 1]])
+        turn = nib.orientations.ornt_transform(self.source.orientation, identity)
+        return nib.orientations.apply_orientation(array, turn).transpose(2, 1, 0)
+
+    def to_source(self, mask: Any, path: str | Path | None = None) -> nib.Nifti1Image:
+        """A mask of this volume on the grid and affine of the file it came from.
+
+        Args:
+            mask: integer or bool (depth, height, width), array or tensor, the shape of `hu`.
+            path: where to write it as NIfTI; nothing is written without it.
+
+        Returns:
+            The image in the source's geometry; voxel for voxel the mask where the volume was not resampled.
+
+        Raises:
+            CTInstructError: if the shape is another.
+        """
+        array = _as_numpy(mask)
+        if array.shape != self.hu.shape:
+            raise CTInstructError(f"The mask has shape {array.shape}, the volume {self.hu.shape}: they must be equal.")
+        if array.dtype == bool:
+            array = array.astype(np.uint8)
+        stored = self.in_file_axes(array)
+        if self.source.resampling is not None:
+            stored = self.source.resampling.mask_back(stored)
+        image = nib.Nifti1Image(np.asfortranarray(stored), self.source.affine)
+        image.header.set_xyzt_units("mm")
+        if path is not None:
+            nib.save(image, path)
+        return image
+
+
+def read_volume(
+    source: Any,
+    *,
+    spacing: tuple[float, float, float] | None = None,
+    series: str | None = None,
+    window: tuple[float, float] | None = None,
+    max_bytes: int | None = None,
+    keep_padding: bool = False,
+) -> CTVolume:
+    """Read a CT volume from a file, a folder or an object.
+
+    Args:
+        source: NIfTI (`.nii`, `.nii.gz`), a DICOM file, folder or zip, `.mha/.mhd/.nrrd`, `.npy/.npz`, a picture
+            (PNG, JPEG, BMP: one slice), a nibabel or SimpleITK image, a numpy array or torch tensor
+            (depth, height, width), or a `CTVolume`, which is returned as it is.
+        spacing: mm along (depth, height, width); for arrays, and for files that have none. An array file may have it
+            beside it instead, as `<name>.json` with `{"spacing": [...]}`.
+        series: the SeriesInstanceUID to read where a folder holds several.
+        window: HU of black and white in a picture, −1250…250 by default.
+        max_bytes: what the volume may unpack to, 4 GiB by default; checked before anything is allocated.
+        keep_padding: leave values below −1024 HU as stored instead of setting them to air.
+
+    Raises:
+        CTInstructError: one sentence naming the file, what was found and what to do.
+    """
+    limit = Limits(MAX_BYTES if max_bytes is None else int(max_bytes), keep_padding)
+    if isinstance(source, CTVolume):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return _read_path(Path(source), spacing, series, window, limit)
+    if isinstance(source, nib.spatialimages.SpatialImage):
+        from .volume_nifti import from_nibabel
+
+        return from_nibabel(source, limit)
+    if type(source).__module__.partition(".")[0] == "SimpleITK":
+        return _from_simpleitk(source, "simpleitk", limit)
+    if hasattr(source, "mode") and hasattr(source, "getbands"):
+        return _from_picture(source, "the picture", spacing, window)
+    array = _as_numpy(source)
+    if array.dtype == object:
+        raise CTInstructError(
+            f"A volume cannot be read from a {type(source).__name__}: give a path, an image or an array."
+        )
+    return from_array(array, spacing or (1.0, 1.0, 1.0), keep_padding=keep_padding)
+
+
+def from_array(
+    array: np.ndarray,
+    spacing: tuple[float, float, float],
+    name: str = "",
+    kind: str = "array",
+    warnings: list[str] | None = None,
+    keep_padding: bool = False,
+) -> CTVolume:
+    """A volume from HU in the axes of `CTVolume.hu`; a 2D array is one slice. `spacing` in mm, the same order."""
+    what = name or "the array"
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise CTInstructError(f"{what} has shape {array.shape}: expected (depth, height, width) or one slice.")
+    values = [float(value) for value in spacing]
+    if len(values) != 3 or not all(np.isfinite(values)) or min(values) <= 0:
+        raise CTInstructError(f"{what}: spacing is {tuple(spacing)}, expected three positive numbers in mm.")
+    affine = np.diag([-values[2], -values[1], values[0], 1.0])
+    identity = np.array([[0, 1], [1, 1], [2, 1]])
+    source = VolumeSource(array.shape[::-1], affine, identity, kind=kind, name=name)
+    notes = list(warnings or [])
+    return CTVolume(clean_hu(array, what, notes, keep_padding=keep_padding), affine, source, notes)
+
+
+def canonical(array: np.ndarray, affine: np.ndarray, source: VolumeSource, warnings: list[str]) -> CTVolume:
+    """A volume from an array (i, j, k) and its affine -> RAS mm: axes turned and flipped, no voxel changed.
+
+    One slice of another plane than axial keeps its plane as the image: depth is its thin axis.
+    """
+    codes = "".join(nib.aff2axcodes(affine))
+    thin = [axis for axis in range(3) if array.shape[axis] == 1]
+    wanted = "LPS"
+    if len(thin) == 1 and codes[thin[0]] not in "SI":
+        # (width, height, depth) of a coronal or sagittal slice, upright: head up
+        wanted = {"A": "LIP", "P": "LIP", "L": "PIL", "R": "PIL"}[codes[thin[0]]]
+    start = nib.orientations.io_orientation(affine)
+    goal = nib.orientations.axcodes2ornt(wanted)
+    turn = nib.orientations.ornt_transform(start, goal)
+    turned = nib.orientations.apply_orientation(array, turn)
+    source.orientation = nib.orientations.ornt_transform(goal, start)
+    moved = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+    return CTVolume(turned.transpose(2, 1, 0), moved, source, warnings)
+
+
+def clean_hu(
+    array: np.ndarray, name: str, warnings: list[str], in_place: bool = False, keep_padding: bool = False
+) -> np.ndarray:
+    """HU as int16 or float32 without padding values, NaN or infinity; booleans and wide integers are cast.
+
+    Values below −1024 (scanners pad with −2000, −3024 …) become air unless `keep_padding`; with `in_place` the array may
+    be written to.
+    """
+    if array.dtype.kind not in "iufb":
+        raise CTInstructError(f"{name} holds {array.dtype} values: expected numbers in HU.")
+    if array.dtype.kind == "f":
+        low_high = array.min(), array.max()
+        if not np.isfinite(low_high).all():
+            bad = ~np.isfinite(array)
+            if bad.all():
+                raise CTInstructError(f"{name} holds no finite value: nothing to read.")
+            warnings.append(f"{int(bad.sum())} voxels were NaN or infinite and are set to air ({AIR_HU} HU).")
+            array = np.where(bad, np.float32(AIR_HU), array)
+        array = array.astype(np.float32, copy=False)
+    elif array.dtype != np.int16:
+        low, high = int(array.min()), int(array.max())
+        fits = low >= np.iinfo(np.int16).min and high <= np.iinfo(np.int16).max
+        array = array.astype(np.int16 if fits else np.float32)
+        in_place = True
+    if not keep_padding and array.min() < AIR_HU:
+        array = np.maximum(array, array.dtype.type(AIR_HU), out=array if in_place and array.flags.writeable else None)
+    return array
+
+
+def _as_numpy(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        return value.numpy()
+    return np.asarray(value)
+
+
+def _read_path(
+    path: Path,
+    spacing: tuple[float, float, float] | None,
+    series: str | None,
+    window: tuple[float, float] | None,
+    limit: Limits,
+) -> CTVolume:
+    try:
+        return _read_by_name(path, spacing, series, window, limit)
+    except CTInstructError:
+        raise
+    except Exception as error:  # what a broken file makes a library raise, whatever it is
+        raise CTInstructError(f"{path.name} cannot be read: {_last_line(error)} ({type(error).__name__}).") from error
+
+
+def _read_by_name(
+    path: Path,
+    spacing: tuple[float, float, float] | None,
+    series: str | None,
+    window: tuple[float, float] | None,
+    limit: Limits,
+) -> CTVolume:
+    if not path.exists():
+        raise CTInstructError(f"{path} does not exist.")
+    name = path.name.lower()
+    if path.is_file() and path.stat().st_size == 0:
+        raise CTInstructError(f"{path.name} is empty.")
+    if name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
+        from .volume_nifti import read_nifti
+
+        return read_nifti(path, limit)
+    if name.endswith((".npy", ".npz")):
+        return _read_array_file(path, spacing, limit)
+    if name.endswith(IMAGE_SUFFIXES):
+        return _read_picture(path, spacing, window, limit)
+    if name.endswith(ITK_SUFFIXES):
+        return _read_itk(path, limit)
+    from .volume_dicom import read_dicom
+
+    return read_dicom(path, series, spacing, limit)
+
+
+def _read_itk(path: Path, limit: Limits) -> CTVolume:
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        check_size(path.name, reader.GetSize(), 4, limit)
+        if reader.GetNumberOfComponents() != 1:
+            raise CTInstructError(
+                f"{path.name} has {reader.GetNumberOfComponents()} values per voxel: expected CT in HU."
+            )
+        if reader.GetDimension() not in (2, 3):
+            raise CTInstructError(f"{path.name} has {reader.GetDimension()} dimensions: give one volume of it.")
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise CTInstructError(f"{path.name} cannot be read: {_last_line(error)}") from error
+    volume = _from_simpleitk(image, "itk", limit)
+    volume.source.name, volume.source.path = path.name, path
+    return volume
+
+
+def _from_simpleitk(image: Any, kind: str, limit: Limits) -> CTVolume:
+    import SimpleITK
+
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise CTInstructError(
+            f"The image has {image.GetNumberOfComponentsPerPixel()} values per voxel: expected CT in HU."
+        )
+    if image.GetDimension() == 2:
+        image = SimpleITK.JoinSeries(image)
+    if image.GetDimension() != 3:
+        raise CTInstructError(f"The image has {image.GetDimension()} dimensions: give one volume of it.")
+    warnings: list[str] = []
+    affine = itk_affine(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+    stored = SimpleITK.GetArrayFromImage(image)
+    array = clean_hu(stored, "the image", warnings, in_place=True, keep_padding=limit.keep_padding).transpose(2, 1, 0)
+    source = VolumeSource(array.shape, affine, np.zeros((3, 2)), kind=kind)
+    return canonical(array, affine, source, warnings)
+
+
+def itk_affine(origin: Any, spacing: Any, direction: Any) -> np.ndarray:
+    """4 x 4 voxel -> RAS mm from SimpleITK's origin, spacing and direction, which speak LPS."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.asarray(direction, float).reshape(3, 3) * np.asarray(spacing, float)
+    affine[:3, 3] = origin
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _read_array_file(path: Path, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
+    """`.npy`, or `.npz` with one array or one named `ct`; never unpickled."""
+    try:
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+        if hasattr(loaded, "files"):
+            key = "ct" if "ct" in loaded.files else loaded.files[0]
+            if key != "ct" and len(loaded.files) != 1:
+                raise CTInstructError(f"{path.name} holds {', '.join(loaded.files)}: name the volume 'ct'.")
+            with loaded.zip.open(key + ".npy") as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+            check_size(path.name, shape, dtype.itemsize, limit)
+            loaded = loaded[key]
+        check_size(path.name, loaded.shape, loaded.dtype.itemsize, limit)
+        array = np.array(loaded)
+    except CTInstructError:
+        raise
+    except Exception as error:
+        raise CTInstructError(f"{path.name} is no readable numpy file: {_last_line(error)}") from error
+    sidecar = path.with_name(path.name.rsplit(".", 1)[0] + ".json")
+    if spacing is None and sidecar.exists():
+        try:
+            spacing = tuple(json.loads(sidecar.read_text())["spacing"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CTInstructError(
+                f"{sidecar.name} has no 'spacing': expected {{\"spacing\": [d, h, w]}} in mm."
+            ) from error
+    if spacing is None:
+        raise CTInstructError(
+            f"{path.name} has no voxel spacing: pass spacing=(depth, height, width) in mm, or {sidecar.name}."
+        )
+    volume = from_array(array, spacing, path.name, keep_padding=limit.keep_padding)
+    volume.source.path = path
+    return volume
+
+
+def _read_picture(
+    path: Path, spacing: tuple[float, float, float] | None, window: tuple[float, float] | None, limit: Limits
+) -> CTVolume:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            check_size(path.name, picture.size, 4, limit)
+            picture.load()
+            volume = _from_picture(picture, path.name, spacing, window)
+    except CTInstructError:
+        raise
+    except Exception as error:
+        raise CTInstructError(f"{path.name} is no readable picture: {_last_line(error)}") from error
+    volume.source.path = path
+    return volume
+
+
+def _from_picture(
+    picture: Any, name: str, spacing: tuple[float, float, float] | None, window: tuple[float, float] | None
+) -> CTVolume:
+    """One slice (1, height, width) from 8- or 16-bit grey; colour is refused, grey stored as colour is not."""
+    if picture.mode in ("P", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
+        picture = picture.convert("RGB")
+    grey = np.asarray(picture)
+    if grey.ndim == 3:
+        spread = int((grey.max(axis=2).astype(int) - grey.min(axis=2)).max())
+        if spread > 8:
+            raise CTInstructError(f"{name} is a colour image: expected a grey CT slice.")
+        grey = grey[..., 0]
+    white = 1 if grey.dtype == bool else 255 if grey.dtype == np.uint8 else 65535
+    low, high = window or PICTURE_WINDOW
+    hu = grey.astype(np.float32) / white * (high - low) + low
+    note = f"A picture has no HU: black to white is taken as {low:g} to {high:g} HU."
+    notes = [note] if window is None else []
+    if spacing is None:
+        notes.append("A picture has no pixel spacing: 1 mm is taken, volumes in ml mean nothing.")
+    return from_array(hu, spacing or (1.0, 1.0, 1.0), name, "picture", notes)
+
+
+def check_size(name: str, shape: Any, itemsize: int, limit: Limits) -> None:
+    """Refuse absurd sizes before anything is allocated."""
+    dims = [int(dim) for dim in shape]
+    size = itemsize
+    for dim in dims:
+        if dim < 1:
+            raise CTInstructError(f"{name} has the impossible size {tuple(dims)}.")
+        size *= dim
+    if size > limit.bytes:
+        raise CTInstructError(
+            f"{name} would unpack to {size / 2**30:.1f} GiB ({' x '.join(map(str, dims))}), more than the "
+            f"{limit.bytes / 2**30:.3g} GiB allowed: pass max_bytes to allow more."
+        )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]
+
+
+__all__ = ["CTVolume", "VolumeSource", "read_volume"]
