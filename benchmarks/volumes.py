@@ -104,7 +104,7 @@ def main() -> int:
 
         stated = not options.quick
         pairs = [
-            alternate("file to patches, release's settings / MONAI", lambda: released(path, return_tensors="pt"), monai_chain(path, canvas), runs, 6 if stated else None),
+            alternate("file to patches, release's settings / MONAI", lambda: released(path, return_tensors="pt"), monai_chain(path, canvas), runs, 5 if stated else None),
             alternate("file to patches, our defaults / MONAI", lambda: default(path, return_tensors="pt"), monai_chain(path, canvas), runs, 6 if stated else None),
             alternate("file to patches, our defaults / bare inflate", lambda: default(path, return_tensors="pt"), inflate, runs, 1 / 2.5 if stated else None),
             alternate("DICOM series to HU / SimpleITK", lambda: read_volume(folder / "series"), itk_series, runs, 1 if stated else None),

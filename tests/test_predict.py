@@ -14,6 +14,7 @@ import pytest
 import SimpleITK
 from conftest import shared
 from processing.test_volume import bad_files
+from scans import asymmetric, dicom_series
 
 
 def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -80,6 +81,17 @@ def test_real_scans_end_in_under_a_minute_with_masks_in_place(scan: str, tmp_pat
     for file in masks:
         assert nib.load(file).shape == shape
         assert np.allclose(nib.load(file).affine, affine, atol=1e-4)
+
+
+def test_masks_as_nifti_and_dicom_seg_in_one_go(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom", reason="highdicom is not installed")
+    series = dicom_series(tmp_path / "series", asymmetric((6, 32, 32)))
+    done = run(
+        "predict", "-i", series, "-o", tmp_path / "out", "--segment", "liver", "--output-type", "nifti", "dicom-seg"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "masks.dcm").exists()
+    assert (tmp_path / "out" / "masks" / "liver.nii.gz").exists()
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:

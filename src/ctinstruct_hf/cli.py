@@ -74,7 +74,7 @@ def predict(
         str | None, typer.Option("--diagnose", help="A list of the model (ct_rate …), names with commas, or all.")
     ] = None,
     output_type: Annotated[
-        list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg; repeatable.")
+        list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg, or both.")
     ] = None,
     ml: Annotated[bool, typer.Option("--ml", help="All structures in one label file.")] = False,
     series: Annotated[
@@ -146,11 +146,26 @@ def convert(
     typer.echo(str(output))
 
 
+def spread(arguments: list[str]) -> list[str]:
+    """`--output-type nifti dicom-seg` as two options, as radiology tools write it."""
+    spread_out: list[str] = []
+    option = ""
+    for argument in arguments:
+        if option and argument in ("nifti", "dicom-seg") and spread_out[-1] != option:
+            spread_out.append(option)
+        spread_out.append(argument)
+        if argument in ("--output-type", "-ot"):
+            option = argument
+        elif argument not in ("nifti", "dicom-seg"):
+            option = ""
+    return spread_out
+
+
 def main() -> None:
     """Entry point: an error of ours is one sentence and exit code 2."""
     debug = "--debug" in sys.argv[1:]
     try:
-        app()
+        app(args=spread(sys.argv[1:]))
     except CTInstructError as error:
         if debug:
             raise

@@ -150,7 +150,7 @@ def axis_weights(source: int, target: int, corners: bool) -> tuple[torch.Tensor,
 
 
 def resized_slices(
-    volume: torch.Tensor, size: Size, corners: bool = False, chunk: int = 16
+    volume: torch.Tensor, size: Size, corners: bool = False, chunk: int = 4
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Trilinear resize, a few slices at a time, so that nothing of the volume's size is made.
 

@@ -542,14 +542,12 @@ def decode(path: Path, header: Any) -> np.ndarray:
 def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
     """The usual slice (16-bit little endian, slope 1) read straight into its place; False where it is not usual."""
     header = one.header
-    syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
-    usual = (
-        syntax in _PLAIN
-        and integer(header, "BitsAllocated", 16) == 16
-        and integer(header, "BitsStored", 16) in (12, 16)
-    )
+    syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
+    bits = integer(header, "BitsStored", 16)
     slope, intercept = 1.0 if one.slope is None else one.slope, one.intercept or 0.0
-    if not usual or slope != 1 or abs(intercept) >= 2**14 or "PixelPaddingValue" in header or one.frame:
+    if syntax not in _PLAIN or slope != 1 or abs(intercept) >= 2**14 or bits not in (12, 16) or one.frame:
+        return False
+    if integer(header, "BitsAllocated", 16) != 16 or "PixelPaddingValue" in header:
         return False
     if integer(header, "NumberOfFrames", 1) != 1:
         return False
@@ -560,20 +558,20 @@ def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
             return False
     low, high = int(hu.min()), int(hu.max())
     signed = integer(header, "PixelRepresentation", 0) == 1
-    bits = integer(header, "BitsStored", 16)
     if (
         (not signed and low < 0)
         or (bits == 12 and (signed or high >= 2**12))
         or not -(2**15) <= low + intercept <= high + intercept < 2**15
     ):
         return False
-    hu += np.int16(intercept)
+    if intercept:
+        hu += np.int16(intercept)
     if not keep_padding and low + intercept < AIR_HU:
         np.maximum(hu, np.int16(AIR_HU), out=hu)
     return True
 
 
-def _at_plain_pixels(stream: Any, header: Any, syntax: UID, count: int) -> bool:
+def _at_plain_pixels(stream: Any, header: Any, syntax: str, count: int) -> bool:
     """Moves to the first pixel; False where the header does not end at plain pixels of that count."""
     stream.seek(header.pixel_offset)
     start = stream.read(12)
@@ -588,7 +586,7 @@ def _at_plain_pixels(stream: Any, header: Any, syntax: UID, count: int) -> bool:
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # little endian, implicit and explicit
 
 
-def _plain_pixels(path: Path, header: Any, syntax: UID) -> np.ndarray | None:
+def _plain_pixels(path: Path, header: Any, syntax: str) -> np.ndarray | None:
     """Little-endian 16-bit pixels straight from where the header ends; None where they do not start there."""
     signed = "i" if integer(header, "PixelRepresentation", 0) == 1 else "u"
     shape = (integer(header, "NumberOfFrames", 1), int(header.Rows), int(header.Columns))

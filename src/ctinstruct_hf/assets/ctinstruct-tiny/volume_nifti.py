@@ -113,7 +113,7 @@ def _read_voxels(stream: Any, header: Any, name: str, limit: Limits) -> np.ndarr
     filled = min(len(rest), size)
     view = memoryview(buffer)
     while filled < size:
-        count = stream.readinto(view[filled : filled + 2**24])
+        count = stream.readinto(view[filled : filled + 2**22])
         if not count:
             raise CTInstructError(f"{name} is cut short: {filled} of {size} bytes of voxels are there.")
         filled += count

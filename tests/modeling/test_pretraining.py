@@ -1,0 +1,144 @@
+"""Stage one: each loss against a value computed by hand, any subset of labels, the queue, the gather."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctinstruct_hf import CTInstructError, CTInstructForPretraining
+from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss
+from ctinstruct_hf.modeling.pretraining_ctinstruct import contrastive_loss
+
+
+def batch() -> dict[str, object]:
+    return {
+        "pixel_values": torch.randn(4, 64, 64),
+        "patch_grid": torch.tensor([[1, 1, 1, 2], [1, 1, 1, 2]]),
+        "input_ids": torch.randint(8, 90, (2, 6)),
+        "class_input_ids": torch.randint(8, 90, (3, 4)),
+        "class_labels": torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 1.0]]),
+        "mask_input_ids": torch.randint(8, 90, (2, 3)),
+        "mask_images": torch.tensor([1, 0]),
+        "mask_labels": [torch.randint(-1, 2, (2, 64, 64), dtype=torch.int8) for _ in range(2)],
+    }
+
+
+def test_the_contrastive_loss_by_hand() -> None:
+    scores = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
+    image = -(math.log(math.e**2 / (math.e**2 + 1)) + math.log(math.e**3 / (math.e + math.e**3))) / 2
+    text = -(math.log(math.e**2 / (math.e**2 + math.e)) + math.log(math.e**3 / (1 + math.e**3))) / 2
+    assert contrastive_loss(scores, scores.T).item() == pytest.approx(image + text, rel=1e-5)
+
+
+def test_the_mask_loss_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 2.0, -1.0, 9.0]]])
+    labels = torch.tensor([[[1, 1, 0, -1]]])
+    p = [1 / (1 + math.exp(-x)) for x in (0.0, 2.0, -1.0)]
+    entropy = -(math.log(p[0]) + math.log(p[1]) + math.log(1 - p[2])) / 3
+    dice = 2 * (p[0] + p[1]) / (p[0] ** 2 + p[1] ** 2 + p[2] ** 2 + 2)
+    assert mask_loss(logits, labels).item() == pytest.approx(entropy + 1 - dice, rel=1e-5)
+
+
+def test_the_label_loss_by_hand() -> None:
+    logits, labels = torch.tensor([1.0, -2.0, 5.0]), torch.tensor([1.0, 0.0, -1.0])
+    p = [1 / (1 + math.exp(-1.0)), 1 / (1 + math.exp(2.0))]
+    expected = -(3 * math.log(p[0]) + math.log(1 - p[1])) / 2
+    assert label_loss(logits, labels, torch.tensor([3.0, 1.0, 1.0])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_sum_of_the_three_and_the_category_cosine(tiny_config) -> None:
+    model = CTInstructForPretraining(tiny_config()).eval()
+    inputs = batch()
+    outputs = model(**inputs)
+    total = outputs.contrastive_loss + outputs.category_loss + outputs.segmentation_loss
+    torch.testing.assert_close(outputs.loss, total)
+    features = model.get_image_features(inputs["pixel_values"], inputs["patch_grid"])
+    tokens = features.last_hidden_state.view(2, 2, -1).mean(1)
+    texts = model.embed_texts(inputs["class_input_ids"])
+    cosine = F.cosine_similarity(model.category_projection(tokens)[:, None], texts[None], dim=-1)
+    torch.testing.assert_close(outputs.category_logits, cosine * model.category_scale.exp() + model.category_bias)
+    assert [tuple(mask.shape) for mask in outputs.mask_logits] == [(2, 64, 64)] * 2
+
+
+@pytest.mark.parametrize("kept", [("input_ids",), ("class_input_ids", "class_labels"), ("mask_input_ids", "mask_images", "mask_labels"), ()])  # fmt: skip
+def test_any_subset_of_labels(tiny_config, kept: tuple[str, ...]) -> None:
+    model = CTInstructForPretraining(tiny_config()).train()
+    inputs = {name: value for name, value in batch().items() if name in ("pixel_values", "patch_grid", *kept)}
+    outputs = model(**inputs)
+    assert (outputs.loss is None) == (not kept)
+    if kept:
+        outputs.loss.backward()
+
+
+def test_a_frozen_text_encoder_reads_each_text_once(tiny_config) -> None:
+    model = CTInstructForPretraining(tiny_config()).eval()
+    model.text_encoder.requires_grad_(False)
+    calls: list[int] = []
+    model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.tensor([[9, 10, 11], [9, 12, 1]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    first, second = model.embed_texts(ids, mask), model.embed_texts(ids.flip(0), mask.flip(0))
+    torch.testing.assert_close(first, second.flip(0))
+    assert len(calls) == 1
+
+
+def test_the_momentum_queue_fills_and_follows(tiny_config) -> None:
+    model = CTInstructForPretraining(tiny_config(queue_size=5, queue_momentum=0.5)).train()
+    inputs = {name: value for name, value in batch().items() if name in ("pixel_values", "patch_grid", "input_ids")}
+    before = model.momentum_image_projection.weight.clone()
+    with torch.no_grad():
+        model.image_projection.weight.add_(1.0)
+    for filled in (2, 4, 5, 5):
+        outputs = model(**inputs)
+        assert int(model.queue.filled) == filled
+        assert torch.isfinite(outputs.loss)
+    outputs.loss.backward()
+    assert model.momentum_image_projection.weight.grad is None
+    moved = (model.momentum_image_projection.weight - before).mean().item()
+    assert moved == pytest.approx(1 - 0.5**4, abs=1e-4)
+
+
+def test_a_text_encoder_is_needed(tiny_config) -> None:
+    with pytest.raises(CTInstructError, match="text encoder"):
+        CTInstructForPretraining(tiny_config(text_encoder_config=None))
+
+
+GATHER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from tiny import tiny_config
+from ctinstruct_hf import CTInstructForPretraining
+dist.init_process_group('gloo')
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = CTInstructForPretraining(tiny_config(gather_features=True)).eval()
+pixels, words = torch.randn(4, 64, 64), torch.randint(8, 90, (4, 5))
+mine = slice(2 * rank, 2 * rank + 2)
+grid = torch.tensor([[1, 1, 1, 1]] * 2)
+loss = model(pixel_values=pixels[mine], patch_grid=grid, input_ids=words[mine]).loss
+loss.backward()
+gradient = model.image_projection.weight.grad.clone()
+dist.all_reduce(gradient)
+whole = CTInstructForPretraining(tiny_config()).eval()
+whole.load_state_dict(model.state_dict())
+expected = whole(pixel_values=pixels, patch_grid=torch.tensor([[1, 1, 1, 1]] * 4), input_ids=words).loss
+expected.backward()
+torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+torch.testing.assert_close(gradient / 2, whole.image_projection.weight.grad, atol=1e-5, rtol=1e-4)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_contrast_like_one_with_the_joined_batch(tmp_path: Path) -> None:
+    script = tmp_path / "gather.py"
+    script.write_text(GATHER)
+    conformance = Path(__file__).parents[2] / "conformance"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(script), str(conformance)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
