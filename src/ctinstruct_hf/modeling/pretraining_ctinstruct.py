@@ -377,8 +377,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The momentum copies move a little toward the model."""
-        momentum = self.config.queue_momentum
+        """The momentum copies move a little toward the model; before the first step they are made equal to it."""
+        momentum = self.config.queue_momentum if int(self.queue.filled) else 0.0
         for fast, slow in (
             (self.vision_tower, self.momentum_tower),
             (self.image_projection, self.momentum_image_projection),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -256,14 +256,16 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 
 def foreground_box(array: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(start, size) of the smallest box around voxels above 0; everything where there is none."""
-    order = "F" if abs(array.strides[1]) < abs(array.strides[2]) else "C"  # the memory order of a plane
+    order: Literal["C", "F"] = (
+        "F" if abs(array.strides[1]) < abs(array.strides[2]) else "C"
+    )  # the memory order of a plane
     seen = np.zeros(array.shape[1:], bool, order=order)
-    lines = [np.zeros(array.shape[0], bool)]
+    lines: list[np.ndarray] = [np.zeros(array.shape[0], bool)]
     for depth, plane in enumerate(array):  # a plane at a time, which stays in the cache
         above = plane > 0
         lines[0][depth] = above.any()
         seen |= above
-    lines += [seen.any(axis=1), seen.any(axis=0)]
+    lines += [np.asarray(seen.any(axis=1)), np.asarray(seen.any(axis=0))]
     if not lines[0].any():
         return (0, 0, 0), array.shape  # type: ignore[return-value]
     found = [np.flatnonzero(line) for line in lines]
