@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def tiny_config() -> CTInstructConfig:
 
 
 def build_tiny(folder: Path, seed: int = 0) -> None:
-    """Write the untrained checkpoint."""
+    """Write the untrained checkpoint, in place of what the folder holds."""
+    shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(seed)
     processor = tiny_processor()
     config = tiny_config()

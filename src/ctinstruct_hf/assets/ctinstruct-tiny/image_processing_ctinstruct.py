@@ -256,7 +256,9 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 
 def foreground_box(array: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(start, size) of the smallest box around voxels above 0; everything where there is none."""
-    order: Literal["C", "F"] = "F" if abs(array.strides[1]) < abs(array.strides[2]) else "C"  # the memory order of a plane
+    order: Literal["C", "F"] = (
+        "F" if abs(array.strides[1]) < abs(array.strides[2]) else "C"
+    )  # the memory order of a plane
     seen = np.zeros(array.shape[1:], bool, order=order)
     lines: list[np.ndarray] = [np.zeros(array.shape[0], bool)]
     for depth, plane in enumerate(array):  # a plane at a time, which stays in the cache
