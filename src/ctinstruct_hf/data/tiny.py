@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -31,8 +30,9 @@ def tiny_config() -> CTInstructConfig:
 
 
 def build_tiny(folder: Path, seed: int = 0) -> None:
-    """Write the untrained checkpoint, in place of what the folder holds."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the untrained checkpoint; code files of an earlier one in the folder are replaced."""
+    for stale in folder.glob("*_ctinstruct.py"):
+        stale.unlink()
     torch.manual_seed(seed)
     processor = tiny_processor()
     config = tiny_config()
