@@ -9,21 +9,9 @@ from pathlib import Path
 from .errors import CTInstructError
 from .study import Study
 
-SCAN_SUFFIXES = (
-    ".nii",
-    ".nii.gz",
-    ".mha",
-    ".mhd",
-    ".nrrd",
-    ".npy",
-    ".npz",
-    ".zip",
-    ".dcm",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".bmp",
-)
+# files that hold a volume each, wherever they lie; slices count only where they are named
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".zip")
+SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", ".png", ".jpg", ".jpeg", ".bmp")
 
 
 @dataclass
@@ -64,7 +52,7 @@ def find_scans(inputs: Sequence[Path]) -> list[Path]:
             scans.append(path)
             continue
         inside = sorted(one for one in path.iterdir() if not one.name.startswith("."))
-        volumes = [one for one in inside if one.is_file() and one.name.lower().endswith(SCAN_SUFFIXES[:8])]
+        volumes = [one for one in inside if one.is_file() and one.name.lower().endswith(VOLUME_SUFFIXES)]
         folders = [one for one in inside if one.is_dir()]
         if volumes:
             scans.extend(volumes)

@@ -21,7 +21,18 @@ CHOICES = {
 }
 
 
-class CTInstructImageProcessor(BaseImageProcessor):
+class AutoMapInFilesOnly:
+    """Mixin of both processors: `auto_map` belongs to the saved file, not to the object."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without `auto_map` unless it is being saved (see `as_auto_class`)."""
+        settings = super().to_dict()  # type: ignore[misc]
+        if type(self)._auto_class is None:  # type: ignore[attr-defined]
+            settings.pop("auto_map", None)
+        return settings
+
+
+class CTInstructImageProcessor(AutoMapInFilesOnly, BaseImageProcessor):
     """Fits each volume to a canvas of patches (any resolution) and scales its intensities.
 
     Args:
@@ -81,13 +92,6 @@ class CTInstructImageProcessor(BaseImageProcessor):
             raise CTInstructError(f"max_patches is {settings['max_patches']}: at least 1 is needed.")
         if not settings["hu_window"][0] < settings["hu_window"][1]:
             raise CTInstructError(f"hu_window is {settings['hu_window']}: give [low, high] in HU.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in Transformers; `auto_map` belongs to the saved file only."""
-        settings = super().to_dict()
-        if type(self)._auto_class is None:
-            settings.pop("auto_map", None)
-        return settings
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""

@@ -531,8 +531,8 @@ def decode(path: Path, header: Any) -> np.ndarray:
         reader = SimpleITK.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileName(str(path))
-        array = SimpleITK.GetArrayFromImage(reader.Execute())
-        return stored_values(array, header, path)
+        image = reader.Execute()
+        return stored_values(SimpleITK.GetArrayFromImage(image), reader, header)
     except CTInstructError:
         raise
     except Exception as error:
@@ -622,14 +622,8 @@ def native(data: Any) -> np.ndarray:
     return array.reshape(-1, int(data.Rows), int(data.Columns))
 
 
-def stored_values(array: np.ndarray, header: Any, path: Path) -> np.ndarray:
+def stored_values(array: np.ndarray, reader: Any, header: Any) -> np.ndarray:
     """SimpleITK applies the rescale of the file itself; take that back, so that it is applied once and by us."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
     slope = reader.GetMetaData("0028|1053") if reader.HasMetaDataKey("0028|1053") else "1"
     intercept = reader.GetMetaData("0028|1052") if reader.HasMetaDataKey("0028|1052") else "0"
     values = (array.astype(np.float64) - float(intercept)) / float(slope)
