@@ -21,18 +21,7 @@ CHOICES = {
 }
 
 
-class AutoMapInFilesOnly:
-    """Mixin of both processors: `auto_map` belongs to the saved file, not to the object."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without `auto_map` unless it is being saved (see `as_auto_class`)."""
-        settings = super().to_dict()  # type: ignore[misc]
-        if type(self)._auto_class is None:  # type: ignore[attr-defined]
-            settings.pop("auto_map", None)
-        return settings
-
-
-class CTInstructImageProcessor(AutoMapInFilesOnly, BaseImageProcessor):
+class CTInstructImageProcessor(BaseImageProcessor):
     """Fits each volume to a canvas of patches (any resolution) and scales its intensities.
 
     Args:
@@ -92,6 +81,10 @@ class CTInstructImageProcessor(AutoMapInFilesOnly, BaseImageProcessor):
             raise CTInstructError(f"max_patches is {settings['max_patches']}: at least 1 is needed.")
         if not settings["hu_window"][0] < settings["hu_window"][1]:
             raise CTInstructError(f"hu_window is {settings['hu_window']}: give [low, high] in HU.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without `auto_map`, which belongs to the saved file only."""
+        return settings_of(self, super().to_dict())
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
@@ -226,6 +219,13 @@ class CTInstructImageProcessor(AutoMapInFilesOnly, BaseImageProcessor):
         if self.axes == "file" and volume.source.kind != "array":
             mask = volume.from_file_axes(mask.transpose(1, 2, 0))
         return mask
+
+
+def settings_of(one: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A processor's settings, without `auto_map` unless it is being saved (see `as_auto_class`)."""
+    if type(one)._auto_class is None:
+        settings.pop("auto_map", None)
+    return settings
 
 
 @contextmanager

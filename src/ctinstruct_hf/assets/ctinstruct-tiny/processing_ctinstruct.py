@@ -15,7 +15,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_ctinstruct import AutoMapInFilesOnly, as_auto_class, flatten_images
+from .image_processing_ctinstruct import as_auto_class, flatten_images, settings_of
 from .volume import CTInstructError, CTVolume
 
 SEG_TOKEN = "<SEG>"
@@ -39,7 +39,7 @@ _TOKENIZER_OPTIONS = ("padding", "max_length", "truncation")
 _NAMED = re.compile(r"presence of (?P<names>[^.?!\n]+)", re.IGNORECASE)
 
 
-class CTInstructProcessor(AutoMapInFilesOnly, ProcessorMixin):
+class CTInstructProcessor(ProcessorMixin):
     """Image processor and tokenizer together.
 
     Args:
@@ -247,6 +247,10 @@ class CTInstructProcessor(AutoMapInFilesOnly, ProcessorMixin):
     ) -> list[str]:
         """Decoded texts, as pipelines ask for them."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without `auto_map`, which belongs to the saved file only."""
+        return settings_of(self, super().to_dict())
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
