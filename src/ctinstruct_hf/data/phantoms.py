@@ -134,40 +134,37 @@ class _Canvas:
         self.shape = shape
         self.spacing = spacing
         # where the scan's middle lies in the patient, and how obliquely the patient lies
-        self.centre = np.array([rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(-12, 22)])
-        angles = np.radians(rng.normal(0, 2.0, 3))
-        self.rotation = _rotation(*angles)
-        self.scale = rng.uniform(0.92, 1.08)  # the size of the patient
+        free = max(0.0, _FIELD_MM[0] - shape[0] * spacing[0]) / 2  # a short scan may lie anywhere in the trunk
+        self.centre = np.array([rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(-12, 22) + rng.uniform(-free, free)])
+        build = rng.uniform(0.92, 1.08) * rng.uniform(0.95, 1.05, 3)  # the patient's size: breadth, depth, length
+        # from mm of the scanner to mm of the patient
+        self.turn = (_rotation(*np.radians(rng.normal(0, 2.0, 3))) / build[:, None]).astype(np.float32)
+        self.back = np.linalg.inv(self.turn)
         depth, height, width = [
             ((np.arange(n) - (n - 1) / 2) * mm).astype(np.float32) for n, mm in zip(shape, spacing, strict=True)
         ]
         axes = [width[None, None, :], height[None, :, None], depth[:, None, None]]  # x, y, z of the scanner
-        turn = (self.rotation / self.scale).astype(np.float32)
-        x, y, z = (
-            turn[row, 0] * axes[0] + turn[row, 1] * axes[1] + turn[row, 2] * axes[2] + np.float32(self.centre[row])
-            for row in range(3)
-        )
-        # a smooth warp, so that no organ is an exact ellipsoid
-        self.x = x + self._waves(axes, 4.0)
-        self.y = y + self._waves(axes, 4.0)
-        self.z = z + self._waves(axes, 4.0)
+        # with a smooth warp, so that no organ is an exact ellipsoid
+        self.x, self.y, self.z = (self._coordinate(axes, row, 4.0) for row in range(3))
         self.hu = np.full(shape, -1000.0, dtype=np.float32)
         self.organs = np.zeros(shape, dtype=np.uint8)
         self.finding_masks: dict[str, np.ndarray] = {}
 
-    def _waves(self, axes: list[np.ndarray], height: float) -> np.ndarray:
-        total: np.ndarray | float = 0.0
+    def _coordinate(self, axes: list[np.ndarray], row: int, height: float) -> np.ndarray:
+        """One coordinate of the patient at every voxel, with two waves of `height` mm and half of it."""
+        plane = self.turn[row, 0] * axes[0] + self.turn[row, 1] * axes[1] + np.float32(self.centre[row])
+        total = plane + self.turn[row, 2] * axes[2]
         for length in (190.0, 95.0):
-            phases = self.rng.uniform(0, 2 * np.pi, 3)
+            phases = self.rng.uniform(0, 2 * np.pi, 3).astype(np.float32)
             k = np.float32(2 * np.pi / length)
-            plane = np.sin(k * axes[0] + phases[0]) * np.cos(k * axes[1] + phases[1])
-            total = total + np.float32(height * length / 190) * plane * np.sin(k * axes[2] + phases[2])
-        return np.asarray(total, dtype=np.float32)
+            wave = np.sin(k * axes[0] + phases[0]) * np.cos(k * axes[1] + phases[1]) * np.float32(height * length / 190)
+            total += wave * np.sin(k * axes[2] + phases[2])
+        return total
 
     def box(self, low: np.ndarray, high: np.ndarray, margin: float = 10.0) -> tuple[slice, slice, slice] | None:
         """The voxels that may hold a body part between two corners (x, y, z) in the patient."""
         corners = np.array([[a, b, c] for a in (low[0], high[0]) for b in (low[1], high[1]) for c in (low[2], high[2])])
-        scanner = (corners - self.centre) * self.scale @ self.rotation  # inverse of the turn
+        scanner = (corners - self.centre) @ self.back.T
         first, last = scanner.min(0) - margin, scanner.max(0) + margin
         spans = []
         for axis, n, mm in (
@@ -308,32 +305,36 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     """Paint from the outside in; what comes later lies inside what came before."""
     rng = c.rng
     everything = (slice(None), slice(None), slice(None))
-    wide, deep = 165.0, 112.0
-    chest = np.square(c.x * np.float32(1 / wide)) + np.square((c.y - np.float32(5)) * np.float32(1 / deep))
-    fat_share = np.float32(rng.uniform(0.80, 0.92))
+    fat_share = np.float32(rng.uniform(0.74, 0.92))
+    wide, deep = 142.0 / float(fat_share), 96.0 / float(fat_share)  # the wall stays where it is, the fat lies around it
+    across = np.square(c.x * np.float32(1 / wide))
+    along = np.square((c.y - np.float32(5)) * np.float32(1 / deep))
+    chest = across + along
+    across *= np.float32(rng.uniform(0.0, 0.45)) * along  # trunks are squarer than an ellipse
+    chest -= across
     inner = chest < fat_share**2
     c.organ("subcutaneous fat", everything, chest < 1, hu["subcutaneous fat"])
     c.organ("muscle", everything, inner, hu["muscle"])
-    skin = (chest >= np.float32(0.97)) & (chest < 1)
-    c.hu[skin] = 10
+    c.hu[(chest >= np.float32(0.97)) & (chest < 1)] = 10  # skin
     # the table below the back
     table = (np.abs(c.x) < 200) & (c.y > deep + 9) & (c.y < deep + 15) & (chest >= 1)
     c.hu[table] = -300
 
     # the abdominal cavity: fat with bowel
-    cavity = chest < (fat_share - np.float32(0.10)) ** 2
-    below = cavity & (c.z < 0)
-    c.hu[below] = -95 + 2 * rng.normal()
-    for _ in range(14):
-        centre = (rng.uniform(-90, 90), rng.uniform(-70, 10), rng.uniform(-230, -95))
-        part = c.ellipsoid(centre, tuple(rng.uniform(14, 26, 3)))  # type: ignore[arg-type]
-        if part:
-            box, inside = part
-            inside &= below[box]
-            c.hu[box][inside] = 35
-            top = inside & (c.y[box] < np.float32(centre[1] - 8))
-            if rng.random() < 0.5:
-                c.hu[box][top] = -850
+    below = (chest < (fat_share - np.float32(0.10)) ** 2) & (c.z < 0)
+    c.organ("body", everything, below, -98 + 4 * rng.normal())
+    for _ in range(int(rng.integers(10, 26))):  # small bowel
+        centre = (rng.uniform(-95, 95), rng.uniform(-75, 20), rng.uniform(-240, -75))
+        _bowel(c, below, centre, tuple(rng.uniform(12, 26, 3)), rng.uniform(0, 65), rng.random() < 0.3)  # type: ignore[arg-type]
+    stool = rng.uniform(-60, 60)
+    for side, top in ((-1.0, -95.0), (1.0, -70.0)):  # ascending and descending colon
+        for step in range(5):
+            centre = (side * rng.uniform(92, 108), rng.uniform(-10, 30), top - 34.0 * step)
+            _bowel(c, below, centre, tuple(rng.uniform(18, 27, 3)), stool, rng.random() < 0.6)  # type: ignore[arg-type]
+    for step in range(7):  # transverse colon
+        centre = (-90 + 30.0 * step, rng.uniform(-78, -58), rng.uniform(-110, -80))
+        _bowel(c, below, centre, tuple(rng.uniform(17, 25, 3)), stool, rng.random() < 0.7)  # type: ignore[arg-type]
+    _back_muscles(c, hu, chest)
 
     _bones(c, hu, chest, fat_share, deep)
     _chest(c, hu, present)
@@ -341,14 +342,47 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     _vessels(c, hu)
 
 
+def _bowel(
+    c: _Canvas,
+    cavity: np.ndarray,
+    centre: tuple[float, float, float],
+    axes: tuple[float, float, float],
+    hu: float,
+    gas: bool,
+) -> None:
+    """A loop of bowel; gas rises to the front."""
+    part = c.ellipsoid(centre, axes)
+    if part:
+        box, inside = part
+        inside &= cavity[box]
+        c.hu[box][inside] = hu
+        if gas:
+            c.hu[box][inside & (c.y[box] < np.float32(centre[1] - axes[1] * 0.35))] = -900
+
+
+def _back_muscles(c: _Canvas, hu: dict[str, float], chest: np.ndarray) -> None:
+    """The long muscles behind and beside the spine."""
+    for side in (-1.0, 1.0):
+        for (x, y), (across, deep), top in (((34, 84), (27, 17), 400.0), ((40, 58), (19, 21), -85.0)):
+            part = c.box(np.array([side * x - across, y - deep, -400]), np.array([side * x + across, y + deep, top]))
+            if part:
+                inside = np.square((c.x[part] - np.float32(side * x)) / np.float32(across)) < 1 - np.square(
+                    (c.y[part] - np.float32(y)) / np.float32(deep)
+                )
+                inside &= (chest[part] < 0.97) & (c.z[part] < top)
+                c.organ("muscle", part, inside, hu["muscle"])
+
+
 def _bones(c: _Canvas, hu: dict[str, float], chest: np.ndarray, fat_share: np.float32, deep: float) -> None:
     wall = (chest < (fat_share - np.float32(0.02)) ** 2) & (chest > (fat_share - np.float32(0.085)) ** 2)
-    slanted = c.z + np.float32(0.35) * (c.y - np.float32(60)) * -1
     pitch, start = c.rng.uniform(26, 31), c.rng.uniform(0, 26)
-    ring = np.abs(np.mod(slanted + np.float32(start), np.float32(pitch)) - np.float32(pitch / 2)) < 5.5
-    everything = (slice(None), slice(None), slice(None))
-    ribs = wall & ring & (c.z > -85) & (c.z < 210) & (np.abs(c.x) > 18)
-    c.organ("ribs", everything, ribs, hu["ribs"])
+    places = np.flatnonzero(wall)  # few of all voxels
+    x, y, z = c.x.ravel()[places], c.y.ravel()[places], c.z.ravel()[places]
+    slanted = z - np.float32(0.35) * (y - np.float32(60)) + np.float32(start)
+    ring = np.abs(np.mod(slanted, np.float32(pitch)) - np.float32(pitch / 2)) < 5.5
+    ribs = places[ring & (z > -85) & (z < 210) & (np.abs(x) > 18)]
+    c.organs.ravel()[ribs] = ORGANS.index("ribs") + 1
+    c.hu.ravel()[ribs] = hu["ribs"]
     part = c.box(np.array([-26, 40, -400]), np.array([26, deep, 400]))
     if part:
         x, y, z = c.x[part], c.y[part], c.z[part]
@@ -411,7 +445,7 @@ def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
         x, y = c.x[part], c.y[part]
         middle = (np.abs(x) < 30) & (y > -70) & (y < 62) & (c.z[part] > -5)
         middle &= ~c.is_organ(part, "spine", "sternum", "right lung", "left lung")
-        c.hu[part][middle & (c.hu[part] > -400)] = -80
+        c.organ("body", part, middle & (c.hu[part] > -400), -80.0)
     normal = rng.uniform(0.92, 1.05)  # drawn either way, so that the rest of the anatomy does not depend on the finding
     size = np.float32(1.32 if present["cardiomegaly"] else normal)
     part = c.ellipsoid((24 * float(size), -28, 34), (52 * float(size), 42 * float(size), 42 * float(size)))
@@ -738,7 +772,9 @@ def _acquire(c: _Canvas, rng: np.random.Generator) -> None:
     noise = rng.standard_normal(c.shape, dtype=np.float32)
     for axis in (2, 1, 0):  # neighbours in plane share their noise, as after a smooth kernel
         if c.shape[axis] > 1:
-            noise += np.float32(0.8 if axis else 0.4) * np.roll(noise, 1, axis)
+            behind, ahead = [slice(None)] * 3, [slice(None)] * 3
+            behind[axis], ahead[axis] = slice(None, -1), slice(1, None)
+            noise[tuple(behind)] += np.float32(0.8 if axis else 0.4) * noise[tuple(ahead)]
     noise *= np.float32(sigma / max(float(noise[:1].std()), 1e-6))
     hu += noise
     np.clip(hu, -1024, 3071, out=hu)
