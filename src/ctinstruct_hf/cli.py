@@ -146,6 +146,35 @@ def convert(
     typer.echo(str(output))
 
 
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")] = "tiny",
+    changes: Annotated[list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="output_dir instead of the recipe's.")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="A checkpoint; the last whole one by default.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew and remove the earlier run.")] = False,
+    table: Annotated[
+        int | None, typer.Option("--table", help="3, 4 or 5: the paper's ablation in miniature instead of one run.")
+    ] = None,
+) -> None:
+    """Stage one: align images with text at three grains. Goes on where an interrupted run stopped."""
+    from .train.recipe import read_recipe
+
+    told = read_recipe(recipe if table is None or recipe != "tiny" else "miniature", changes or [])
+    if output is not None:
+        told["output_dir"] = str(output)
+    if table is not None:
+        from .train.tables import run_table
+
+        typer.echo(run_table(table, told))
+        return
+    from .train.pretrain import pretrain as run
+
+    for name, value in run(told, resume, restart).items():
+        typer.echo(f"{name} {value:.4f}")
+    typer.echo(f"The model is in {Path(told['output_dir']) / 'model'}.")
+
+
 def spread(arguments: list[str]) -> list[str]:
     """`--output-type nifti dicom-seg` as two options, as radiology tools write it."""
     spread_out: list[str] = []

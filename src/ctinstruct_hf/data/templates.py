@@ -44,6 +44,16 @@ DIAGNOSE = (
 )
 CHOOSE = ("{question} {choices}", "{question} Choose one: {choices}", "{question} Answer with one option. {choices}")
 LETTERS = "ABCDEFGH"
+PRESENCE = (
+    "Is there {article}?",
+    "Is {article} present?",
+    "Does this scan show {article}?",
+    "Do you see {article}?",
+    "Can {article} be seen?",
+    "Is there any sign of {article}?",
+)
+PRESENT_ANSWER = ("Yes, {article} is seen.", "Yes, there is {article}.")
+ABSENT_ANSWER = ("No, no {name} is seen.", "No, there is no {name}.")
 
 # the examples printed in section 3.3
 PAPER_EXAMPLES = (
@@ -84,6 +94,12 @@ def ask_diagnosis(diseases: Sequence[str], rng: np.random.Generator | None = Non
 def answer_diagnosis(diseases: Sequence[str]) -> str:
     """The answer with a `<disease_confidence>` per disease, in their order."""
     return ", ".join(f"{disease} {DISEASE_TOKEN}" for disease in diseases)
+
+
+def ask_presence(article: str, name: str, present: bool, rng: np.random.Generator) -> tuple[str, str]:
+    """A finding-related question and its answer, also where the finding is absent."""
+    answer = draw(rng, PRESENT_ANSWER if present else ABSENT_ANSWER)
+    return draw(rng, PRESENCE).format(article=article), answer.format(article=article, name=name)
 
 
 def ask_choice(question: str, choices: Sequence[str], rng: np.random.Generator | None = None) -> str:

@@ -165,6 +165,13 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             init.constant_(module.category_scale, math.log(1 / self.config.contrastive_temperature))
             init.zeros_(module.category_bias)
 
+    def train(self, mode: bool = True) -> CTInstructForPretraining:
+        """As in torch; a text encoder without trained parameters keeps reading as in inference, without dropout."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
+            self.text_encoder.eval()
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.text_encoder.get_input_embeddings()
 

@@ -1,0 +1,192 @@
+"""Several data sets as one stream of batches: each of one task, drawn by weight, the same task on every process.
+
+The schedule depends on the seed and the step alone, so a resumed run sees what an undisturbed one would have seen. Rows
+are light; voxels are read by the collator, so that skipping to a step costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+from ..errors import CTInstructError
+
+
+@dataclass
+class MixtureEntry:
+    """One part of a mixture.
+
+    Attributes:
+        name: for messages and logs.
+        rows: a sequence of rows (a list, a `datasets.Dataset`), or a streamed `datasets.IterableDataset`.
+        tasks: what a batch of it trains: stage one `contrastive`, `category`, `segmentation` or several at once; stage
+            two a task of `samples.TASKS`.
+        weight: how often it is drawn, relative to the others.
+    """
+
+    name: str
+    rows: Any
+    tasks: tuple[str, ...]
+    weight: float = 1.0
+
+
+@dataclass
+class Item:
+    """A row on its way to the collator; `draw` is its number in the schedule and seeds whatever is drawn for it."""
+
+    row: dict[str, Any]
+    tasks: tuple[str, ...]
+    draw: int
+
+
+def _shares(entries: Sequence[MixtureEntry]) -> np.ndarray:
+    weights = np.array([entry.weight for entry in entries], dtype=float)
+    if not len(entries) or (weights < 0).any() or not weights.sum() > 0:
+        raise CTInstructError("The mixture has no part with a positive weight.")
+    return weights / weights.sum()
+
+
+def entry_of_step(shares: np.ndarray, seed: int, step: int) -> int:
+    """Which part is drawn at a step; the same on every process."""
+    return int(np.random.default_rng([seed, 101, step]).choice(len(shares), p=shares))
+
+
+class Mixture(Dataset):
+    """Rows of several parts, addressed by (part, row, draw)."""
+
+    def __init__(self, entries: Sequence[MixtureEntry]) -> None:
+        self.entries = list(entries)
+        _shares(self.entries)
+        for entry in self.entries:
+            if entry.weight > 0 and not len(entry.rows):
+                raise CTInstructError(f"'{entry.name}' has no rows to train on.")
+
+    def __len__(self) -> int:
+        return sum(len(entry.rows) for entry in self.entries)
+
+    def __getitem__(self, place: tuple[int, int, int]) -> Item:
+        part, row, draw = place
+        entry = self.entries[part]
+        return Item(entry.rows[row], entry.tasks, draw)
+
+
+class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
+    """The schedule: `count` batches of places in a `Mixture`.
+
+    Args:
+        mixture: the parts.
+        batch_size: samples a batch.
+        count: batches in all, over all processes.
+        seed: of the draws.
+        together: so many batches in a row share their part: the number of processes, which take them in turn.
+    """
+
+    def __init__(self, mixture: Mixture, batch_size: int, count: int, seed: int = 0, together: int = 1) -> None:
+        self.mixture, self.batch_size, self.count = mixture, batch_size, count
+        self.seed, self.together = seed, together
+        self.shares = _shares(mixture.entries)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        taken = [0] * len(self.shares)
+        orders: dict[tuple[int, int], np.ndarray] = {}
+        part = 0
+        for number in range(self.count):
+            if number % self.together == 0:
+                part = entry_of_step(self.shares, self.seed, number // self.together)
+            length = len(self.mixture.entries[part].rows)
+            batch = []
+            for offset in range(self.batch_size):
+                epoch, place = divmod(taken[part], length)
+                if (part, epoch) not in orders:
+                    orders = {key: order for key, order in orders.items() if key[0] != part}
+                    orders[part, epoch] = np.random.default_rng([self.seed, 103, part, epoch]).permutation(length)
+                batch.append((part, int(orders[part, epoch][place]), number * self.batch_size + offset))
+                taken[part] += 1
+            yield batch
+
+
+class StreamedMixture(IterableDataset):
+    """The same over `datasets` that are streamed: yields whole batches, lists of `Item`.
+
+    Each process and worker reads its own shard of every part and agrees with all others on the part of a step.
+
+    Args:
+        entries: parts whose rows are `datasets.IterableDataset`s.
+        batch_size: samples a batch.
+        seed: of the draws.
+        rank, world_size: this process among all.
+        start: the first step, after a resume: earlier rows are passed over without being read.
+        buffer: rows in the shuffle buffer of each part; 0 keeps the stored order.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[MixtureEntry],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        buffer: int = 1000,
+    ) -> None:
+        self.entries, self.batch_size, self.seed = list(entries), batch_size, seed
+        self.rank, self.world_size, self.start, self.buffer = rank, world_size, start, buffer
+        self.shares = _shares(self.entries)
+
+    def _rows(self, part: int, reader: int, readers: int) -> Iterator[dict[str, Any]]:
+        epoch = 0
+        while True:
+            rows = self.entries[part].rows
+            if self.buffer:
+                rows = rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
+            seen = 0
+            for place, row in enumerate(rows):
+                if place % readers == reader:
+                    seen += 1
+                    yield row
+            if not seen:
+                raise CTInstructError(f"'{self.entries[part].name}' has too few rows for {readers} readers.")
+            epoch += 1
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        number = (number + self.start) % workers  # batches are taken from worker 0 first, whatever the start
+        reader, readers = self.rank * workers + number, self.world_size * workers
+        streams = [self._rows(part, reader, readers) for part in range(len(self.entries))]
+        step = number
+        while True:
+            part = entry_of_step(self.shares, self.seed, step)
+            rows = [next(streams[part]) for _ in range(self.batch_size)]
+            if step >= self.start:
+                first = (step * self.world_size + self.rank) * self.batch_size
+                yield [
+                    Item(row, self.entries[part].tasks, first + offset) for offset, row in enumerate(rows)
+                ]
+            step += workers
+
+
+def generator_of(seed: int, draw: int) -> np.random.Generator:
+    """The random numbers of one item, the same in every process, worker and resumed run."""
+    return np.random.default_rng([seed, 107, draw])
+
+
+def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch with its tensors, also those in lists, on a device."""
+    moved: dict[str, Any] = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(device)
+        elif isinstance(value, list):
+            moved[name] = [one.to(device) if isinstance(one, torch.Tensor) else one for one in value]
+        else:
+            moved[name] = value
+    return moved

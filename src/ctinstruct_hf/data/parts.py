@@ -1,0 +1,78 @@
+"""The parts of a recipe's mixture, by their settings: prepared data sets and made-up scans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CTInstructError
+from .mixture import MixtureEntry
+from .reading import PHANTOM_KINDS
+from .samples import SPLITS
+from .store import PatchStore
+
+KEYS = ("name", "dataset", "phantoms", "split", "streaming", "sources", "tasks", "weight", "limit")
+GRAINS = ("contrastive", "category", "segmentation")
+
+
+def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
+    """Raises CTInstructError for a part that cannot be loaded; reads nothing but names."""
+    if not isinstance(part, dict):
+        raise CTInstructError(f"A part of the mixture is '{part}': write its keys, as 'dataset: folder'.")
+    unknown = sorted(set(part) - set(KEYS))
+    if unknown:
+        raise CTInstructError(f"A part of the mixture has unknown keys {', '.join(unknown)}: known are {', '.join(KEYS)}.")
+    name = part_name(part)
+    if ("dataset" in part) == ("phantoms" in part):
+        raise CTInstructError(f"Part '{name}' of the mixture needs either dataset or phantoms.")
+    wrong = sorted(set(part.get("tasks", ())) - set(tasks))
+    if wrong:
+        raise CTInstructError(f"Part '{name}' has unknown tasks {', '.join(wrong)}: known are {', '.join(tasks)}.")
+    if part.get("split", "train") not in SPLITS:
+        raise CTInstructError(f"Part '{name}' has split '{part['split']}': use one of {', '.join(SPLITS)}.")
+    if "dataset" in part:
+        folder = Path(part["dataset"]) / kind
+        if not folder.is_dir():
+            raise CTInstructError(f"Part '{name}': {folder} does not exist; make it with ctinstruct data prepare.")
+    else:
+        made = part["phantoms"]
+        seeds = made.get("seeds") if isinstance(made, dict) else None
+        if not isinstance(seeds, list) or len(seeds) != 2 or not seeds[0] < seeds[1]:
+            raise CTInstructError(f"Part '{name}' needs phantoms: {{kind: trunk, seeds: [first, last + 1]}}.")
+        if made.get("kind", "trunk") not in PHANTOM_KINDS:
+            raise CTInstructError(f"Part '{name}' has kind '{made['kind']}': use one of {', '.join(PHANTOM_KINDS)}.")
+
+
+def part_name(part: dict[str, Any]) -> str:
+    return str(part.get("name") or part.get("dataset") or "phantoms")
+
+
+def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int | None = None) -> MixtureEntry:
+    """Rows of one part, as `check_part` has found it right.
+
+    Args:
+        part: {dataset: folder of `ctinstruct data prepare` | phantoms: {kind, seeds}, split, sources, tasks, weight,
+            limit, streaming}.
+        kind: alignment or instructions.
+        store: where the patches of made-up scans go.
+    """
+    split = part.get("split", "train")
+    rows: Any
+    if "phantoms" in part:
+        from .sources.made_up import phantom_rows
+
+        made = part["phantoms"]
+        rows = phantom_rows(
+            made.get("kind", "trunk"), range(*made["seeds"]), split, store, workers, made.get("without", ()), kind
+        )
+    else:
+        from .prepared import load_rows
+
+        rows = load_rows(Path(part["dataset"]), kind, split, bool(part.get("streaming")))
+        if part.get("sources"):
+            rows = rows.filter(lambda row: row["source"] in part["sources"])
+    tasks = tuple(part.get("tasks") or (GRAINS if kind == "alignment" else ()))
+    if part.get("limit"):
+        rows = rows[: part["limit"]] if isinstance(rows, list) else rows.take(part["limit"])
+    return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)))

@@ -1,0 +1,293 @@
+"""The rows that data sets are made of: a case as published, and the samples of the two stages made from it.
+
+A row names its files; voxels are read when a batch is made. Rows are stored with `datasets` (Arrow, Parquet) or as JSONL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CTInstructError
+from .templates import DISEASE_TOKEN, SEG_TOKEN
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+TASKS = ("report", "caption", "segmentation", "diagnosis", "multiple_choice", "question")
+SPLITS = ("train", "validation", "test")
+LAYOUTS = ("", "chwd", "cdhw")
+
+
+@dataclass
+class ImageRef:
+    """Where an image is, and what its file does not say.
+
+    Attributes:
+        path: whatever `read_volume` takes, or `phantom:<kind>:<seed>` for a made-up scan (`data.reading`).
+        slope, intercept: HU = slope x stored value + intercept, where the file lacks them.
+        spacing: mm (depth, height, width), where the file lacks it or has it wrong.
+        layout: axes of an array file: "" as `CTVolume.hu`, "chwd" channel, height, width, depth, "cdhw" likewise.
+    """
+
+    path: str
+    slope: float = 1.0
+    intercept: float = 0.0
+    spacing: list[float] = field(default_factory=list)
+    layout: str = ""
+
+
+@dataclass
+class MaskRef:
+    """One structure of an image.
+
+    Attributes:
+        name: what it is called in the text.
+        path: the label file on the image's grid; "" where the structure is known to be absent.
+        values: the labels that belong to it; every label above 0 where empty.
+    """
+
+    name: str
+    path: str = ""
+    values: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Label:
+    """One category and whether it is there: 1, 0, or −1 where unknown."""
+
+    name: str
+    value: int
+
+
+@dataclass
+class Question:
+    """A question of a data set: `kind` is short, long, multiple_choice, report …; `choices` for the latter but one."""
+
+    question: str
+    answer: str
+    kind: str = "short"
+    choices: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Case:
+    """One study as its data set publishes it, before it is turned into samples.
+
+    Attributes:
+        texts: {report, findings, impression, caption, technique}: those that there are.
+        structures: every name that the data set labels in this case; those without a mask in `masks` are absent.
+        meta: whatever is known of scanner, sex, age, slice thickness; never a name or a date.
+    """
+
+    id: str
+    images: list[ImageRef]
+    split: str
+    source: str
+    patient: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
+    labels: list[Label] = field(default_factory=list)
+    masks: list[MaskRef] = field(default_factory=list)
+    structures: list[str] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class AlignmentSample:
+    """Stage one: an image with whatever of text, category labels and masks it has."""
+
+    id: str
+    image: ImageRef
+    split: str
+    source: str
+    patient: str = ""
+    texts: list[str] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    masks: list[MaskRef] = field(default_factory=list)
+
+    @property
+    def grains(self) -> list[str]:
+        """Which losses it can serve: contrastive, category, segmentation."""
+        known = any(label.value >= 0 for label in self.labels)
+        have = {"contrastive": bool(self.texts), "category": known, "segmentation": bool(self.masks)}
+        return [name for name, there in have.items() if there]
+
+    def check(self) -> None:
+        """Raises CTInstructError where the sample contradicts itself."""
+        _check_common(self, [self.image])
+        if not self.grains:
+            raise CTInstructError(f"sample '{self.id}' has no text, no known label and no mask: nothing to learn from.")
+
+
+@dataclass
+class InstructionSample:
+    """Stage two: a conversation about one or several images.
+
+    Attributes:
+        messages: turns {"role", "content": [{"type": "image"} | {"type": "text", "text": …}]}; images in their order.
+        masks: one per `<SEG>` of the answers, in reading order.
+        labels: one per `<disease_confidence>` of the answers, in reading order.
+        task: one of `TASKS`.
+    """
+
+    id: str
+    images: list[ImageRef]
+    messages: list[dict[str, Any]]
+    task: str
+    split: str
+    source: str
+    patient: str = ""
+    masks: list[MaskRef] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[str]:
+        return [text_of(turn) for turn in self.messages if turn["role"] == "assistant"]
+
+    def check(self) -> None:
+        """Raises CTInstructError where the sample contradicts itself."""
+        _check_common(self, self.images)
+        if self.task not in TASKS:
+            raise CTInstructError(f"sample '{self.id}' has task '{self.task}': use one of {', '.join(TASKS)}.")
+        roles = [turn.get("role") for turn in self.messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+            raise CTInstructError(f"sample '{self.id}' has turns {roles}: expected user and assistant in turn.")
+        shown = sum(part["type"] == "image" for turn in self.messages for part in parts_of(turn))
+        if shown != len(self.images):
+            raise CTInstructError(f"sample '{self.id}' shows {shown} images in its messages and lists {len(self.images)}.")
+        for token, items, what in ((SEG_TOKEN, self.masks, "masks"), (DISEASE_TOKEN, self.labels, "labels")):
+            asked = sum(answer.count(token) for answer in self.answers)
+            if asked != len(items):
+                raise CTInstructError(f"sample '{self.id}' has {asked} {token} in its answers and {len(items)} {what}.")
+
+
+def parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """A turn's content as a list of parts, also where it is plain text."""
+    content = turn.get("content")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+
+
+def text_of(turn: dict[str, Any]) -> str:
+    """All text of a turn."""
+    return "".join(part.get("text") or "" for part in parts_of(turn) if part["type"] == "text")
+
+
+def _check_common(sample: AlignmentSample | InstructionSample, images: Sequence[ImageRef]) -> None:
+    if not sample.id:
+        raise CTInstructError("a sample has an empty id.")
+    if sample.split not in SPLITS:
+        raise CTInstructError(f"sample '{sample.id}' has split '{sample.split}': use one of {', '.join(SPLITS)}.")
+    for image in images:
+        if not image.path:
+            raise CTInstructError(f"sample '{sample.id}' has an image without a path.")
+        if image.layout not in LAYOUTS:
+            raise CTInstructError(f"sample '{sample.id}' has layout '{image.layout}': use 'chwd', 'cdhw' or none.")
+        if image.spacing and (len(image.spacing) != 3 or min(image.spacing) <= 0):
+            raise CTInstructError(f"sample '{sample.id}' has spacing {image.spacing}: expected three positive mm.")
+    for label in sample.labels:
+        if label.value not in (0, 1, -1):
+            raise CTInstructError(f"sample '{sample.id}' has label {label.name} = {label.value}: use 1, 0 or −1.")
+
+
+AnySample = AlignmentSample | InstructionSample
+KINDS: dict[str, type[AnySample]] = {"alignment": AlignmentSample, "instructions": InstructionSample}
+
+
+def to_row(sample: AnySample) -> dict[str, Any]:
+    """Plain dicts and lists, as Arrow and JSON have them."""
+    row = asdict(sample)
+    if isinstance(sample, InstructionSample):  # every part with the same fields, as Arrow wants it
+        row["messages"] = [
+            {
+                "role": turn["role"],
+                "content": [{"type": part["type"], "text": part.get("text") or ""} for part in parts_of(turn)],
+            }
+            for turn in sample.messages
+        ]
+    return row
+
+
+def from_row(row: dict[str, Any], kind: str) -> AnySample:
+    """The sample of a row, checked.
+
+    Raises:
+        CTInstructError: for a missing or unknown field, or a sample that contradicts itself.
+    """
+    target = KINDS[kind]
+    known = {one.name for one in fields(target)}
+    unknown = set(row) - known
+    if unknown:
+        raise CTInstructError(f"a sample has unknown fields {sorted(unknown)}: known are {sorted(known)}.")
+    values = dict(row)
+    try:
+        for name, item in (("masks", MaskRef), ("labels", Label), ("images", ImageRef)):
+            if name in values:
+                values[name] = [item(**_filled(one)) for one in values[name] or []]
+        if isinstance(values.get("image"), dict):
+            values["image"] = ImageRef(**_filled(values["image"]))
+        sample = target(**values)
+    except TypeError as error:
+        raise CTInstructError(f"sample '{row.get('id', '?')}' is malformed: {error}.") from error
+    sample.check()
+    return sample
+
+
+def _filled(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def write_jsonl(samples: Iterable[AnySample], path: Path) -> int:
+    """One sample a line; the number of lines. The file appears when it is whole."""
+    temporary = path.with_name(path.name + ".part")
+    count = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            sample.check()
+            file.write(json.dumps(to_row(sample), ensure_ascii=False) + "\n")
+            count += 1
+    temporary.replace(path)
+    return count
+
+
+def read_jsonl(path: Path, kind: str = "instructions") -> Iterator[AnySample]:
+    """Samples of a JSONL file.
+
+    Raises:
+        CTInstructError: naming the file and the line.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield from_row(json.loads(line), kind)
+            except (CTInstructError, json.JSONDecodeError, AttributeError) as error:
+                raise CTInstructError(f"{path.name}, line {number}: {error}") from error
+
+
+def features(kind: str) -> Features:
+    """The Arrow schema of a kind of sample."""
+    from datasets import Features, List, Value
+
+    text, number = Value("string"), Value("float32")
+    image = {"path": text, "slope": number, "intercept": number, "spacing": List(number), "layout": text}
+    label = {"name": text, "value": Value("int8")}
+    shared: dict[str, Any] = {
+        "id": text,
+        "split": text,
+        "source": text,
+        "patient": text,
+        "labels": List(label),
+        "masks": List({"name": text, "path": text, "values": List(Value("int32"))}),
+    }
+    if kind == "alignment":
+        return Features({**shared, "image": image, "texts": List(text)})
+    part = {"type": text, "text": text}
+    return Features(
+        {**shared, "images": List(image), "task": text, "messages": List({"role": text, "content": List(part)})}
+    )

@@ -1,0 +1,121 @@
+"""Phantoms as a data set: rows by seed, made once and kept."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..phantoms import FINDINGS, ORGANS, UNIONS, Phantom
+from ..reading import PhantomRef, phantom_of
+from ..samples import Case, ImageRef, Label, MaskRef, Question, to_row
+from ..store import PatchStore, phantom_code
+from ..tasks import to_alignment, to_instructions
+
+STRUCTURES = [name for name in ORGANS if name != "body"] + list(UNIONS)
+
+
+def phantom_case(ref: PhantomRef, split: str) -> Case:
+    """A made-up scan with everything that is true about it."""
+    phantom: Phantom = phantom_of(str(ref))
+    present = set(phantom.structures)
+    masks = [MaskRef(name, str(ref)) for name in ORGANS if name in present and name != "body"]
+    masks += [MaskRef(name, str(ref)) for name, parts in UNIONS.items() if present & set(parts)]
+    masks += [MaskRef(name, str(ref)) for name in FINDINGS if phantom.labels[name]]
+    findings, _, impression = phantom.report.partition("Findings: ")[2].partition(" Impression: ")
+    questions = [
+        Question(str(one["question"]), str(one["answer"]), str(one["kind"]), list(one["choices"]))  # type: ignore[call-overload]
+        for one in phantom.questions
+    ]
+    return Case(
+        id=str(ref),
+        images=[ImageRef(str(ref))],
+        split=split,
+        source="phantoms",
+        patient=f"phantom-{ref.seed}",
+        texts={"report": phantom.report, "findings": findings, "impression": impression},
+        labels=[Label(name, value) for name, value in phantom.labels.items()],
+        masks=masks,
+        structures=[*STRUCTURES, *FINDINGS],
+        questions=questions,
+        meta={"phase": phantom.phase},
+    )
+
+
+_worker_store: PatchStore | None = None
+
+
+def _start_worker(store: PatchStore | None) -> None:
+    import torch
+
+    global _worker_store
+    torch.set_num_threads(1)
+    _worker_store = store
+
+
+def _make(job: tuple[str, str]) -> dict[str, Any]:
+    """The samples of both stages of one scan, as the ledger keeps them."""
+    ref, split = job
+    case = phantom_case(PhantomRef.parse(ref), split)
+    if _worker_store is not None:
+        _worker_store.image(case.images[0])  # patches too, while the scan is at hand
+    instructions = [to_row(sample) for sample in to_instructions(case, diseases=FINDINGS)]
+    return {"id": ref, "alignment": [to_row(to_alignment(case))], "instructions": instructions}
+
+
+def phantom_rows(
+    kind: str,
+    seeds: Iterable[int],
+    split: str = "train",
+    store: PatchStore | None = None,
+    workers: int | None = None,
+    without: Sequence[str] = (),
+    samples: str = "alignment",
+) -> list[dict[str, Any]]:
+    """Rows of made-up scans; their patches go to the store. Kept beside the store and made only once.
+
+    Args:
+        kind: of `reading.PhantomRef`.
+        seeds: one scan each.
+        split: what the rows say.
+        workers: processes; all cores by default.
+        without: findings to leave out.
+        samples: `alignment`, one row a scan, or `instructions`, many.
+    """
+    from tqdm.auto import tqdm
+
+    refs = [str(PhantomRef(kind, int(seed), tuple((name, 0) for name in without))) for seed in seeds]
+    kept: dict[str, dict[str, Any]] = {}
+    ledger: Path | None = None
+    if store is not None and store.folder is not None:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        ledger = store.folder / f"phantoms-{phantom_code()}.jsonl"
+        kept = _read_ledger(ledger)
+    jobs = [(ref, split) for ref in refs if ref not in kept]
+    if jobs:
+        workers = workers or os.cpu_count() or 1
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        with ProcessPoolExecutor(workers, context, _start_worker, (store,)) as pool:
+            made = pool.map(_make, jobs, chunksize=4)
+            for entry in tqdm(made, total=len(jobs), desc=f"phantoms ({kind})", unit="scan"):
+                kept[entry["id"]] = entry
+                if ledger is not None:
+                    with ledger.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(entry) + "\n")
+    return [{**row, "split": split} for ref in refs for row in kept[ref][samples]]
+
+
+def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                continue
+            rows[row["id"]] = row
+    return rows

@@ -1,0 +1,134 @@
+"""Prepared patches on disk, one memory-mapped safetensors file an image, so that an epoch does not inflate again.
+
+A file is written under a temporary name and renamed: any number of processes may share a store, and a killed one leaves
+nothing half-written that would be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from . import phantoms
+from .reading import is_phantom, open_labels, open_volume, phantom_of
+from .samples import ImageRef, MaskRef
+
+Prepared = dict[str, torch.Tensor]
+
+
+class PatchStore:
+    """Patches and label canvases of images by reference.
+
+    Args:
+        image_processor: how volumes become patches; part of every file's key.
+        folder: where files are kept; None prepares every time.
+    """
+
+    def __init__(self, image_processor: CTInstructImageProcessor, folder: Path | str | None = None) -> None:
+        self.image_processor = image_processor
+        self.folder = None if folder is None else Path(folder)
+        settings = {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
+        self._settings = json.dumps(settings, sort_keys=True, default=str)
+        self._last: dict[str, Prepared] = {}  # without a folder: what was prepared last, for its masks
+
+    def image(self, image: ImageRef) -> Prepared:
+        """pixel_values float16 [N, patch height, patch width], patch_grid int64 [1, 4], slice_mask bool [N]."""
+        return self._entry(self._key(image), lambda: self._prepare(image), ("pixel_values", "patch_grid", "slice_mask"))
+
+    def mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
+        """One structure on the image's canvas: int8 [D, H, W], 1 inside, 0 outside, −1 padding."""
+        if is_phantom(image.path):
+            return self._phantom_mask(image, mask)
+        if not mask.path:
+            padding = self._labels(image, "")
+            return torch.where(padding < 0, padding, torch.zeros_like(padding))
+        labels = self._labels(image, mask.path)
+        inside = torch.isin(labels, torch.tensor(mask.values, dtype=labels.dtype)) if mask.values else labels > 0
+        return torch.where(labels < 0, labels, inside.to(torch.int8))
+
+    def _labels(self, image: ImageRef, path: str) -> torch.Tensor:
+        def prepare() -> Prepared:
+            volume = open_volume(image)
+            labels = open_labels(path, volume) if path else np.zeros(volume.shape, np.int16)
+            return {"labels": self.image_processor.labels_to_canvas(labels, volume)}
+
+        return self._entry(self._key(image, path or "none"), prepare, ("labels",))["labels"]
+
+    def _phantom_mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
+        prepared = self._entry(self._key(image), lambda: self._prepare(image), ("organs", "findings"))
+        organs = prepared["organs"]
+        if mask.name in phantoms.FINDINGS:
+            inside = (prepared["findings"] >> phantoms.FINDINGS.index(mask.name)) & 1 > 0
+        elif mask.name == "body":
+            inside = organs > 0
+        else:
+            parts = phantoms.UNIONS.get(mask.name, (mask.name,))
+            values = [phantoms.ORGANS.index(part) + 1 for part in parts]
+            inside = torch.isin(organs, torch.tensor(values, dtype=organs.dtype))
+        return torch.where(organs < 0, organs, inside.to(torch.int8))
+
+    def _prepare(self, image: ImageRef) -> Prepared:
+        volume = open_volume(image)
+        rows, fit = self.image_processor.prepare(volume)
+        prepared = {
+            "pixel_values": rows.to(torch.float16),
+            "patch_grid": torch.tensor([[*fit.grid, fit.patch[0]]]),
+            "slice_mask": fit.slice_mask().flatten(),
+        }
+        if is_phantom(image.path):
+            phantom = phantom_of(image.path)
+            prepared["organs"] = self.image_processor.labels_to_canvas(phantom.organ_map, volume)
+            bits = torch.zeros_like(prepared["organs"], dtype=torch.int16)
+            for name, found in phantom.finding_masks.items():
+                canvas = self.image_processor.labels_to_canvas(found.astype(np.uint8), volume)
+                bits |= (canvas > 0).to(torch.int16) << phantoms.FINDINGS.index(name)
+            prepared["findings"] = bits
+        return prepared
+
+    def _key(self, image: ImageRef, *more: str) -> str:
+        state = [self._settings, asdict(image), [file_state(path) for path in (image.path, *more)]]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _entry(self, key: str, prepare: object, names: tuple[str, ...]) -> Prepared:
+        if self.folder is None:
+            if key not in self._last:
+                self._last = {**dict(list(self._last.items())[-3:]), key: prepare()}  # type: ignore[operator]
+            return {name: self._last[key][name] for name in names}
+        path = self.folder / key[:2] / f"{key}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)  # type: ignore[operator]
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+
+
+def file_state(path: str) -> list[object]:
+    """What changes when a file does: its path, size and time; for made-up scans the code that makes them."""
+    if is_phantom(path):
+        return [path, phantom_code()]
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return [path]
+    return [path, stat.st_size, stat.st_mtime_ns]
+
+
+@cache
+def phantom_code() -> str:
+    files = [Path(phantoms.__file__), *(Path(phantoms.__file__).with_name(name) for name in ("phantom_text.py", "reading.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""From a case to samples: one for stage one, several conversations for stage two (section 3.3)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import templates
+from .phantom_text import with_article
+from .samples import AlignmentSample, Case, InstructionSample, Label, MaskRef
+
+
+def to_alignment(case: Case) -> AlignmentSample:
+    """Whatever of texts, labels and masks the case has; structures that it labels but lacks have an empty mask."""
+    texts = [case.texts[name] for name in ("report", "findings", "impression", "caption") if case.texts.get(name)]
+    return AlignmentSample(
+        id=case.id,
+        image=case.images[0],
+        split=case.split,
+        source=case.source,
+        patient=case.patient,
+        texts=list(dict.fromkeys(texts)),
+        labels=list(case.labels),
+        masks=[*case.masks, *(MaskRef(name) for name in absent_structures(case))],
+    )
+
+
+def absent_structures(case: Case) -> list[str]:
+    """What the data set labels and this case does not have."""
+    there = {mask.name for mask in case.masks}
+    return [name for name in case.structures if name not in there]
+
+
+def to_instructions(
+    case: Case,
+    seed: int = 0,
+    segmentations: int = 4,
+    absent: int = 1,
+    diseases: Sequence[str] | None = None,
+) -> list[InstructionSample]:
+    """Conversations about a case: the paper's six kinds, as far as the case has what they need.
+
+    Args:
+        case: with texts, labels, masks, questions.
+        seed: of the phrasings and choices, with the case's id.
+        segmentations: how many requests for masks of structures that are there.
+        absent: how many requests for a structure that is known to be absent: its mask is empty.
+        diseases: names of the diagnosis list, in its order; the case's own by default.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(case.id.encode())])
+    samples: list[InstructionSample] = []
+
+    def add(task: str, asked: str, answer: str, masks: Sequence[MaskRef] = (), labels: Sequence[Label] = ()) -> None:
+        pictures: list[dict[str, Any]] = [{"type": "image"} for _ in case.images]
+        samples.append(
+            InstructionSample(
+                id=f"{case.id}/{task}-{len(samples)}",
+                images=list(case.images),
+                messages=[
+                    {"role": "user", "content": [*pictures, {"type": "text", "text": asked}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                ],
+                task=task,
+                split=case.split,
+                source=case.source,
+                patient=case.patient,
+                masks=list(masks),
+                labels=list(labels),
+            )
+        )
+
+    report = case.texts.get("report") or case.texts.get("findings")
+    if report:
+        add("report", templates.draw(rng, templates.REPORT), report)
+    caption = case.texts.get("caption") or (case.texts.get("impression") if report else None)
+    if caption:
+        add("caption", templates.draw(rng, templates.CAPTION), caption)
+    for mask in _pick(rng, case.masks, segmentations):
+        add("segmentation", templates.ask_segmentation([mask.name], rng), templates.answer_segmentation([mask.name]), [mask])
+    if len(case.masks) > 2 and segmentations:
+        several = _pick(rng, case.masks, int(rng.integers(2, 4)))
+        names = [mask.name for mask in several]
+        add("segmentation", templates.ask_segmentation(names, rng), templates.answer_segmentation(names), several)
+    for name in _pick(rng, absent_structures(case), absent):
+        add("segmentation", templates.ask_segmentation([name], rng), templates.answer_segmentation([name]), [MaskRef(name)])
+    if case.labels:
+        known = {label.name: label for label in case.labels}
+        ordered = [known.get(name, Label(name, -1)) for name in diseases] if diseases else list(case.labels)
+        names = [label.name for label in ordered]
+        add("diagnosis", templates.ask_diagnosis(names, rng), templates.answer_diagnosis(names), labels=ordered)
+        for label in _pick(rng, [label for label in case.labels if label.value >= 0], 2):
+            add("question", *templates.ask_presence(with_article(label.name), label.name, label.value == 1, rng))
+    for question in case.questions:
+        if question.choices:
+            asked = templates.ask_choice(question.question, question.choices, rng)
+            add("multiple_choice", asked, templates.answer_choice(question.choices, question.answer))
+        else:
+            add("report" if question.kind == "report" else "question", question.question, question.answer)
+    return samples
+
+
+def _pick(rng: np.random.Generator, options: Sequence[Any], count: int) -> list[Any]:
+    """Up to `count` of them, in random order."""
+    order = rng.permutation(len(options))[:count]
+    return [options[int(index)] for index in order]

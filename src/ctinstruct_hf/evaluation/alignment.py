@@ -1,0 +1,187 @@
+"""What stage one has learned: retrieval, category alignment and masks on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.descriptions import describe_category
+from ..data.mixture import to_device
+from ..data.samples import AlignmentSample, from_row
+from ..data.store import PatchStore
+from .diagnosis import best_thresholds, multilabel_scores
+from .retrieval import recall_at_k
+from .segmentation import volume_dice
+
+
+@dataclass
+class AlignmentScores:
+    """Metrics and what they were computed from.
+
+    Attributes:
+        metrics: {name: number in 0…1}.
+        dice: {structure: [Dice of each scan that has it]}, on the canvas at full resolution, padding left out.
+        left_empty: {structure: [1.0 where a scan lacks it and nothing was marked, else 0.0]}.
+        ids, texts, similarity: of the retrieval pool; similarity [texts, images].
+        example: (middle slice, {structure: (truth, prediction)}) for a picture.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    dice: dict[str, list[float]] = field(default_factory=dict)
+    left_empty: dict[str, list[float]] = field(default_factory=dict)
+    per_disease: dict[str, dict[str, float]] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    similarity: np.ndarray | None = None
+    example: tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]] | None = None
+
+
+@torch.no_grad()
+def score_alignment(
+    model: Any,
+    store: PatchStore,
+    words: Any,
+    rows: Sequence[dict[str, Any]],
+    masks: int | None = None,
+    pool: int | None = 200,
+    thresholds: Sequence[float] | None = None,
+    share: tuple[int, int] = (0, 1),
+    tell: Any = None,
+) -> AlignmentScores:
+    """Score a `CTInstructForPretraining` on rows that have texts, labels or masks.
+
+    Args:
+        model: in any mode; it is put back into it.
+        words: texts -> (input_ids, attention_mask), as `AlignmentCollator.words`.
+        rows: `AlignmentSample` rows; all must name the same labels to be scored by category.
+        masks: of how many rows masks are scored; all by default, since they take longest.
+        pool: size of the retrieval pool, at most all rows.
+        thresholds: of the categories, from validation rows; by default the best on the even rows, scored on the odd.
+        share: (process, of how many): what each computes is exchanged, so that all return the same.
+        tell: called with a sentence on progress.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    found: list[dict[str, Any]] = []
+    example = None
+    samples: list[AlignmentSample] = [from_row(row, "alignment") for row in rows]  # type: ignore[misc]
+    for index, sample in enumerate(samples):
+        if index % share[1] != share[0]:
+            continue
+        if tell is not None:
+            tell(f"scoring {index + 1}/{len(samples)}")
+        with_masks = masks is None or index < masks
+        one, picture = _score_one(model, store, words, sample, with_masks, device, example is None)
+        example = example or picture
+        found.append({"index": index, **one})
+    if was_training:
+        model.train()
+    if share[1] > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    found.sort(key=lambda one: one["index"])
+    scores = AlignmentScores(example=example)
+    _retrieval(scores, samples, found, pool)
+    _categories(scores, samples, found, thresholds)
+    _masks(scores, samples, found)
+    return scores
+
+
+def _score_one(
+    model: Any, store: PatchStore, words: Any, sample: AlignmentSample, with_masks: bool, device: Any, with_picture: bool
+) -> tuple[dict[str, Any], Any]:
+    prepared = store.image(sample.image)
+    batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
+    if sample.texts:
+        batch["input_ids"], batch["attention_mask"] = words(sample.texts[:1])
+    if sample.labels:
+        names = [describe_category(label.name) for label in sample.labels]
+        batch["class_input_ids"], batch["class_attention_mask"] = words(names)
+    wanted = sample.masks if with_masks else []
+    if wanted:
+        batch["mask_input_ids"], batch["mask_attention_mask"] = words([mask.name for mask in wanted])
+        batch["mask_images"] = torch.zeros(len(wanted), dtype=torch.long)
+    outputs = model(**to_device(batch, device))
+    one: dict[str, Any] = {}
+    if sample.texts:
+        one["image"] = outputs.image_features[0].float().cpu().numpy()
+        one["text"] = outputs.text_features[0].float().cpu().numpy()
+    if sample.labels:
+        one["probabilities"] = outputs.category_logits[0].float().sigmoid().cpu().numpy()
+    one["dice"], one["empty"] = {}, {}
+    shown: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for mask, logits in zip(wanted, outputs.mask_logits or [], strict=True):
+        truth = store.mask(sample.image, mask)
+        kept = truth >= 0
+        marked = (logits.float().cpu() > 0) & kept
+        inside = truth > 0
+        if inside.any():
+            one["dice"][mask.name] = volume_dice(marked.numpy(), inside.numpy())
+            if with_picture:
+                shown[mask.name] = (inside.numpy(), marked.numpy())
+        else:
+            one["empty"][mask.name] = float(not marked.any())
+    picture = (_on_canvas(prepared), shown) if shown else None
+    return one, picture
+
+
+def _on_canvas(prepared: dict[str, torch.Tensor]) -> np.ndarray:
+    z, y, x, s = prepared["patch_grid"][0].tolist()
+    cells = prepared["pixel_values"].float().unflatten(0, (z, y, x, s)).permute(0, 3, 1, 4, 2, 5)
+    return cells.flatten(4, 5).flatten(2, 3).flatten(0, 1).numpy()  # [D, H, W]
+
+
+def _retrieval(scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]], pool: int | None) -> None:
+    paired = [one for one in found if "image" in one]
+    if len(paired) < 2:
+        return
+    images, texts = np.stack([one["image"] for one in paired]), np.stack([one["text"] for one in paired])
+    scores.metrics |= recall_at_k(images, texts, pool=pool)
+    scores.metrics["retrieval_pool"] = float(min(pool or len(paired), len(paired)))
+    scores.ids = [samples[one["index"]].id for one in paired]
+    scores.texts = [samples[one["index"]].texts[0] for one in paired]
+    scores.similarity = texts @ images.T
+
+
+def _categories(
+    scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]], thresholds: Sequence[float] | None
+) -> None:
+    labelled = [one for one in found if "probabilities" in one]
+    if not labelled:
+        return
+    names = [label.name for label in samples[labelled[0]["index"]].labels]
+    labelled = [one for one in labelled if [label.name for label in samples[one["index"]].labels] == names]
+    probabilities = np.stack([one["probabilities"] for one in labelled])
+    truth = np.array([[label.value for label in samples[one["index"]].labels] for one in labelled])
+    everything = multilabel_scores(probabilities, truth, 0.5 if thresholds is None else thresholds, names)
+    if thresholds is None and len(labelled) >= 4:
+        limits = best_thresholds(probabilities[::2], truth[::2])
+        halved = multilabel_scores(probabilities[1::2], truth[1::2], limits, names)
+    else:
+        halved = everything
+    scores.metrics["auc"] = everything["auc"]
+    scores.metrics |= {name: halved[name] for name in ("accuracy", "f1", "precision")}
+    scores.per_disease = everything["per_disease"]
+
+
+def _masks(scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
+    for one in found:
+        for name, value in one["dice"].items():
+            scores.dice.setdefault(name, []).append(value)
+        for name, value in one["empty"].items():
+            scores.left_empty.setdefault(name, []).append(value)
+    findings = {label.name for sample in samples for label in sample.labels}
+    groups = {"structures": set(scores.dice) - findings, "findings": set(scores.dice) & findings}
+    for group, names in groups.items():
+        if names:
+            scores.metrics[f"dice_{group}"] = float(np.mean([np.mean(scores.dice[name]) for name in names]))
+    if scores.dice:
+        scores.metrics["dice"] = float(np.mean([np.mean(values) for values in scores.dice.values()]))
+    if scores.left_empty:
+        scores.metrics["absent_left_empty"] = float(np.mean([np.mean(values) for values in scores.left_empty.values()]))

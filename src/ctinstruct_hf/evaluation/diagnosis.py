@@ -1,0 +1,121 @@
+"""Multi-label diagnosis (section 4.1): AUC, accuracy, F1 and precision per disease and their means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import CTInstructError
+
+METRICS = ("auc", "accuracy", "f1", "precision")
+
+
+def best_thresholds(probabilities: Any, labels: Any) -> np.ndarray:
+    """Per disease the threshold with the highest F1, of 1,000 between 0 and 1: on validation data, as it should be.
+
+    Args:
+        probabilities, labels: [N, diseases]; labels 1, 0, or −1 for unknown.
+
+    Returns:
+        [diseases]; 0.5 where a disease has no positive case.
+    """
+    scores, truth = _checked(probabilities, labels)
+    grid = np.linspace(0, 1, 1001)[:-1]
+    chosen = []
+    for column in range(scores.shape[1]):
+        known = truth[:, column] >= 0
+        score, positive = scores[known, column], truth[known, column] == 1
+        if not positive.any():
+            chosen.append(0.5)
+            continue
+        above = score[:, None] >= grid[None]
+        hits = (above & positive[:, None]).sum(0)
+        f1 = 2 * hits / np.maximum(above.sum(0) + positive.sum(), 1)
+        chosen.append(float(grid[int(f1.argmax())]))
+    return np.array(chosen)
+
+
+def multilabel_scores(
+    probabilities: Any,
+    labels: Any,
+    thresholds: float | Sequence[float] | Mapping[str, float] | str = 0.5,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """AUC, accuracy, F1 and precision, in 0…1.
+
+    Args:
+        probabilities, labels: [N, diseases]; labels 1, 0, or −1 for unknown.
+        thresholds: one for all, one each (from `best_thresholds` on validation data), {name: threshold}, or
+            "test_set": the one of 1,000 with the best F1 on these very data, as the release does; the answer is then
+            marked as such.
+        names: of the diseases; numbers by default.
+
+    Returns:
+        {"auc", "accuracy", "f1", "precision"}: means over diseases; "per_disease": {name: the same with "threshold"
+        and "positives"}; "undefined_auc": diseases of one class only, left out of the mean; "thresholds_from".
+
+    Raises:
+        CTInstructError: for shapes that differ, or probabilities that are no numbers in 0…1.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    scores, truth = _checked(probabilities, labels)
+    count = scores.shape[1]
+    names = list(names) if names is not None else [str(index) for index in range(count)]
+    if len(names) != count:
+        raise CTInstructError(f"names has {len(names)} entries for {count} diseases.")
+    if isinstance(thresholds, str):
+        if thresholds != "test_set":
+            raise CTInstructError(f"thresholds is '{thresholds}': give numbers, or 'test_set'.")
+        limits, origin = best_thresholds(scores, truth), "test_set"
+    elif isinstance(thresholds, Mapping):
+        missing = [name for name in names if name not in thresholds]
+        if missing:
+            raise CTInstructError(f"thresholds lacks {', '.join(missing)}.")
+        limits, origin = np.array([thresholds[name] for name in names]), "given"
+    else:
+        limits, origin = np.broadcast_to(np.asarray(thresholds, dtype=float), (count,)), "given"
+    per_disease: dict[str, dict[str, float]] = {}
+    for column, name in enumerate(names):
+        known = truth[:, column] >= 0
+        score, positive = scores[known, column], truth[known, column] == 1
+        predicted = score >= limits[column]
+        hits = int((predicted & positive).sum())
+        both = positive.any() and not positive.all()
+        per_disease[name] = {
+            "auc": float(roc_auc_score(positive, score)) if both else float("nan"),
+            "accuracy": float((predicted == positive).mean()) if len(score) else float("nan"),
+            "f1": 2 * hits / max(int(predicted.sum() + positive.sum()), 1),
+            "precision": hits / max(int(predicted.sum()), 1),
+            "threshold": float(limits[column]),
+            "positives": int(positive.sum()),
+        }
+    means = {metric: _mean([row[metric] for row in per_disease.values()]) for metric in METRICS}
+    undefined = [name for name, row in per_disease.items() if np.isnan(row["auc"])]
+    return {**means, "per_disease": per_disease, "undefined_auc": undefined, "thresholds_from": origin}
+
+
+def _mean(values: Sequence[float]) -> float:
+    kept = [value for value in values if not np.isnan(value)]
+    return float(np.mean(kept)) if kept else float("nan")
+
+
+def _checked(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores, truth = (
+        np.asarray(one.detach().float().cpu() if hasattr(one, "detach") else one, dtype=float)
+        for one in (probabilities, labels)
+    )
+    if scores.ndim == 1:
+        scores, truth = scores[:, None], truth.reshape(-1, 1)
+    if scores.shape != truth.shape:
+        raise CTInstructError(f"probabilities has shape {scores.shape}, labels {truth.shape}: they must be equal.")
+    if np.isnan(scores).any():
+        rows = sorted({int(row) for row in np.nonzero(np.isnan(scores))[0]})
+        raise CTInstructError(f"probabilities has NaN in rows {rows[:10]}.")
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise CTInstructError("probabilities must lie between 0 and 1.")
+    if not np.isin(truth, (-1, 0, 1)).all():
+        raise CTInstructError("labels must be 1, 0, or −1 for unknown.")
+    return scores, truth

@@ -1,0 +1,68 @@
+"""Checkpoints that are whole or not there: a training that was killed goes on from the last whole one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from ..errors import CTInstructError
+
+logger = logging.getLogger(__name__)
+MARK = "complete.json"
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write down, last of all, which files a checkpoint has and how long they are."""
+    files = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != MARK
+    }
+    temporary = checkpoint / f"{MARK}.part"
+    temporary.write_text(json.dumps(files, indent=1))
+    os.replace(temporary, checkpoint / MARK)
+
+
+def missing_in(checkpoint: Path) -> list[str]:
+    """What a checkpoint lacks to resume exactly; empty where it is whole."""
+    try:
+        files = json.loads((checkpoint / MARK).read_text())
+    except (OSError, ValueError):
+        return [MARK]
+    lost = [name for name, size in files.items() if not _has_size(checkpoint / name, size)]
+    sharded = any("optimizer" in name and "/" in name for name in files)  # FSDP and DeepSpeed write folders
+    needed = NEEDED[:1] if sharded else NEEDED
+    lost += [name for name in needed if name not in files]
+    if not any(name.startswith("rng_state") for name in files):
+        lost.append("rng_state.pth")
+    return lost
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The last whole checkpoint of a run; incomplete ones, left by a killed process, are passed over."""
+    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}  # fmt: skip
+    for step in sorted(found, reverse=True):
+        lost = missing_in(found[step])
+        if not lost:
+            return found[step]
+        logger.warning("%s is incomplete (%s) and is passed over.", found[step].name, ", ".join(lost))
+    return None
+
+
+def require_complete(checkpoint: Path) -> Path:
+    """Raises CTInstructError where a checkpoint that was asked for by name cannot be resumed exactly."""
+    lost = missing_in(checkpoint)
+    if lost:
+        raise CTInstructError(f"{checkpoint} cannot be resumed: {', '.join(lost)} is missing or cut short.")
+    return checkpoint

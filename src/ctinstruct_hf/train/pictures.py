@@ -1,0 +1,74 @@
+"""What is logged while stage one trains: a picture of masks and a table of retrieval, as files and in the trackers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.alignment import AlignmentScores
+
+
+def log_scores(trainer: Any, scores: AlignmentScores) -> None:
+    """Write `evaluation/step-<n>/` of a run and show the same in TensorBoard and Weights & Biases, where they are used."""
+    step = trainer.state.global_step
+    folder = Path(trainer.args.output_dir) / "evaluation" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(
+        json.dumps({"metrics": scores.metrics, "dice": {name: float(np.mean(values)) for name, values in scores.dice.items()}}, indent=1)
+    )
+    picture = draw_masks(scores)
+    if picture is not None:
+        from PIL import Image
+
+        Image.fromarray(picture).save(folder / "masks.png")
+    table = retrieval_table(scores)
+    if table:
+        (folder / "retrieval.md").write_text(table)
+    for callback in trainer.callback_handler.callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None:
+            if picture is not None:
+                writer.add_image("evaluation/masks", picture, step, dataformats="HWC")
+            if table:
+                writer.add_text("evaluation/retrieval", table, step)
+        tracker = getattr(callback, "_wandb", None)
+        if tracker is not None and picture is not None:
+            tracker.log({"evaluation/masks": tracker.Image(picture)}, commit=False)
+
+
+def draw_masks(scores: AlignmentScores, most: int = 12) -> np.ndarray | None:
+    """RGB uint8 [H, W, 3]: the first scored scan, per structure the slice where it is largest; truth green, marked red,
+    both yellow."""
+    if scores.example is None:
+        return None
+    canvas, masks = scores.example
+    tiles = []
+    for truth, marked in list(masks.values())[:most]:
+        depth = int(truth.sum((1, 2)).argmax())
+        grey = np.clip((canvas[depth] + 1) / 2 * 2.2 - 0.7, 0, 1) * 255  # a soft tissue window of −1…1
+        tile = np.repeat(grey[..., None], 3, axis=-1)
+        for channel, mask in ((1, truth[depth]), (0, marked[depth])):
+            tile[..., channel] = np.where(mask, 0.5 * tile[..., channel] + 127, tile[..., channel])
+        tiles.append(tile.astype(np.uint8))
+    columns = min(4, len(tiles))
+    rows = -(-len(tiles) // columns)
+    tiles += [np.zeros_like(tiles[0])] * (rows * columns - len(tiles))
+    return np.concatenate(
+        [np.concatenate(tiles[row * columns : (row + 1) * columns], axis=1) for row in range(rows)], axis=0
+    )
+
+
+def retrieval_table(scores: AlignmentScores, most: int = 8) -> str:
+    """Markdown: some reports, the rank of their own image among all, and which image came first."""
+    if scores.similarity is None:
+        return ""
+    lines = ["| report | rank of its image | first image |", "|---|---|---|"]
+    for row in range(min(most, len(scores.ids))):
+        order = np.argsort(-scores.similarity[row])
+        rank = int(np.flatnonzero(order == row)[0]) + 1
+        text = " ".join(scores.texts[row].split())[:120].replace("|", "/")
+        lines.append(f"| {text} | {rank} of {len(order)} | {scores.ids[order[0]]} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,308 @@
+"""Stage one from a recipe (section 3.2): Transformers' Trainer over a mixture, scored on held-out scans as it goes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.descriptions import describe_category
+from ..data.mixture import Mixture, MixtureEntry, StreamedMixture
+from ..data.parts import GRAINS, check_part, load_part
+from ..data.store import PatchStore
+from ..data.tiny import TINY_PATCH
+from ..errors import CTInstructError
+from ..evaluation.alignment import AlignmentScores, score_alignment
+from ..modeling.configuration_ctinstruct import CTInstructConfig
+from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
+from ..output.folder import whole_folder
+from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from .batch_norm import set_batch_norm
+from .checkpoints import newest_complete, require_complete
+from .collator import AlignmentCollator
+from .recipe import parse_recipe
+from .text_encoders import load_text_encoder
+from .trainer import MixtureTrainer
+
+logger = logging.getLogger(__name__)
+PARTS = ("vision_tower", "segmentation_decoder", "text_encoder", "text_projection", "image_projection", "category_projection")  # fmt: skip
+
+
+@dataclass
+class PretrainSettings:
+    """What a stage-one recipe has beside TrainingArguments.
+
+    Attributes:
+        preset: sizes, `tiny` or `paper`; with `model`, a folder of an earlier run to go on from, it is not used.
+        vision, segmentation: fields of the two configs to set instead of the preset's.
+        alignment: fields of `CTInstructConfig` for the contrastive loss: contrastive_temperature, learn_temperature,
+            gather_features, queue_size, queue_momentum, queue_alpha.
+        text_encoder: `biolord-2023`, `all-minilm-l6-v2`, a folder, or a name on the Hub.
+        freeze: parts that are not trained, of `PARTS`; a frozen text encoder reads each text once.
+        image_processor: settings of `CTInstructImageProcessor`.
+        mixture: parts {dataset | phantoms, tasks, weight …}, see `data.parts`.
+        evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
+        cache: folder of prepared patches; none prepares them every time.
+        batch_norm: `local`, `synchronised` over processes, or `frozen`.
+        spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
+        early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
+    """
+
+    preset: str = "tiny"
+    model: str | None = None
+    vision: dict[str, Any] = field(default_factory=dict)
+    segmentation: dict[str, Any] = field(default_factory=dict)
+    alignment: dict[str, Any] = field(default_factory=dict)
+    text_encoder: str = "biolord-2023"
+    freeze: list[str] = field(default_factory=lambda: ["text_encoder"])
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    cache: str | None = None
+    masks_per_image: int = 6
+    absent_share: float = 0.15
+    max_text_length: int = 256
+    max_skipped: int = 100
+    batch_norm: str = "local"
+    spread_texts: bool = True
+    early_stopping_patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.mixture:
+            raise CTInstructError("The recipe has an empty mixture: name at least one part to train on.")
+        for part in self.mixture:
+            check_part(part, "alignment", GRAINS)
+        if self.evaluation is not None:
+            check_part(self.evaluation_part, "alignment", GRAINS)
+        wrong = sorted(set(self.freeze) - set(PARTS))
+        if wrong:
+            raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
+        if self.model is not None and not Path(self.model).is_dir():
+            raise CTInstructError(f"model: {self.model} does not exist.")
+
+    @property
+    def evaluation_part(self) -> dict[str, Any]:
+        part = dict(self.evaluation or {})
+        part.setdefault("split", "validation")
+        return {name: value for name, value in part.items() if name not in ("masks", "pool")}
+
+
+def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, Any]:
+    """The model of a recipe with its pretrained text encoder, and the encoder's tokenizer."""
+    if settings.model is not None:
+        from transformers import AutoTokenizer
+
+        model = CTInstructForPretraining.from_pretrained(settings.model, **settings.alignment)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    else:
+        encoder, tokenizer = load_text_encoder(settings.text_encoder)
+        config = CTInstructConfig.preset(settings.preset)  # type: ignore[arg-type]
+        for part, changes in ((config.vision_config, settings.vision), (config.segmentation_config, settings.segmentation)):
+            _set_fields(part, changes)
+        _set_fields(config, settings.alignment)
+        config.segmentation_config.feature_channels = config.vision_config.feature_channels
+        config.text_encoder_config = encoder.config
+        model = CTInstructForPretraining(config)
+        model.text_encoder.load_state_dict(encoder.state_dict())
+    for name in settings.freeze:
+        getattr(model, name).requires_grad_(False)
+    set_batch_norm(model, settings.batch_norm)
+    return model, tokenizer
+
+
+def _set_fields(config: Any, changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise CTInstructError(f"{type(config).__name__} has no field '{name}'.")
+        setattr(config, name, value)
+
+
+@torch.no_grad()
+def spread_texts(model: CTInstructForPretraining, words: Any, entries: Sequence[MixtureEntry], most: int = 200) -> None:
+    """Start the text projection so that the names, category sentences and some reports of a mixture are spread evenly.
+
+    A sentence encoder puts "right lung" and "left lung" almost in one place, and a random projection leaves them there:
+    the decoder then needs hundreds of steps to tell them apart. This is a start only; the projection is trained.
+    """
+    names: dict[str, None] = {}
+    reports: list[str] = []
+    for entry in entries:
+        for row in itertools.islice(iter(entry.rows), most):
+            names |= dict.fromkeys(mask["name"] for mask in row["masks"])
+            names |= dict.fromkeys(describe_category(label["name"]) for label in row["labels"])
+            reports += row["texts"][:1]
+    texts = [*names, *reports[:most]]
+    if len(texts) < 3:
+        return
+    training = model.training
+    model.eval()
+    read = torch.cat([model.encode_texts(*words(texts[first : first + 32])) for first in range(0, len(texts), 32)])
+    model.train(training)
+    middle = read.mean(0)
+    _, sizes, directions = torch.linalg.svd(read - middle, full_matrices=False)
+    width = model.text_projection.out_features
+    kept = (sizes > 1e-3 * sizes[0]).nonzero().flatten()[:width]
+    white = directions[kept] * (len(texts) ** 0.5 / sizes[kept])[:, None]  # unit variance along each
+    turn = torch.linalg.qr(torch.randn(width, width))[0][:, : len(kept)] * (width / len(kept)) ** 0.5
+    model.text_projection.weight.copy_(turn @ white)
+    model.text_projection.bias.copy_(-(turn @ white) @ middle)
+
+
+class AlignmentTrainer(MixtureTrainer):
+    """Stage one's Trainer: evaluation is retrieval, categories and masks on held-out rows."""
+
+    def __init__(
+        self, model: Any, args: Any, mixture: Any, collator: Any, held_out: Any = None, masks: int | None = None,
+        pool: int | None = 200, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self.held_out, self.masks, self.pool = held_out, masks, pool
+        super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
+
+    def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
+        """Scores of the held-out rows, shared out over the processes."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        collator: AlignmentCollator = self.data_collator  # type: ignore[assignment]
+        share = (self.args.process_index, self.args.world_size)
+        return score_alignment(
+            model, collator.store, collator.words, self.held_out, self.masks, self.pool, share=share, tell=tell
+        )
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
+        from .pictures import log_scores
+
+        scores = self.score()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.metrics.items()}
+        if self.is_world_process_zero():
+            log_scores(self, scores)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def pretrain(
+    recipe: dict[str, Any], resume: str | None = None, restart: bool = False, tell: Callable[[str], None] = lambda step: None
+) -> dict[str, float]:
+    """Train stage one; a run that was interrupted goes on from its last whole checkpoint.
+
+    Args:
+        recipe: from `read_recipe`.
+        resume: a checkpoint to go on from, instead of the last whole one in `output_dir`.
+        restart: begin anew; what is in `output_dir` of an earlier run is removed.
+        tell: called with a sentence on progress.
+
+    Returns:
+        The scores of the trained model on the held-out rows; also in `output_dir/scores.json`. The model is in
+        `output_dir/model`.
+
+    Raises:
+        CTInstructError: for a bad recipe, before anything is trained.
+    """
+    settings, args = parse_recipe(recipe, PretrainSettings, report_to="tensorboard", logging_steps=10, save_total_limit=2)
+    folder = Path(args.output_dir)
+    start = _place_to_start(folder, recipe, resume, restart, args.should_save)
+    from transformers import EarlyStoppingCallback, set_seed
+
+    set_seed(args.seed)
+    model, tokenizer = build_model(settings)
+    processor = CTInstructImageProcessor(
+        **{**({"patch_size": TINY_PATCH, "max_patches": 4} if settings.preset == "tiny" else {}), **settings.image_processor}
+    )
+    store = PatchStore(processor, settings.cache)
+    with args.main_process_first(desc="data"):  # the first makes what the others find
+        entries = [load_part(part, "alignment", store) for part in settings.mixture]
+        held_out = None if settings.evaluation is None else load_part(settings.evaluation_part, "alignment", store).rows
+    collator = AlignmentCollator(
+        store,
+        tokenizer,
+        settings.masks_per_image,
+        settings.absent_share,
+        settings.max_text_length,
+        args.seed if args.data_seed is None else args.data_seed,
+        settings.max_skipped,
+    )
+    if settings.model is None and start is None and settings.spread_texts:
+        spread_texts(model, collator.words, entries)
+    streamed = [not hasattr(entry.rows, "__len__") for entry in entries]
+    if any(streamed) and not all(streamed):
+        raise CTInstructError("The mixture has streamed and stored parts: stream all of them or none.")
+    mixture: Any
+    if any(streamed):
+        args.ignore_data_skip = True  # it knows by itself where to go on
+        done = int(Path(start).name.rpartition("-")[2]) if start else 0
+        seed = args.seed if args.data_seed is None else args.data_seed
+        begin = done * args.gradient_accumulation_steps
+        mixture = StreamedMixture(entries, args.per_device_train_batch_size, seed, start=begin)
+    else:
+        mixture = Mixture(entries)
+    callbacks = []
+    if settings.early_stopping_patience is not None:
+        args.load_best_model_at_end = True
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+    evaluation = settings.evaluation or {}
+    trainer = AlignmentTrainer(
+        model, args, mixture, collator, held_out, evaluation.get("masks"), evaluation.get("pool", 200), callbacks=callbacks
+    )
+    tell("training" if start is None else f"going on from {Path(start).name}")
+    trainer.train(resume_from_checkpoint=start)
+    scores = trainer.score(tell) if held_out is not None else AlignmentScores()
+    if trainer.is_world_process_zero():
+        save_stage_one(folder / "model", trainer.accelerator.unwrap_model(trainer.model), tokenizer, processor)
+        write_scores(folder / "scores.json", scores)
+    trainer.accelerator.wait_for_everyone()
+    return scores.metrics
+
+
+def _place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool) -> str | None:
+    """The checkpoint to go on from; the recipe is kept beside it, and another one is refused."""
+    kept = folder / "recipe.json"
+    told = json.dumps(recipe, indent=1, sort_keys=True, default=str)
+    if restart and writes and kept.exists():
+        shutil.rmtree(folder)
+    if resume is not None:
+        return str(require_complete(Path(resume)))
+    if kept.exists() and not restart:
+        before = json.loads(kept.read_text())
+        now = json.loads(told)
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name) and name not in FREE_KEYS)
+        if changed:
+            raise CTInstructError(
+                f"{folder} holds a run of another recipe (different: {', '.join(changed)}): "
+                "choose another output_dir, or --restart."
+            )
+        found = newest_complete(folder)
+        return None if found is None else str(found)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(told)
+    return None
+
+
+# settings that change where and how often a run looks, not what it computes
+FREE_KEYS = ("output_dir", "cache", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "report_to",
+             "dataloader_num_workers", "disable_tqdm", "log_level", "eval_strategy", "save_strategy")  # fmt: skip
+
+
+def save_stage_one(folder: Path, model: Any, tokenizer: Any, processor: Any) -> None:
+    """Model, tokenizer of its text encoder and image processor in one folder, which appears when it is whole."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    with whole_folder(folder) as temporary:
+        model.config.trained = True
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+
+def write_scores(path: Path, scores: AlignmentScores) -> None:
+    """Metrics and the Dice of each structure as JSON."""
+    told = asdict(scores)
+    for name in ("example", "similarity", "texts", "ids"):
+        told.pop(name)
+    path.write_text(json.dumps(told, indent=1))

@@ -1,0 +1,104 @@
+"""Recipes: one flat YAML of our settings and Transformers' TrainingArguments, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import CTInstructError
+
+Settings = TypeVar("Settings")
+
+
+def recipe_names() -> list[str]:
+    """The bundled recipes."""
+    folder = resources.files("ctinstruct_hf.train") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a recipe.
+
+    Args:
+        recipe: a YAML file, or the name of a bundled one. `base: name` in it takes another as its start.
+        changes: `key=value` each, the value as YAML; `part.key=value` inside a part.
+
+    Raises:
+        CTInstructError: naming the file or the change.
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise CTInstructError(f"{path} does not exist.")
+        text = path.read_text()
+    elif str(recipe) in recipe_names():
+        text = (resources.files("ctinstruct_hf.train") / "recipes" / f"{recipe}.yaml").read_text()
+    else:
+        raise CTInstructError(f"There is no recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}.")
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise CTInstructError(f"{path.name} is no readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise CTInstructError(f"{path.name} is no recipe: expected 'key: value' lines.")
+    if "base" in settings:
+        base = str(settings.pop("base"))
+        beside = path.parent / base
+        settings = merge(read_recipe(beside if beside.is_file() else base), settings)
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise CTInstructError(f"--set '{change}': write key=value.")
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        settings = merge(settings, nested)
+    return settings
+
+
+def merge(start: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`start` with `changes`; dicts are merged, everything else is replaced."""
+    merged = dict(start)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_recipe(settings: dict[str, Any], ours: type[Settings], **defaults: Any) -> tuple[Settings, Any]:
+    """(our settings, TrainingArguments) of a recipe.
+
+    Args:
+        settings: from `read_recipe`.
+        ours: the dataclass of this stage's settings.
+        defaults: TrainingArguments to use where the recipe says nothing.
+
+    Raises:
+        CTInstructError: for keys that neither knows, and values that do not fit.
+    """
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(ours)}  # type: ignore[arg-type]
+    training = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    unknown = sorted(set(settings) - known - set(training))
+    if unknown:
+        raise CTInstructError(f"The recipe has unknown keys: {', '.join(unknown)}.")
+    rest = {**defaults, **{name: value for name, value in settings.items() if name not in known}}
+    for name, value in rest.items():  # YAML reads 1e-4 as text
+        if isinstance(value, str) and "float" in str(training[name].type):
+            try:
+                rest[name] = float(value)
+            except ValueError as error:
+                raise CTInstructError(f"The recipe has {name}: {value}, expected a number.") from error
+    if rest.get("save_total_limit") == 1:
+        rest["save_total_limit"] = 2  # the one before stays until the next is whole
+    try:
+        mine = ours(**{name: value for name, value in settings.items() if name in known})
+        return mine, TrainingArguments(**rest)
+    except (ValueError, TypeError) as error:
+        raise CTInstructError(f"The recipe does not fit: {error}") from error

