@@ -27,12 +27,14 @@ class MixtureEntry:
         tasks: what a batch of it trains: stage one `contrastive`, `category`, `segmentation` or several at once; stage
             two a task of `samples.TASKS`.
         weight: how often it is drawn, relative to the others.
+        batch_size: samples a batch of it; the mixture's own by default. Slices come in larger batches than volumes.
     """
 
     name: str
     rows: Any
     tasks: tuple[str, ...]
     weight: float = 1.0
+    batch_size: int | None = None
 
 
 @dataclass
@@ -96,6 +98,7 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         taken = [0] * len(self.shares)
+        drawn = 0
         orders: dict[tuple[int, int], np.ndarray] = {}
         part = 0
         for number in range(self.count):
@@ -103,13 +106,14 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
                 part = entry_of_step(self.shares, self.seed, number // self.together)
             length = len(self.mixture.entries[part].rows)
             batch = []
-            for offset in range(self.batch_size):
+            for _ in range(self.mixture.entries[part].batch_size or self.batch_size):
                 epoch, place = divmod(taken[part], length)
                 if (part, epoch) not in orders:
                     orders = {key: order for key, order in orders.items() if key[0] != part}
                     orders[part, epoch] = np.random.default_rng([self.seed, 103, part, epoch]).permutation(length)
-                batch.append((part, int(orders[part, epoch][place]), number * self.batch_size + offset))
+                batch.append((part, int(orders[part, epoch][place]), drawn))
                 taken[part] += 1
+                drawn += 1
             yield batch
 
 
@@ -165,12 +169,11 @@ class StreamedMixture(IterableDataset):
         step = number
         while True:
             part = entry_of_step(self.shares, self.seed, step)
-            rows = [next(streams[part]) for _ in range(self.batch_size)]
+            entry = self.entries[part]
+            rows = [next(streams[part]) for _ in range(entry.batch_size or self.batch_size)]
             if step >= self.start:
-                first = (step * self.world_size + self.rank) * self.batch_size
-                yield [
-                    Item(row, self.entries[part].tasks, first + offset) for offset, row in enumerate(rows)
-                ]
+                first = (step * self.world_size + self.rank) * 10_000
+                yield [Item(row, entry.tasks, first + offset) for offset, row in enumerate(rows)]
             step += workers
 
 

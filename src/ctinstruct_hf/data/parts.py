@@ -12,7 +12,7 @@ from .reading import PHANTOM_KINDS
 from .samples import SPLITS
 from .store import PatchStore
 
-KEYS = ("name", "dataset", "phantoms", "split", "streaming", "sources", "tasks", "weight", "limit")
+KEYS = ("name", "dataset", "phantoms", "split", "streaming", "sources", "tasks", "weight", "limit", "batch_size")
 GRAINS = ("contrastive", "category", "segmentation")
 
 
@@ -53,7 +53,7 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
 
     Args:
         part: {dataset: folder of `ctinstruct data prepare` | phantoms: {kind, seeds}, split, sources, tasks, weight,
-            limit, streaming}.
+            limit, streaming, batch_size}.
         kind: alignment or instructions.
         store: where the patches of made-up scans go.
     """
@@ -75,4 +75,4 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
     tasks = tuple(part.get("tasks") or (GRAINS if kind == "alignment" else ()))
     if part.get("limit"):
         rows = rows[: part["limit"]] if isinstance(rows, list) else rows.take(part["limit"])
-    return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)))
+    return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)), part.get("batch_size"))

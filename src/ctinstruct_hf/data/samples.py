@@ -65,12 +65,19 @@ class Label:
 
 @dataclass
 class Question:
-    """A question of a data set: `kind` is short, long, multiple_choice, report …; `choices` for the latter but one."""
+    """A question of a data set.
+
+    Attributes:
+        kind: short, long, side, count, size, multiple_choice, or a task of `TASKS`.
+        choices: of a multiple-choice question whose text does not list them.
+        follows: True where it goes on with the conversation of the question before it.
+    """
 
     question: str
     answer: str
     kind: str = "short"
     choices: list[str] = field(default_factory=list)
+    follows: bool = False
 
 
 @dataclass

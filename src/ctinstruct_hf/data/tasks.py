@@ -10,7 +10,7 @@ import numpy as np
 
 from . import templates
 from .phantom_text import with_article
-from .samples import AlignmentSample, Case, InstructionSample, Label, MaskRef
+from .samples import TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef
 
 
 def to_alignment(case: Case) -> AlignmentSample:
@@ -94,11 +94,18 @@ def to_instructions(
         for label in _pick(rng, [label for label in case.labels if label.value >= 0], 2):
             add("question", *templates.ask_presence(with_article(label.name), label.name, label.value == 1, rng))
     for question in case.questions:
+        task = question.kind if question.kind in TASKS else "question"
+        asked, answer = question.question, question.answer
         if question.choices:
-            asked = templates.ask_choice(question.question, question.choices, rng)
-            add("multiple_choice", asked, templates.answer_choice(question.choices, question.answer))
+            asked = templates.ask_choice(asked, question.choices, rng)
+            answer = templates.answer_choice(question.choices, answer)
+        if question.follows and samples:
+            samples[-1].messages += [
+                {"role": "user", "content": [{"type": "text", "text": asked}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]
         else:
-            add("report" if question.kind == "report" else "question", question.question, question.answer)
+            add(task, asked, answer)
     return samples
 
 

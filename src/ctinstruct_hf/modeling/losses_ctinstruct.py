@@ -16,10 +16,15 @@ class _MaskLoss(torch.autograd.Function):
     gradient but the logits and the labels."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, smooth: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, smooth: float, positive_weight: float
+    ) -> torch.Tensor:
         sums = torch.zeros(5, device=logits.device)  # entropy, p t, p squared, t, count
         for scores, truth, kept in _chunks(logits, labels):
-            entropy = F.softplus(scores).addcmul_(scores, truth, value=-1)
+            entropy = F.softplus(scores)
+            if positive_weight != 1:
+                entropy *= truth * (positive_weight - 1) + 1
+            entropy.addcmul_(scores, truth, value=-positive_weight)
             probability = scores.sigmoid_()
             if kept is not None:
                 entropy *= kept
@@ -31,22 +36,27 @@ class _MaskLoss(torch.autograd.Function):
         count_of = count.clamp(min=1)
         upper, lower = 2 * overlap + smooth, squares + size + smooth
         ctx.save_for_backward(logits, labels, count_of, upper, lower)
+        ctx.positive_weight = positive_weight
         return torch.where(count > 0, entropy / count_of + 1 - upper / lower, torch.zeros_like(entropy))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, labels, count, upper, lower = ctx.saved_tensors
         slope = torch.empty_like(logits)
-        # of entropy: (p - t) / count; of Dice: p (1 - p) 2 (upper p / lower - t) / lower
+        # of entropy: (p - t) / count, weighted where t is 1; of Dice: p (1 - p) 2 (upper p / lower - t) / lower
         a, b, c = gradient / count, gradient * 2 * upper / lower.square(), gradient * 2 / lower
         for index, (scores, truth, kept) in enumerate(_chunks(logits, labels)):
             p = scores.sigmoid_()
-            part = (p * b).sub_(truth * c).mul_(p).mul_(1 - p).add_(p.sub_(truth).mul_(a))
+            part = (p * b).sub_(truth * c).mul_(p).mul_(1 - p)
+            p.sub_(truth)
+            if ctx.positive_weight != 1:
+                p *= truth * (ctx.positive_weight - 1) + 1
+            part.add_(p.mul_(a))
             if kept is not None:
                 part *= kept
             step = _chunk_size(logits)
             slope[index * step : (index + 1) * step] = part
-        return slope, None, None
+        return slope, None, None, None
 
 
 def _chunk_size(logits: torch.Tensor) -> int:
@@ -66,24 +76,30 @@ def _chunks(
         yield copy, (part > 0).float(), (part >= 0).float() if padded else None
 
 
-def mask_loss(logits: torch.Tensor, labels: torch.Tensor, smooth: float = 1e-7) -> torch.Tensor:
+def mask_loss(
+    logits: torch.Tensor, labels: torch.Tensor, smooth: float = 1e-7, positive_weight: float = 1.0
+) -> torch.Tensor:
     """Binary cross entropy plus Dice of one mask (L_seg), padding left out.
 
     Args:
         logits: [D, H, W] on the canvas.
         labels: the same shape; 1 inside, 0 outside, −1 padding.
         smooth: added above and below in Dice, as released; its denominator has squared terms.
+        positive_weight: of voxels inside in the cross entropy; 1 is the paper's.
     """
     if logits.shape != labels.shape:
         raise CTInstructError(f"mask_labels has shape {tuple(labels.shape)}, the canvas is {tuple(logits.shape)}.")
-    return _MaskLoss.apply(logits, labels.to(logits.device), smooth)
+    return _MaskLoss.apply(logits, labels.to(logits.device), smooth, positive_weight)
 
 
-def masks_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+def masks_loss(
+    logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], positive_weight: float = 1.0
+) -> torch.Tensor:
     """Mean of `mask_loss` over the masks of a batch."""
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
-    return torch.stack([mask_loss(one, truth) for one, truth in zip(logits, labels, strict=True)]).mean()
+    losses = [mask_loss(one, truth, positive_weight=positive_weight) for one, truth in zip(logits, labels, strict=True)]
+    return torch.stack(losses).mean()
 
 
 def label_loss(

@@ -154,6 +154,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             self.momentum_tower = copy.deepcopy(self.vision_tower).requires_grad_(False)
             self.momentum_image_projection = copy.deepcopy(self.image_projection).requires_grad_(False)
             self.momentum_text_projection = copy.deepcopy(self.text_projection).requires_grad_(False)
+        self.positive_voxel_weight = 1.0  # a trainer may raise it in the first steps, while masks are still empty
         self._text_cache: dict[tuple[int, ...], torch.Tensor] = {}
         self.post_init()
 
@@ -297,7 +298,6 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        pooled = self.pool(features, slice_mask)
         images = features.pooler_output
         output = CTInstructPretrainingOutput(image_features=images, hidden_states=features.hidden_states)
         output.attentions = features.attentions
@@ -312,8 +312,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             losses.append(output.contrastive_loss)
         if class_input_ids is not None:
             classes = F.normalize(self.embed_texts(class_input_ids, class_attention_mask), dim=-1)
-            cosine = F.normalize(self.category_projection(pooled), dim=-1) @ classes.T  # equation 4
-            output.category_logits = cosine * self.category_scale.exp() + self.category_bias
+            output.category_logits = self.categorise(features, slice_mask, classes)
             if class_labels is not None:
                 output.category_loss = label_loss(output.category_logits, class_labels)
                 losses.append(output.category_loss)
@@ -321,11 +320,32 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             queries = self.embed_texts(mask_input_ids, mask_attention_mask)
             output.mask_logits = self.segment(features, queries, mask_images)
             if mask_labels is not None:
-                output.segmentation_loss = masks_loss(output.mask_logits, mask_labels)
+                output.segmentation_loss = masks_loss(output.mask_logits, mask_labels, self.positive_voxel_weight)
                 losses.append(output.segmentation_loss)
         output.loss = sum(losses[1:], losses[0]) if losses else None
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
+
+    def categorise(
+        self, features: CTInstructVisionOutput, slice_mask: torch.Tensor | None, classes: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [images, categories] from scaled cosines (equation 4); `classes` [categories, D_text], normalised."""
+        scale = self.category_scale.exp()
+        if self.config.category_pooling == "mean":
+            images = F.normalize(self.category_projection(self.pool(features, slice_mask)), dim=-1)
+            return images @ classes.T * scale + self.category_bias
+        tokens = F.normalize(self.category_projection(features.last_hidden_state), dim=-1)
+        scores = (tokens @ classes.T * scale).float()  # [N, categories]
+        sizes = [z * y * x * s for z, y, x, s in grid_rows(features.patch_grid)]
+        if slice_mask is not None:
+            scores = scores.masked_fill(~slice_mask.to(scores.device)[:, None], torch.finfo(scores.dtype).min)
+            counts = [max(int(part.sum()), 1) for part in slice_mask.split(sizes)]
+        else:
+            counts = sizes
+        pooled = [
+            part.logsumexp(0) - math.log(count) for part, count in zip(scores.split(sizes), counts, strict=True)
+        ]
+        return torch.stack(pooled) + self.category_bias
 
     def segment(
         self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None

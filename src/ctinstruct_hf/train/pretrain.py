@@ -52,6 +52,8 @@ class PretrainSettings:
         cache: folder of prepared patches; none prepares them every time.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
+        positive_voxels: {weight, steps}: voxels inside a mask weigh so much in the cross entropy at first and 1, as in
+            the paper, after so many steps: small structures would else be left empty for long.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
     """
 
@@ -72,6 +74,7 @@ class PretrainSettings:
     max_skipped: int = 100
     batch_norm: str = "local"
     spread_texts: bool = True
+    positive_voxels: dict[str, float] = field(default_factory=dict)
     early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
@@ -163,6 +166,7 @@ class AlignmentTrainer(MixtureTrainer):
         pool: int | None = 200, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.held_out, self.masks, self.pool = held_out, masks, pool
+        self.positive_voxels = (1.0, 0.0)  # weight at the start, steps until it is 1
         super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
 
     def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
@@ -173,6 +177,12 @@ class AlignmentTrainer(MixtureTrainer):
         return score_alignment(
             model, collator.store, collator.words, self.held_out, self.masks, self.pool, share=share, tell=tell
         )
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        weight, steps = self.positive_voxels
+        left = max(1 - self.state.global_step / steps, 0.0) if steps else 0.0
+        self.accelerator.unwrap_model(model).positive_voxel_weight = weight**left
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
         from .pictures import log_scores
@@ -249,6 +259,7 @@ def pretrain(
     trainer = AlignmentTrainer(
         model, args, mixture, collator, held_out, evaluation.get("masks"), evaluation.get("pool", 200), callbacks=callbacks
     )
+    trainer.positive_voxels = (settings.positive_voxels.get("weight", 1.0), settings.positive_voxels.get("steps", 0.0))
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()

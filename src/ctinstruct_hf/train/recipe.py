@@ -89,8 +89,10 @@ def parse_recipe(settings: dict[str, Any], ours: type[Settings], **defaults: Any
     if unknown:
         raise CTInstructError(f"The recipe has unknown keys: {', '.join(unknown)}.")
     rest = {**defaults, **{name: value for name, value in settings.items() if name not in known}}
-    for name, value in rest.items():  # YAML reads 1e-4 as text
-        if isinstance(value, str) and "float" in str(training[name].type):
+    for name, value in rest.items():  # YAML reads 1e-4 as text, and no as false
+        if value is False and name.endswith("_strategy"):
+            rest[name] = "no"
+        elif isinstance(value, str) and "float" in str(training[name].type):
             try:
                 rest[name] = float(value)
             except ValueError as error:

@@ -1,0 +1,176 @@
+"""`ctinstruct data prepare`: a downloaded data set as rows of both stages, in parallel, resumable after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import starmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CTInstructError
+from .prepared import describe, write_rows
+from .reading import open_labels, open_volume
+from .samples import Case, InstructionSample, to_row
+from .sources import SOURCES
+from .sources.common import Problem
+from .tasks import to_alignment, to_instructions
+
+CASES_A_PART = 32
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How cases become samples.
+
+    Attributes:
+        seed: of phrasings and choices.
+        segmentations: requests for masks a case, beside one for several at once.
+        check_volumes: read every image in full, not only its label files.
+    """
+
+    seed: int = 0
+    segmentations: int = 4
+    check_volumes: bool = False
+
+
+def finish(found: Case | InstructionSample, options: PrepareOptions) -> dict[str, Any]:
+    """The rows of one case: its files are looked at, and structures that its labels lack are found absent."""
+    try:
+        if isinstance(found, InstructionSample):
+            _need_files([image.path for image in found.images] + [mask.path for mask in found.masks if mask.path])
+            return {"instructions": [to_row(found)]}
+        _need_files([image.path for image in found.images])
+        if options.check_volumes:
+            for image in found.images:
+                open_volume(image)
+        if found.masks:
+            _keep_present(found)
+        alignment = to_alignment(found)
+        rows: dict[str, Any] = {"instructions": [to_row(one) for one in to_instructions(found, options.seed, options.segmentations)]}
+        if alignment.grains:
+            alignment.check()
+            rows["alignment"] = [to_row(alignment)]
+        return rows
+    except CTInstructError as error:
+        return {"problems": [asdict(Problem(found.id, str(error)))]}
+
+
+def _need_files(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise CTInstructError(f"{Path(path).name} is missing ({path}).")
+
+
+def _keep_present(case: Case) -> None:
+    """Drop masks whose labels do not occur; each label file is read once."""
+    volume = open_volume(case.images[0])
+    present: dict[str, set[int]] = {}
+    for path in {mask.path for mask in case.masks}:
+        present[path] = set(np.flatnonzero(np.bincount(open_labels(path, volume).ravel())).tolist()) - {0}
+    case.masks = [
+        mask
+        for mask in case.masks
+        if present[mask.path] & (set(mask.values) if mask.values else present[mask.path])
+    ]
+
+
+def prepare(
+    source: str,
+    folder: Path,
+    target: Path,
+    options: PrepareOptions = PrepareOptions(),
+    workers: int | None = None,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Turn a downloaded data set into a prepared one.
+
+    Args:
+        source: one of `sources.SOURCES`.
+        folder: as downloaded.
+        target: the prepared data set; a run that was interrupted goes on where it stopped.
+        options: how cases become samples.
+        workers: processes; all cores by default.
+        limit: only the first so many cases.
+        progress: called with (cases done, cases in all).
+
+    Returns:
+        What `dataset.json` says.
+
+    Raises:
+        CTInstructError: for an unknown source, or a folder of another layout.
+    """
+    if source not in SOURCES:
+        raise CTInstructError(f"There is no source '{source}': use one of {', '.join(SOURCES)}.")
+    if not folder.exists():
+        raise CTInstructError(f"{folder} does not exist.")
+    if (target / "dataset.json").exists():
+        raise CTInstructError(f"{target} is a finished data set: remove it, or choose another folder.")
+    found = list(SOURCES[source](folder))
+    problems = [asdict(one) for one in found if isinstance(one, Problem)]
+    cases = [one for one in found if not isinstance(one, Problem)][:limit]
+    if not cases:
+        raise CTInstructError(f"{folder} has no usable case of {source}.")
+    plan = json.dumps([source, asdict(options), [case.id for case in cases]])
+    drafts = target / f".parts-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
+    drafts.mkdir(parents=True, exist_ok=True)
+    parts = [cases[first : first + CASES_A_PART] for first in range(0, len(cases), CASES_A_PART)]
+    todo = [(number, part) for number, part in enumerate(parts) if not (drafts / f"{number}.json").exists()]
+    done = len(cases) - sum(len(part) for _, part in todo)
+    progress(done, len(cases))
+    jobs = [(number, part, options, str(drafts)) for number, part in todo]
+    workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
+    if workers == 1:
+        for count in starmap(_do_part, jobs):
+            done += count
+            progress(done, len(cases))
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for count in pool.map(_do_part, *zip(*jobs, strict=True)):
+                done += count
+                progress(done, len(cases))
+    return _collect(source, target, drafts, len(parts), problems)
+
+
+def _do_part(number: int, part: Sequence[Case | InstructionSample], options: PrepareOptions, drafts: str) -> int:
+    rows: dict[str, list[dict[str, Any]]] = {"alignment": [], "instructions": [], "problems": []}
+    for case in part:
+        for kind, made in finish(case, options).items():
+            rows[kind] += made
+    path = Path(drafts) / f"{number}.json"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(rows), encoding="utf-8")
+    os.replace(temporary, path)
+    return len(part)
+
+
+def _collect(source: str, target: Path, drafts: Path, count: int, problems: list[dict[str, Any]]) -> dict[str, Any]:
+    rows: dict[str, list[dict[str, Any]]] = {"alignment": [], "instructions": []}
+    for number in range(count):
+        part = json.loads((drafts / f"{number}.json").read_text(encoding="utf-8"))
+        problems += part["problems"]
+        for kind in rows:
+            rows[kind] += part[kind]
+    for kind, made in rows.items():
+        if made:
+            write_rows(target, kind, made)
+    with (target / "problems.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(problem) + "\n" for problem in problems)
+    told = {
+        "source": source,
+        "rows": {kind: dict(Counter(row["split"] for row in made)) for kind, made in rows.items()},
+        "problems": len(problems),
+    }
+    describe(target, told)
+    shutil.rmtree(drafts, ignore_errors=True)
+    return told

@@ -1,0 +1,105 @@
+"""Prepared data sets on disk: a folder of Parquet files by kind and split, read with `datasets`, whole or streamed.
+
+    dataset/
+      dataset.json                  what was prepared, from where, how many
+      problems.jsonl                cases that could not be used, and why
+      alignment/train-00000.parquet
+      instructions/train-00000.parquet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CTInstructError
+from .samples import KINDS, SPLITS, AnySample, features, from_row, read_jsonl, to_row
+
+ROWS_A_FILE = 20_000
+
+
+def write_rows(folder: Path, kind: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of all splits as Parquet, each file whole or not there."""
+    from datasets import Dataset
+
+    target = folder / kind
+    target.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        chosen = [row for row in rows if row["split"] == split]
+        for number, first in enumerate(range(0, len(chosen), ROWS_A_FILE)):
+            table = Dataset.from_list(chosen[first : first + ROWS_A_FILE], features=features(kind))
+            path = target / f"{split}-{number:05d}.parquet"
+            temporary = path.with_name(path.name + ".part")
+            table.to_parquet(temporary)
+            os.replace(temporary, path)
+
+
+def files_of(folder: Path, kind: str, split: str) -> list[str]:
+    """Raises CTInstructError where the data set has no such rows."""
+    found = sorted(str(path) for path in (folder / kind).glob(f"{split}-*.parquet"))
+    if not found:
+        raise CTInstructError(f"{folder} has no {kind} rows of split {split}.")
+    return found
+
+
+def load_rows(folder: Path, kind: str, split: str, streaming: bool = False) -> Any:
+    """A `datasets.Dataset` of rows, or an `IterableDataset` that is read as it goes."""
+    from datasets import IterableDataset, load_dataset
+    from datasets.utils import logging
+
+    logging.set_verbosity_error()
+    files = files_of(folder, kind, split)
+    rows = load_dataset(
+        "parquet", data_files={split: files}, split=split, streaming=streaming, features=features(kind),
+        cache_dir=None if streaming else str(folder / ".arrow"),
+    )  # fmt: skip
+    assert streaming == isinstance(rows, IterableDataset)
+    return rows
+
+
+def iterate(folder: Path, kinds: Iterable[str] = tuple(KINDS)) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+    """(kind, file, row number, row) of everything in a prepared data set, or in a JSONL file of instructions."""
+    if folder.is_file():
+        for number, sample in enumerate(read_jsonl(folder), start=1):
+            yield "instructions", folder.name, number, to_row(sample)
+        return
+    if not any((folder / kind).is_dir() for kind in KINDS):
+        raise CTInstructError(f"{folder} is no prepared data set: make it with ctinstruct data prepare.")
+    import pyarrow.parquet
+
+    for kind in kinds:
+        for path in sorted((folder / kind).glob("*.parquet")):
+            number = 0
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield kind, path.name, number, row
+
+
+def export_jsonl(folder: Path, target: Path, kind: str = "instructions") -> int:
+    """The rows of one kind as JSONL; how many."""
+    from .samples import write_jsonl
+
+    return write_jsonl((from_row(row, kind) for _, _, _, row in iterate(folder, [kind])), target)
+
+
+def import_jsonl(path: Path, folder: Path, kind: str = "instructions") -> int:
+    """A JSONL file as a prepared data set; how many rows. Errors give file and line."""
+    if not path.is_file():
+        raise CTInstructError(f"{path} does not exist.")
+    samples: list[AnySample] = list(read_jsonl(path, kind))
+    if not samples:
+        raise CTInstructError(f"{path.name} has no sample.")
+    write_rows(folder, kind, [to_row(sample) for sample in samples])
+    describe(folder, {"source": path.name, "rows": {kind: len(samples)}})
+    return len(samples)
+
+
+def describe(folder: Path, told: dict[str, Any]) -> None:
+    """Write `dataset.json`, last of all: a folder without it is not finished."""
+    temporary = folder / "dataset.json.part"
+    temporary.write_text(json.dumps(told, indent=1))
+    os.replace(temporary, folder / "dataset.json")

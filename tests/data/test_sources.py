@@ -1,0 +1,328 @@
+"""Every public data set on a small folder of exactly its layout, with one broken case each."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctinstruct_hf import CTInstructError
+from ctinstruct_hf.data.prepare import prepare
+from ctinstruct_hf.data.prepared import iterate
+from ctinstruct_hf.data.reading import open_mask, open_volume
+from ctinstruct_hf.data.samples import from_row
+from ctinstruct_hf.data.sources import SOURCES
+from ctinstruct_hf.modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
+
+SHAPE = (12, 10, 4)  # of the files: i, j, k
+
+
+def nifti(path: Path, labels: tuple[int, ...] = (), stored: int = -500) -> None:
+    """A scan, or a label file with each label in a layer of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    voxels = np.full(SHAPE, 0 if labels else stored, np.uint8 if labels else np.int16)
+    for place, label in enumerate(labels):
+        voxels[2 * place : 2 * place + 2] = label
+    nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), path)
+
+
+def table(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def prepared(source: str, folder: Path, tmp_path: Path) -> tuple[list[Any], list[Any], list[dict[str, str]]]:
+    """(alignment samples, instruction samples, problems) of a prepared folder."""
+    target = tmp_path / "prepared"
+    told = prepare(source, folder, target, workers=1)
+    rows = [(kind, from_row(row, kind)) for kind, _, _, row in iterate(target)]
+    problems = [json.loads(line) for line in (target / "problems.jsonl").read_text().splitlines()]
+    assert told["problems"] == len(problems)
+    return [one for kind, one in rows if kind == "alignment"], [one for kind, one in rows if kind == "instructions"], problems
+
+
+def ct_rate(folder: Path) -> None:
+    base = folder / "dataset"
+    names = {"train": ["train_1_a_1", "train_2_a_1", "train_3_a_1"], "valid": ["valid_1_a_1"]}
+    for split, long in (("train", "train"), ("valid", "validation")):
+        files = [f"{name}.nii.gz" for name in names[split]]
+        for name in names[split]:
+            patient, scan = "_".join(name.split("_")[:2]), name.rpartition("_")[0]
+            if name != "train_3_a_1":  # was not downloaded
+                nifti(base / split / patient / scan / f"{name}.nii.gz", stored=24)
+        table(base / "metadata" / f"{long}_metadata.csv", [
+            {"VolumeName": file, "RescaleSlope": 1, "RescaleIntercept": -1024, "XYSpacing": "[0.7, 0.7]", "ZSpacing": 1.5,
+             "PatientSex": "F", "PatientAge": "060Y", "Manufacturer": "X"} for file in files
+        ])  # fmt: skip
+        table(base / "radiology_text_reports" / f"{long}_reports.csv", [
+            {"VolumeName": file, "ClinicalInformation_EN": "", "Technique_EN": "Not given.",
+             "Findings_EN": "No nodule, no effusion.", "Impressions_EN": "Normal."} for file in files
+        ])  # fmt: skip
+        table(base / "multi_abnormality_labels" / f"{split}_predicted_labels.csv", [
+            {"VolumeName": file, **{name.capitalize(): int(name == "emphysema") for name in CT_RATE_DISEASES}} for file in files
+        ])  # fmt: skip
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is seen?<long_answer>", "type": "conversation"},
+        {"from": "gpt", "value": "Emphysema."},
+        {"from": "human", "value": "Where?<short_answer>", "type": "x"},
+        {"from": "gpt", "value": "Above."},
+    ]
+    choice = [
+        {"from": "human", "value": "<image>\nWhich? (a) nodule (b) emphysema<multiple_choice>", "type": "multiple_choice"},
+        {"from": "gpt", "value": "(b) emphysema"},
+    ]
+    (base / "vqa").mkdir()
+    (base / "vqa" / "train_vqa.json").write_text(json.dumps([
+        {"id": "1", "image": "train_1_a_1.nii.gz", "conversations": turns},
+        {"id": "2", "image": "train_1_a_1.nii.gz", "conversations": choice},
+    ]))  # fmt: skip
+
+
+def test_ct_rate(tmp_path: Path) -> None:
+    ct_rate(tmp_path / "raw")
+    alignment, instructions, problems = prepared("ct_rate", tmp_path / "raw", tmp_path)
+    assert [sample.id for sample in alignment] == ["train_1_a_1", "train_2_a_1", "valid_1_a_1"]
+    assert [problem["id"] for problem in problems] == ["train_3_a_1"]
+    first = alignment[0]
+    volume = open_volume(first.image)
+    assert np.unique(volume.hu).tolist() == [-1000]  # 1 x 24 - 1024: applied once
+    assert volume.spacing == pytest.approx((1.5, 0.7, 0.7), abs=1e-6)
+    assert first.patient == "train_1"
+    assert first.texts[0] == "Findings: No nodule, no effusion. Impression: Normal."
+    assert [label.name for label in first.labels if label.value] == ["emphysema"]
+    assert {sample.split for sample in alignment} == {"train", "validation"}
+    tasks = {sample.task for sample in instructions}
+    assert tasks == {"report", "caption", "diagnosis", "question", "multiple_choice"}
+    talk = next(one for one in instructions if "What is seen?" in one.messages[0]["content"][-1]["text"])
+    assert [turn["role"] for turn in talk.messages] == ["user", "assistant", "user", "assistant"]
+    assert not any("<" in part["text"] for one in instructions for part in one.messages[0]["content"])
+
+
+def test_rad_chestct(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for split, name in (("train", "trn00001"), ("valid", "val00001"), ("test", "tst00001")):
+        columns = {"nodule*left_upper": 0, "nodulegr1cm*left_upper": 1, "septal_thickening*left": 0, "clip*x": 0}
+        rows = [{"NoteAcc_DEID": name, **columns}]
+        if split == "train":
+            rows.append({**rows[0], "NoteAcc_DEID": "trn00002"})  # no file
+        table(raw / f"img{split}_Abnormality_and_Location_Labels.csv", rows)
+        np.savez(raw / f"{name}.npz", ct=np.zeros((4, 10, 12), np.int16))
+    alignment, instructions, problems = prepared("rad_chestct", raw, tmp_path)
+    assert {sample.split for sample in alignment} == {"train", "validation", "test"}
+    assert [problem["id"] for problem in problems] == ["trn00002"]
+    values = {label.name: label.value for label in alignment[0].labels}
+    assert list(values) == RAD_CHESTCT_DISEASES
+    assert (values["lung nodule"], values["interlobular septal thickening"], values["emphysema"]) == (1, 0, -1)
+    assert open_volume(alignment[0].image).spacing == pytest.approx((0.8, 0.8, 0.8))
+    assert instructions[0].task == "diagnosis"
+
+
+def test_rp3d_and_m3d(tmp_path: Path) -> None:
+    raw = tmp_path / "rp3d"
+    raw.mkdir()
+    ramp = np.linspace(0, 1, 3 * 10 * 12 * 4, dtype=np.float32).reshape(3, 10, 12, 4)
+    np.save(raw / "a.npy", ramp)
+    table(raw / "radiology_train.csv", [
+        {"image_path": "a.npy", "question": "What?", "answer": "A cyst."},
+        {"image_path": "['a.npy', 'a.npy']", "question": "Both?", "answer": "Yes."},
+        {"image_path": "lost.npy", "question": "What?", "answer": "Nothing."},
+        {"image_path": "a.npy", "question": "", "answer": "Nothing."},
+    ])  # fmt: skip
+    _, instructions, problems = prepared("rp3d_vqa", raw, tmp_path / "1")
+    assert [len(sample.images) for sample in instructions] == [1, 2]
+    assert len(problems) == 2
+    volume = open_volume(instructions[0].images[0])
+    assert volume.shape == (4, 10, 12)
+    assert (volume.hu.min(), volume.hu[0, 0, 0]) == (-1000, -1000)
+    (raw / "captions.json").write_text(json.dumps([{"npy_path": "a.npy", "finding": "A cyst.", "impression": "Benign."}]))
+    (raw / "radiology_train.csv").unlink()
+    alignment, instructions, _ = prepared("rp3d_cap", raw, tmp_path / "2")
+    assert alignment[0].texts == ["A cyst.", "Benign."]
+    assert {sample.task for sample in instructions} == {"report", "caption"}
+
+    m3d = tmp_path / "m3d"
+    m3d.mkdir()
+    np.save(m3d / "v.npy", np.full((1, 4, 10, 12), 0.5, np.float32))
+    (m3d / "t.txt").write_text("A short text.")
+    rows = [{"image": "v.npy", "text": "t.txt"}, {"image": "v.npy", "text": "lost.txt"}]
+    (m3d / "M3D_Cap.json").write_text(json.dumps({"train": rows[:1], "test": rows[1:]}))
+    alignment, _, problems = prepared("m3d_cap", m3d, tmp_path / "3")
+    assert (alignment[0].texts, len(problems)) == (["A short text."], 1)
+    assert np.unique(open_volume(alignment[0].image).hu).tolist() == [0]
+    (m3d / "M3D_Cap.json").unlink()
+    choices = {f"Choice {letter}": word for letter, word in zip("ABCD", ("liver", "lung", "bone", "skin"), strict=True)}
+    row = {"Image Path": "v.npy", "Question": "Which organ?", **choices, "Answer": "Lung", "Answer Choice": "B", "Question Type": "3"}  # fmt: skip
+    table(m3d / "M3D_VQA_test.csv", [row, {**row, "Answer Choice": "E"}])
+    _, instructions, problems = prepared("m3d_vqa", m3d, tmp_path / "4")
+    assert [sample.answers for sample in instructions] == [["(B) lung"], ["Lung"]]
+    assert (instructions[0].split, len(problems)) == ("test", 1)
+
+
+def totalsegmentator(raw: Path) -> None:
+    for case in ("s0001", "s0002"):
+        nifti(raw / case / "ct.nii.gz")
+        nifti(raw / case / "segmentations" / "liver.nii.gz", (1,))
+        nifti(raw / case / "segmentations" / "kidney_left.nii.gz", (0, 1) if case == "s0001" else (0,))
+    (raw / "s0003").mkdir()
+    table(raw / "meta.csv", [
+        {"image_id": f"s000{number}", "age": 50, "gender": "m", "split": split}
+        for number, split in ((1, "train"), (2, "val"), (3, "test"))
+    ], ";")  # fmt: skip
+
+
+def test_totalsegmentator(tmp_path: Path) -> None:
+    totalsegmentator(tmp_path / "raw")
+    alignment, instructions, problems = prepared("totalsegmentator", tmp_path / "raw", tmp_path)
+    assert [sample.split for sample in alignment] == ["train", "validation"]
+    assert [problem["id"] for problem in problems] == ["s0003"]
+    assert {mask.name: bool(mask.path) for mask in alignment[1].masks} == {"liver": True, "kidney left": False}
+    empty = [sample for sample in instructions if sample.masks and not sample.masks[0].path]
+    assert [sample.masks[0].name for sample in empty] == ["kidney left"]
+
+
+def abdomen_1k(raw: Path) -> str:
+    for name in ("Case_00001", "Case_00002"):
+        nifti(raw / f"{name}_0000.nii.gz")
+    nifti(raw / "Mask" / "Case_00001.nii.gz", (1, 2, 3))
+    return "Case_00002"
+
+
+def ct_org(raw: Path) -> str:
+    for number in (3, 30):
+        nifti(raw / f"volume-{number}.nii.gz")
+    nifti(raw / "labels-3.nii.gz", (1, 3, 5))
+    return "volume-30.nii.gz"
+
+
+def covid_19(raw: Path) -> str:
+    for name in ("coronacases_001", "radiopaedia_4_1"):
+        nifti(raw / "COVID-19-CT-Seg_20cases" / f"{name}.nii.gz", stored=0 if name[0] == "r" else -500)
+    nifti(raw / "Lung_and_Infection_Mask" / "radiopaedia_4_1.nii.gz", (1, 2, 3))
+    return "coronacases_001.nii.gz"
+
+
+def nnunet(raw: Path) -> str:
+    raw.mkdir()
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "portal_vein": 1, "all": [1, 2]}, "name": "Some"}))
+    for name in ("a", "b"):
+        nifti(raw / "labelsTr" / f"{name}.nii.gz", (1, 2))
+    nifti(raw / "imagesTr" / "a_0000.nii.gz")
+    return "b"
+
+
+@pytest.mark.parametrize(("make", "names"), [
+    (abdomen_1k, {"liver", "kidneys", "spleen"}),
+    (ct_org, {"liver", "lungs", "bones"}),
+    (covid_19, {"left lung", "right lung", "COVID infection", "lungs"}),
+    (nnunet, {"portal vein", "all"}),
+])  # fmt: skip
+def test_label_files(tmp_path: Path, make: Callable[[Path], str], names: set[str]) -> None:
+    raw = tmp_path / "raw"
+    broken = make(raw)
+    alignment, instructions, problems = prepared(make.__name__, raw, tmp_path)
+    assert [problem["id"] for problem in problems] == [broken]
+    (sample,) = alignment
+    assert {mask.name for mask in sample.masks if mask.path} == names
+    volume = open_volume(sample.image)
+    sizes = {mask.name: int(open_mask(mask, volume).sum()) for mask in sample.masks}
+    assert all((size > 0) == (name in names) for name, size in sizes.items())
+    assert all(one.answers[0].count("<SEG>") == len(one.masks) for one in instructions)
+    if make is ct_org:
+        assert sample.split == "test"
+    if make is covid_19:
+        assert np.unique(volume.hu).tolist() == [-1250 if volume.hu.min() < -1024 else -1024]
+
+
+def test_msd_has_its_labels_the_other_way_round(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "tumour"}}))
+    nifti(raw / "labelsTr" / "x.nii.gz", (1,))
+    nifti(raw / "imagesTr" / "x.nii.gz")
+    alignment, _, _ = prepared("nnunet", raw, tmp_path)
+    assert {mask.name: bool(mask.path) for mask in alignment[0].masks} == {"liver": True, "tumour": False}
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((40, 50), 128, np.uint8)).save(path)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    for folder, name in (("CT_COVID", "1.png"), ("CT_NonCOVID", "2.jpg")):
+        picture(tmp_path / "ucsd" / folder / name)
+    (tmp_path / "ucsd" / "CT_COVID" / "broken.png").write_bytes(b"no picture")
+    alignment, _, _ = prepared("ucsd_ai4h", tmp_path / "ucsd", tmp_path / "1")
+    assert [label.value for sample in alignment for label in sample.labels] == [1, 1, 0]
+    with pytest.raises(CTInstructError, match=r"broken\.png"):
+        open_volume(next(sample.image for sample in alignment if "broken" in sample.id))
+    for folder in ("COVID", "non-COVID"):
+        picture(tmp_path / "sars" / folder / "1.png")
+    assert len(prepared("sars_cov_2", tmp_path / "sars", tmp_path / "2")[0]) == 2
+    for folder in ("CP/1/2", "NCP/3/4", "Normal/5/6"):
+        for name in ("0001.png", "0002.png"):
+            picture(tmp_path / "ccii" / folder / name)
+    alignment, _, _ = prepared("cc_ccii", tmp_path / "ccii", tmp_path / "3")
+    by_patient = {sample.patient: sample.split for sample in alignment}
+    assert len(by_patient) == 3
+    assert all(by_patient[sample.patient] == sample.split for sample in alignment)
+    assert [label.value for label in alignment[0].labels] == [1, 0, 0]
+    for name in ("CT/abd/adrenal/a.png", "CT/abd/normal/b.png"):
+        picture(tmp_path / "rin" / name)
+    table(tmp_path / "rin" / "train.csv", [
+        {"filename": f"radiology_ai/{name}", "label": label}
+        for name, label in (("CT/abd/adrenal/a.png", "adrenal"), ("CT/abd/normal/b.png", "normal"), ("CT/abd/x/lost.png", "x"))
+    ])  # fmt: skip
+    alignment, _, problems = prepared("radimagenet", tmp_path / "rin", tmp_path / "4")
+    assert ({label.name: label.value for label in alignment[0].labels}["adrenal of the abd"], len(problems)) == (1, 1)
+
+
+def test_the_releases_own_files(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    nifti(raw / "a.nii.gz")
+    nifti(raw / "m.nii.gz", (1, 2))
+
+    def entry(text: str, answer: str, **more: Any) -> dict[str, Any]:
+        question = [{"type": "image"}, {"type": "text", "text": text}]
+        return {"question": question, "image_path": ["a.nii.gz"], "answer": answer, **more}
+
+    (raw / "sft_train.json").write_text(json.dumps([
+        entry("<segmentation>Where is the liver?", "Sure, it is <SEG>.", mask_path=["m.nii.gz"], choose_labels=[[1, 2]]),
+        entry("<diagnosis>How likely?", ", ".join(["x <disease_confidence>"] * 16), targets=[1] + [0] * 15),
+        entry("<report_generation>Write a report.", "Nothing."),
+        entry("How likely?", "x <disease_confidence>", targets=[1, 0]),
+    ]))  # fmt: skip
+    _, instructions, problems = prepared("released", raw, tmp_path)
+    assert [sample.task for sample in instructions] == ["segmentation", "diagnosis", "report"]
+    assert instructions[0].masks[0].values == [1, 2]
+    assert [label.name for label in instructions[1].labels] == RAD_CHESTCT_DISEASES
+    assert instructions[2].messages[0]["content"][-1]["text"] == "Write a report."
+    assert "targets" in problems[0]["reason"]
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_a_folder_of_another_layout_is_told_in_one_sentence(tmp_path: Path, source: str) -> None:
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(CTInstructError) as told:
+        prepare(source, tmp_path / "raw", tmp_path / "out", workers=1)
+    assert "raw" in str(told.value) or "no " in str(told.value)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    ct_rate(tmp_path)
+    path = tmp_path / "dataset" / "metadata" / "train_metadata.csv"
+    path.write_text(path.read_text().replace("RescaleSlope", "Slope"))
+    with pytest.raises(CTInstructError, match=r"train_metadata\.csv has no column RescaleSlope"):
+        prepare("ct_rate", tmp_path, tmp_path / "out", workers=1)
