@@ -11,7 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["model", "volumes"])
+@pytest.mark.parametrize("name", ["data", "model", "volumes"])
 def test_a_quick_run_prints_its_table(name: str) -> None:
     if name == "volumes":
         pytest.importorskip("monai", reason="monai is not installed")

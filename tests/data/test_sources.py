@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+
+from datasets_on_disk import nifti, table, totalsegmentator
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.data.prepare import prepare
 from ctinstruct_hf.data.prepared import iterate
 from ctinstruct_hf.data.reading import open_mask, open_volume
-from ctinstruct_hf.data.samples import from_row
+from ctinstruct_hf.data.samples import from_row, text_of
 from ctinstruct_hf.data.sources import SOURCES
 from ctinstruct_hf.modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
-
-SHAPE = (12, 10, 4)  # of the files: i, j, k
-
-
-def nifti(path: Path, labels: tuple[int, ...] = (), stored: int = -500) -> None:
-    """A scan, or a label file with each label in a layer of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    voxels = np.full(SHAPE, 0 if labels else stored, np.uint8 if labels else np.int16)
-    for place, label in enumerate(labels):
-        voxels[2 * place : 2 * place + 2] = label
-    nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), path)
-
-
-def table(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-
 
 def prepared(source: str, folder: Path, tmp_path: Path) -> tuple[list[Any], list[Any], list[dict[str, str]]]:
     """(alignment samples, instruction samples, problems) of a prepared folder."""
@@ -105,7 +85,7 @@ def test_ct_rate(tmp_path: Path) -> None:
     assert tasks == {"report", "caption", "diagnosis", "question", "multiple_choice"}
     talk = next(one for one in instructions if "What is seen?" in one.messages[0]["content"][-1]["text"])
     assert [turn["role"] for turn in talk.messages] == ["user", "assistant", "user", "assistant"]
-    assert not any("<" in part["text"] for one in instructions for part in one.messages[0]["content"])
+    assert not any("<" in text_of(one.messages[0]) for one in instructions)
 
 
 def test_rad_chestct(tmp_path: Path) -> None:
@@ -167,18 +147,6 @@ def test_rp3d_and_m3d(tmp_path: Path) -> None:
     _, instructions, problems = prepared("m3d_vqa", m3d, tmp_path / "4")
     assert [sample.answers for sample in instructions] == [["(B) lung"], ["Lung"]]
     assert (instructions[0].split, len(problems)) == ("test", 1)
-
-
-def totalsegmentator(raw: Path) -> None:
-    for case in ("s0001", "s0002"):
-        nifti(raw / case / "ct.nii.gz")
-        nifti(raw / case / "segmentations" / "liver.nii.gz", (1,))
-        nifti(raw / case / "segmentations" / "kidney_left.nii.gz", (0, 1) if case == "s0001" else (0,))
-    (raw / "s0003").mkdir()
-    table(raw / "meta.csv", [
-        {"image_id": f"s000{number}", "age": 50, "gender": "m", "split": split}
-        for number, split in ((1, "train"), (2, "val"), (3, "test"))
-    ], ";")  # fmt: skip
 
 
 def test_totalsegmentator(tmp_path: Path) -> None:

@@ -78,19 +78,23 @@ class Mixture(Dataset):
 
 
 class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
-    """The schedule: `count` batches of places in a `Mixture`.
+    """The schedule: `count` batches of places in a `Mixture` for one of several processes.
+
+    Batches are numbered over all processes, which take them in turn; those of one step share their part.
 
     Args:
         mixture: the parts.
         batch_size: samples a batch.
-        count: batches in all, over all processes.
+        count: batches of this process.
         seed: of the draws.
-        together: so many batches in a row share their part: the number of processes, which take them in turn.
+        rank, world_size: this process among all.
     """
 
-    def __init__(self, mixture: Mixture, batch_size: int, count: int, seed: int = 0, together: int = 1) -> None:
+    def __init__(
+        self, mixture: Mixture, batch_size: int, count: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.mixture, self.batch_size, self.count = mixture, batch_size, count
-        self.seed, self.together = seed, together
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.shares = _shares(mixture.entries)
 
     def __len__(self) -> int:
@@ -101,9 +105,9 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
         drawn = 0
         orders: dict[tuple[int, int], np.ndarray] = {}
         part = 0
-        for number in range(self.count):
-            if number % self.together == 0:
-                part = entry_of_step(self.shares, self.seed, number // self.together)
+        for number in range(self.count * self.world_size):
+            if number % self.world_size == 0:
+                part = entry_of_step(self.shares, self.seed, number // self.world_size)
             length = len(self.mixture.entries[part].rows)
             batch = []
             for _ in range(self.mixture.entries[part].batch_size or self.batch_size):
@@ -114,7 +118,8 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
                 batch.append((part, int(orders[part, epoch][place]), drawn))
                 taken[part] += 1
                 drawn += 1
-            yield batch
+            if number % self.world_size == self.rank:
+                yield batch
 
 
 class StreamedMixture(IterableDataset):
@@ -152,10 +157,13 @@ class StreamedMixture(IterableDataset):
             if self.buffer:
                 rows = rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
             seen = 0
-            for place, row in enumerate(rows):
-                if place % readers == reader:
-                    seen += 1
-                    yield row
+            place = 0
+            for block in rows.iter(batch_size=64):  # unlike iteration, the same in every worker
+                for values in zip(*block.values(), strict=True):
+                    if place % readers == reader:
+                        seen += 1
+                        yield dict(zip(block, values, strict=True))
+                    place += 1
             if not seen:
                 raise CTInstructError(f"'{self.entries[part].name}' has too few rows for {readers} readers.")
             epoch += 1

@@ -237,11 +237,17 @@ def from_row(row: dict[str, Any], kind: str) -> AnySample:
                 values[name] = [item(**_filled(one)) for one in values[name] or []]
         if isinstance(values.get("image"), dict):
             values["image"] = ImageRef(**_filled(values["image"]))
+        if kind == "instructions":  # Arrow gives an image an empty text
+            values["messages"] = [{"role": turn["role"], "content": _parts_of_row(turn)} for turn in values["messages"]]
         sample = target(**values)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise CTInstructError(f"sample '{row.get('id', '?')}' is malformed: {error}.") from error
     sample.check()
     return sample
+
+
+def _parts_of_row(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "image"} if part["type"] == "image" else dict(part) for part in parts_of(turn)]
 
 
 def _filled(values: dict[str, Any]) -> dict[str, Any]:

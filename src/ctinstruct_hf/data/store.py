@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -39,7 +40,7 @@ class PatchStore:
         self.folder = None if folder is None else Path(folder)
         settings = {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
         self._settings = json.dumps(settings, sort_keys=True, default=str)
-        self._last: dict[str, Prepared] = {}  # without a folder: what was prepared last, for its masks
+        self._last: dict[str, Prepared] = {}  # what was read last: an image's masks are asked for one after the other
 
     def image(self, image: ImageRef) -> Prepared:
         """pixel_values float16 [N, patch height, patch width], patch_grid int64 [1, 4], slice_mask bool [N]."""
@@ -49,12 +50,8 @@ class PatchStore:
         """One structure on the image's canvas: int8 [D, H, W], 1 inside, 0 outside, −1 padding."""
         if is_phantom(image.path):
             return self._phantom_mask(image, mask)
-        if not mask.path:
-            padding = self._labels(image, "")
-            return torch.where(padding < 0, padding, torch.zeros_like(padding))
         labels = self._labels(image, mask.path)
-        inside = torch.isin(labels, torch.tensor(mask.values, dtype=labels.dtype)) if mask.values else labels > 0
-        return torch.where(labels < 0, labels, inside.to(torch.int8))
+        return _relabelled(labels, (mask.values or range(1, 128)) if mask.path else ())
 
     def _labels(self, image: ImageRef, path: str) -> torch.Tensor:
         def prepare() -> Prepared:
@@ -68,14 +65,12 @@ class PatchStore:
         prepared = self._entry(self._key(image), lambda: self._prepare(image), ("organs", "findings"))
         organs = prepared["organs"]
         if mask.name in phantoms.FINDINGS:
-            inside = (prepared["findings"] >> phantoms.FINDINGS.index(mask.name)) & 1 > 0
-        elif mask.name == "body":
-            inside = organs > 0
-        else:
-            parts = phantoms.UNIONS.get(mask.name, (mask.name,))
-            values = [phantoms.ORGANS.index(part) + 1 for part in parts]
-            inside = torch.isin(organs, torch.tensor(values, dtype=organs.dtype))
-        return torch.where(organs < 0, organs, inside.to(torch.int8))
+            inside = (prepared["findings"] >> phantoms.FINDINGS.index(mask.name)) & 1
+            return torch.where(organs < 0, organs, inside.to(torch.int8))
+        if mask.name == "body":
+            return _relabelled(organs, range(1, 128))
+        parts = phantoms.UNIONS.get(mask.name, (mask.name,))
+        return _relabelled(organs, [phantoms.ORGANS.index(part) + 1 for part in parts])
 
     def _prepare(self, image: ImageRef) -> Prepared:
         volume = open_volume(image)
@@ -99,22 +94,35 @@ class PatchStore:
         state = [self._settings, asdict(image), [file_state(path) for path in (image.path, *more)]]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _entry(self, key: str, prepare: object, names: tuple[str, ...]) -> Prepared:
-        if self.folder is None:
-            if key not in self._last:
-                self._last = {**dict(list(self._last.items())[-3:]), key: prepare()}  # type: ignore[operator]
-            return {name: self._last[key][name] for name in names}
+    def _entry(self, key: str, prepare: Callable[[], Prepared], names: tuple[str, ...]) -> Prepared:
+        kept = self._last.pop(key, None)
+        if kept is None or not set(names) <= set(kept):
+            kept = self._read(key, prepare) if self.folder is not None else prepare()
+        self._last = {**dict(list(self._last.items())[-3:]), key: kept}
+        return {name: kept[name] for name in names}
+
+    def _read(self, key: str, prepare: Callable[[], Prepared]) -> Prepared:
+        """The file of a key, made where it is not there yet."""
+        assert self.folder is not None
         path = self.folder / key[:2] / f"{key}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
             try:
-                save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)  # type: ignore[operator]
+                save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+
+
+def _relabelled(labels: torch.Tensor, values: Iterable[int]) -> torch.Tensor:
+    """1 where a label is among the values, 0 elsewhere, −1 kept: one pass through a table of all int8 values."""
+    table = np.zeros(256, np.int8)
+    table[list(values)] = 1
+    table[255] = -1  # as int8: padding
+    return torch.from_numpy(table[labels.numpy().view(np.uint8)])
 
 
 def file_state(path: str) -> list[object]:

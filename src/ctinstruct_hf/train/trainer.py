@@ -49,11 +49,12 @@ class MixtureTrainer(Trainer):
         if isinstance(mixture, StreamedMixture):  # shards itself over processes and workers
             mixture.rank, mixture.world_size = args.process_index, args.world_size
             return DataLoader(mixture, batch_size=None, **settings)
-        count = args.max_steps * args.gradient_accumulation_steps * args.world_size
+        count = args.max_steps * args.gradient_accumulation_steps
         seed = args.data_seed if args.data_seed is not None else args.seed
-        batches = MixtureBatches(mixture, args.per_device_train_batch_size, count, seed, together=args.world_size)
-        loader: DataLoader = DataLoader(mixture, batch_sampler=batches, **settings)  # type: ignore[arg-type]
-        return self.accelerator.prepare(loader)
+        batches = MixtureBatches(
+            mixture, args.per_device_train_batch_size, count, seed, args.process_index, args.world_size
+        )  # shards itself: accelerate's sharding drops batches of another size
+        return DataLoader(mixture, batch_sampler=batches, **settings)  # type: ignore[arg-type]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,0 +1,210 @@
+"""The schedule: by weight, one task a step on all processes, the same after a resume; patches are prepared once."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets_on_disk import nifti
+from torch.utils.data import DataLoader
+
+from ctinstruct_hf import CTInstructError, CTInstructImageProcessor
+from ctinstruct_hf.data import store as store_module
+from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
+from ctinstruct_hf.data.reading import PhantomRef, open_mask, open_volume
+from ctinstruct_hf.data.samples import AlignmentSample, ImageRef, Label, MaskRef, to_row
+from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.store import PatchStore
+from ctinstruct_hf.train.collator import AlignmentCollator
+
+PATCH = {"depth": 8, "height": 32, "width": 32}
+
+
+def rows(name: str, count: int) -> list[dict[str, Any]]:
+    return [{"id": f"{name}{index}"} for index in range(count)]
+
+
+def mixture() -> Mixture:
+    return Mixture([
+        MixtureEntry("a", rows("a", 5), ("contrastive",), 3.0),
+        MixtureEntry("b", rows("b", 7), ("segmentation",), 1.0, batch_size=4),
+        MixtureEntry("never", [], ("category",), 0.0),
+    ])  # fmt: skip
+
+
+def test_parts_are_drawn_by_weight_and_every_row_once_an_epoch() -> None:
+    batches = list(MixtureBatches(mixture(), 2, 400, seed=1))
+    parts = Counter(batch[0][0] for batch in batches)
+    assert 0.68 < parts[0] / 400 < 0.82
+    assert parts[2] == 0
+    assert {len(batch) for batch in batches if batch[0][0] == 1} == {4}
+    assert all(len({place[0] for place in batch}) == 1 for batch in batches)
+    seen = [row for batch in batches if batch[0][0] == 0 for _, row, _ in batch]
+    assert all(sorted(seen[first : first + 5]) == list(range(5)) for first in range(0, 50, 5))
+    draws = [draw for batch in batches for _, _, draw in batch]
+    assert len(set(draws)) == len(draws)
+
+
+def test_the_schedule_is_the_seeds_alone_and_processes_agree_on_the_task() -> None:
+    whole = list(MixtureBatches(mixture(), 2, 60, seed=3))
+    assert whole == list(MixtureBatches(mixture(), 2, 60, seed=3))
+    assert whole != list(MixtureBatches(mixture(), 2, 60, seed=4))
+    shards = [list(MixtureBatches(mixture(), 2, 60, seed=3, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert len(shards[0]) == len(shards[1]) == 60
+    for mine, theirs, one in zip(*shards, whole, strict=True):
+        assert mine[0][0] == theirs[0][0] == one[0][0]
+        assert len(mine) == len(theirs)
+        assert not {draw for *_, draw in mine} & {draw for *_, draw in theirs}
+
+
+def test_a_mixture_without_rows_or_weight_is_refused() -> None:
+    with pytest.raises(CTInstructError, match="'empty' has no rows"):
+        Mixture([MixtureEntry("empty", [], ("category",))])
+    with pytest.raises(CTInstructError, match="positive weight"):
+        Mixture([MixtureEntry("a", rows("a", 1), ("category",), 0.0)])
+
+
+def streamed(rank: int = 0, world: int = 1, start: int = 0) -> StreamedMixture:
+    from datasets import IterableDataset
+
+    def part(name: str, count: int) -> Any:
+        return IterableDataset.from_generator(lambda: iter(rows(name, count)))
+
+    entries = [MixtureEntry("a", part("a", 40), ("contrastive",)), MixtureEntry("b", part("b", 40), ("segmentation",))]
+    return StreamedMixture(entries, 2, seed=5, rank=rank, world_size=world, start=start, buffer=8)
+
+
+def test_streamed_processes_agree_on_the_task_and_share_out_the_rows() -> None:
+    steps = [list(itertools.islice(iter(streamed(rank, 2)), 15)) for rank in (0, 1)]
+    for mine, theirs in zip(*steps, strict=True):
+        assert mine[0].tasks == theirs[0].tasks
+    first = [{item.row["id"] for batch in part for item in batch} for part in steps]
+    assert not first[0] & first[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_stopped(workers: int) -> None:
+    def ids(start: int, count: int) -> list[list[str]]:
+        loader = DataLoader(streamed(start=start), batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
+        return [[item.row["id"] for item in batch] for batch in itertools.islice(loader, count)]
+
+    assert ids(3, 5) == ids(0, 8)[3:]
+
+
+def test_patches_are_prepared_once_and_labels_lie_on_the_canvas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nifti(tmp_path / "scan.nii.gz")
+    nifti(tmp_path / "labels.nii.gz", (1, 2))
+    image = ImageRef(str(tmp_path / "scan.nii.gz"))
+    processor = CTInstructImageProcessor(patch_size=PATCH)
+    stores = [PatchStore(processor, tmp_path / "cache"), PatchStore(processor)]
+    masks = [MaskRef("one", str(tmp_path / "labels.nii.gz"), [1]), MaskRef("all", str(tmp_path / "labels.nii.gz")), MaskRef("none")]
+    for store in stores:
+        prepared = store.image(image)
+        expected = processor(images=[image.path], return_tensors="pt")
+        torch.testing.assert_close(prepared["pixel_values"].float(), expected["pixel_values"], atol=1e-3, rtol=1e-3)
+        assert prepared["patch_grid"].tolist() == expected["patch_grid"].tolist()
+        volume = open_volume(image)
+        for mask in masks:
+            canvas = store.mask(image, mask)
+            kept = processor.labels_to_canvas(open_mask(mask, volume).astype(np.uint8), volume)
+            assert torch.equal(canvas, kept)
+        assert not (store.mask(image, masks[2]) > 0).any()
+    monkeypatch.setattr(store_module, "open_volume", lambda image: pytest.fail("read again"))
+    again = PatchStore(processor, tmp_path / "cache")
+    assert torch.equal(again.image(image)["pixel_values"], stores[0].image(image)["pixel_values"])
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_changed_file_or_setting_is_prepared_anew(tmp_path: Path) -> None:
+    nifti(tmp_path / "scan.nii.gz")
+    image = ImageRef(str(tmp_path / "scan.nii.gz"))
+    processor = CTInstructImageProcessor(patch_size=PATCH)
+    before = PatchStore(processor, tmp_path / "cache").image(image)["pixel_values"]
+    nifti(tmp_path / "scan.nii.gz", stored=400)
+    after = PatchStore(processor, tmp_path / "cache").image(image)["pixel_values"]
+    assert not torch.equal(before, after)
+    other = CTInstructImageProcessor(patch_size=PATCH, hu_window=(-160, 240))
+    assert not torch.equal(PatchStore(other, tmp_path / "cache").image(image)["pixel_values"], after)
+
+
+def test_made_up_scans_have_the_masks_of_their_phantom(tmp_path: Path) -> None:
+    store = PatchStore(CTInstructImageProcessor(patch_size={"depth": 32, "height": 128, "width": 128}), tmp_path)
+    (row,) = phantom_rows("cropped", [4], store=store, workers=1)
+    phantom = PhantomRef("cropped", 4).make()
+    image = ImageRef(row["image"]["path"])
+    for name in ("liver", "lungs", "body", "right kidney", *[name for name, there in phantom.labels.items() if there]):
+        canvas = store.mask(image, MaskRef(name, image.path))
+        assert torch.equal(canvas > 0, store.image_processor.labels_to_canvas(phantom.masks[name].astype(np.uint8), phantom.volume) > 0)  # fmt: skip
+    assert {label["name"]: label["value"] for label in row["labels"]} == phantom.labels
+    assert phantom_rows("cropped", [4], "test", store=store, workers=1) == [{**row, "split": "test"}]
+    without = PhantomRef("cropped", 4, (("lung nodule", 0),))
+    assert PhantomRef.parse(str(without)) == without
+    assert not without.make().masks["lung nodule"].any()
+    with pytest.raises(CTInstructError, match="no made-up scan"):
+        PhantomRef.parse("phantom:whale:3")
+
+
+class Words:
+    """A tokenizer in the smallest."""
+
+    def __call__(self, texts: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
+        most = max(len(text) for text in texts)
+        ids = torch.tensor([[ord(sign) % 90 + 8 for sign in text.ljust(most)] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def aligned(tmp_path: Path, name: str, **more: Any) -> dict[str, Any]:
+    return to_row(AlignmentSample(name, ImageRef(str(tmp_path / f"{name}.nii.gz")), "train", "mine", **more))
+
+
+def items(rows: list[dict[str, Any]], tasks: tuple[str, ...]) -> list[Any]:
+    return [Mixture([MixtureEntry("x", rows, tasks)])[0, index, index] for index in range(len(rows))]
+
+
+def test_the_collator_puts_together_whatever_labels_there_are(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        nifti(tmp_path / f"{name}.nii.gz")
+    nifti(tmp_path / "labels.nii.gz", (1, 2))
+    collate = AlignmentCollator(PatchStore(CTInstructImageProcessor(patch_size=PATCH)), Words(), masks_per_image=2)
+    masks = [MaskRef("one", str(tmp_path / "labels.nii.gz"), [1]), MaskRef("gone")]
+    rows = [
+        aligned(tmp_path, "a", texts=["Text."], labels=[Label("x", 1)], masks=masks),
+        aligned(tmp_path, "b", labels=[Label("y", 0)]),
+    ]
+    batch = collate(items(rows, ("contrastive", "category", "segmentation")))
+    assert batch["text_images"].tolist() == [0]
+    assert batch["class_labels"].tolist() == [[1, -1], [-1, 0]]
+    assert batch["mask_images"].tolist() == [0, 0]
+    assert sorted(int((mask > 0).any()) for mask in batch["mask_labels"]) == [0, 1]
+    assert len(batch["pixel_values"]) == batch["patch_grid"].prod(1).sum()
+    only = collate(items(rows, ("category",)))
+    assert not {"input_ids", "mask_input_ids"} & set(only)
+
+
+def test_unreadable_samples_are_counted_and_limited(tmp_path: Path) -> None:
+    nifti(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").write_bytes(b"nothing")
+    collate = AlignmentCollator(PatchStore(CTInstructImageProcessor(patch_size=PATCH)), Words(), max_skipped=2)
+    good, bad = (aligned(tmp_path, name, texts=["Text."]) for name in ("a", "b"))
+    batch = collate(items([good, bad], ("contrastive",)))
+    assert (len(batch["input_ids"]), collate.skipped.count) == (1, 1)
+    assert len(collate(items([bad], ("contrastive",)))["input_ids"]) == 1  # the last good one stands in
+    with pytest.raises(CTInstructError, match=r"3 samples could not be read, 2 are allowed .*b\.nii\.gz"):
+        collate(items([bad], ("contrastive",)))
+
+
+def test_findings_are_asked_for_as_often_as_organs(tmp_path: Path) -> None:
+    organs = [MaskRef(f"organ {index}", "x") for index in range(20)]
+    sample = AlignmentSample("a", ImageRef("x"), "train", "mine", labels=[Label("nodule", 1), Label("fluid", 0)],
+                             masks=[*organs, MaskRef("nodule", "x"), MaskRef("fluid")])  # fmt: skip
+    collate = AlignmentCollator(PatchStore(CTInstructImageProcessor(patch_size=PATCH)), Words(), masks_per_image=1)
+    chosen = Counter(collate.choose_masks(sample, np.random.default_rng(seed))[0].name for seed in range(400))
+    assert 130 < chosen["nodule"] < 240
+    assert 10 < chosen["fluid"] < 110
+    assert asdict(sample)["masks"][0]["name"] == "organ 0"
