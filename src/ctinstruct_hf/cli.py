@@ -152,7 +152,9 @@ app.add_typer(data_app, name="data")
 
 @data_app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="ct_rate, totalsegmentator, nnunet …; ctinstruct data sources lists them.")],
+    source: Annotated[
+        str, typer.Argument(help="ct_rate, totalsegmentator, nnunet …; ctinstruct data sources lists them.")
+    ],
     folder: Annotated[Path, typer.Option("-i", "--input", help="The data set as downloaded.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; an interrupted run goes on.")],
     seed: Annotated[int, typer.Option(help="Of phrasings and choices.")] = 0,
@@ -261,12 +263,17 @@ def _kind(kind: str) -> str:
 @app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")] = "tiny",
-    changes: Annotated[list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="output_dir instead of the recipe's.")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="A checkpoint; the last whole one by default.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew and remove the earlier run.")] = False,
     table: Annotated[
         int | None, typer.Option("--table", help="3, 4 or 5: the paper's ablation in miniature instead of one run.")
+    ] = None,
+    row: Annotated[
+        str | None, typer.Option("--row", help="One row of those tables for any recipe, as 'ITC + Seg.' or ViT3D.")
     ] = None,
 ) -> None:
     """Stage one: align images with text at three grains. Goes on where an interrupted run stopped."""
@@ -282,6 +289,10 @@ def pretrain(
         return
     from .train.pretrain import pretrain as run
 
+    if row is not None:
+        from .train.tables import recipe_of_row
+
+        told = recipe_of_row(told, row)
     for name, value in run(told, resume, restart).items():
         typer.echo(f"{name} {value:.4f}")
     typer.echo(f"The model is in {Path(told['output_dir']) / 'model'}.")

@@ -97,13 +97,19 @@ def test_a_stream_goes_on_where_it_stopped(workers: int) -> None:
     assert ids(3, 5) == ids(0, 8)[3:]
 
 
-def test_patches_are_prepared_once_and_labels_lie_on_the_canvas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_are_prepared_once_and_labels_lie_on_the_canvas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nifti(tmp_path / "scan.nii.gz")
     nifti(tmp_path / "labels.nii.gz", (1, 2))
     image = ImageRef(str(tmp_path / "scan.nii.gz"))
     processor = CTInstructImageProcessor(patch_size=PATCH)
     stores = [PatchStore(processor, tmp_path / "cache"), PatchStore(processor)]
-    masks = [MaskRef("one", str(tmp_path / "labels.nii.gz"), [1]), MaskRef("all", str(tmp_path / "labels.nii.gz")), MaskRef("none")]
+    masks = [
+        MaskRef("one", str(tmp_path / "labels.nii.gz"), [1]),
+        MaskRef("all", str(tmp_path / "labels.nii.gz")),
+        MaskRef("none"),
+    ]
     for store in stores:
         prepared = store.image(image)
         expected = processor(images=[image.path], return_tensors="pt")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from conftest import shared
 
-from ctinstruct_hf import CTInstructError
+from ctinstruct_hf import CTInstructError, read_volume
 from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
 
 
@@ -75,3 +78,47 @@ def test_questions_answer_what_is_there(phantom) -> None:
     for question in phantom.questions:
         if question["kind"] == "multiple_choice":
             assert question["answer"] in question["choices"]
+
+
+# structure of phantoms -> TotalSegmentator's names, furthest that the medians may lie apart (HU), least overlap of histograms
+REAL = {
+    "liver": (("liver",), 20, 0.7),
+    "spleen": (("spleen",), 20, 0.65),
+    "right kidney": (("kidney_right",), 25, 0.65),
+    "left kidney": (("kidney_left",), 25, 0.65),
+    "stomach": (("stomach",), 60, 0.5),  # its air varies
+    "aorta": (("aorta",), 30, 0.5),
+    "pancreas": (("pancreas",), 45, 0.4),
+    "muscle": (("autochthon_left", "autochthon_right"), 30, 0.45),
+    "lungs": (("lung_",), 80, 0.5),
+    "spine": (("vertebrae_",), 40, 0.45),
+    "ribs": (("rib_",), 40, 0.5),
+}
+
+
+def test_hu_of_organs_are_those_of_a_real_native_scan() -> None:
+    """Medians and histograms (20 HU bins) of findings-free native phantoms against the labelled abdomen."""
+    scan = read_volume(shared("data/abdomen/ct.nii.gz"))
+    labels = np.rint(read_volume(shared("data/abdomen/labels.nii.gz")).hu).astype(int)
+    ids = {name: int(key) for key, name in json.loads(shared("data/abdomen/label_names.json").read_text()).items()}
+    healthy = dict.fromkeys(FINDINGS, 0)
+    phantoms = [made for made in (make_phantom(seed, (48, 96, 96), findings=healthy) for seed in range(20)) if made.phase == "native"]  # fmt: skip
+    assert len(phantoms) >= 4
+    bins = np.arange(-1024, 1600, 20)
+    for structure, (names, apart, least) in REAL.items():
+        chosen = [ids[name] for name in ids if any(name == one or (one.endswith("_") and name.startswith(one)) for one in names)]  # fmt: skip
+        real = scan.hu[np.isin(labels, chosen)]
+        made = np.concatenate([phantom.volume.hu[phantom.masks[structure]] for phantom in phantoms])
+        assert abs(np.median(real) - np.median(made)) <= apart, structure
+        shares = [np.histogram(values, bins)[0] / len(values) for values in (real, made)]
+        assert np.minimum(*shares).sum() >= least, structure
+
+
+def test_trunks_differ_and_short_scans_lie_anywhere() -> None:
+    widths, lowest = [], []
+    for seed in range(8):
+        phantom = make_phantom(seed, (24, 64, 64), (4.0, 6.0, 6.0))
+        widths.append(np.ptp(np.nonzero(phantom.organ_map.any((0, 1)))[0]))
+        lowest.append(phantom.masks["lungs"].sum() > phantom.masks["liver"].sum())
+    assert len(set(widths)) >= 4
+    assert len(set(lowest)) == 2  # some of the chest, some of the abdomen

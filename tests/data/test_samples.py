@@ -105,7 +105,14 @@ def test_a_case_becomes_the_papers_six_kinds() -> None:
     for one in samples:
         one.check()
         assert from_row(json.loads(json.dumps(to_row(one))), "instructions") == one
-    assert {one.task for one in samples} == {"report", "caption", "segmentation", "diagnosis", "multiple_choice", "question"}
+    assert {one.task for one in samples} == {
+        "report",
+        "caption",
+        "segmentation",
+        "diagnosis",
+        "multiple_choice",
+        "question",
+    }
     assert to_instructions(case) == samples
     assert to_instructions(case, seed=1) != samples
     assert any(mask.path == "" for one in samples for mask in one.masks)  # an absent structure is asked for too
@@ -171,7 +178,9 @@ def test_the_command_line_prepares_checks_and_exports(tmp_path: Path) -> None:
     assert "alignment: train 1, validation 1" in done.output
     assert "1 cases could not be used" in done.output
     assert run(app, ["data", "check", str(tmp_path / "set"), "--volumes"]).exit_code == 0
-    assert "rows in" in run(app, ["data", "export", "-i", str(tmp_path / "set"), "-o", str(tmp_path / "x.jsonl")]).output
+    assert (
+        "rows in" in run(app, ["data", "export", "-i", str(tmp_path / "set"), "-o", str(tmp_path / "x.jsonl")]).output
+    )
     assert "rows in" in run(app, ["data", "import", "-i", str(tmp_path / "x.jsonl"), "-o", str(tmp_path / "y")]).output
     assert "ct_rate" in run(app, ["data", "sources"]).output
     with pytest.raises(CTInstructError, match="finished data set"):
@@ -187,7 +196,9 @@ module.prepare('nnunet', Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
 """
 
 
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "one": 1, "two": 2}}))

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from datasets_on_disk import nifti, table, totalsegmentator
+from PIL import Image
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.data.prepare import prepare
@@ -21,6 +20,7 @@ from ctinstruct_hf.data.samples import from_row, text_of
 from ctinstruct_hf.data.sources import SOURCES
 from ctinstruct_hf.modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
 
+
 def prepared(source: str, folder: Path, tmp_path: Path) -> tuple[list[Any], list[Any], list[dict[str, str]]]:
     """(alignment samples, instruction samples, problems) of a prepared folder."""
     target = tmp_path / "prepared"
@@ -28,7 +28,11 @@ def prepared(source: str, folder: Path, tmp_path: Path) -> tuple[list[Any], list
     rows = [(kind, from_row(row, kind)) for kind, _, _, row in iterate(target)]
     problems = [json.loads(line) for line in (target / "problems.jsonl").read_text().splitlines()]
     assert told["problems"] == len(problems)
-    return [one for kind, one in rows if kind == "alignment"], [one for kind, one in rows if kind == "instructions"], problems
+    return (
+        [one for kind, one in rows if kind == "alignment"],
+        [one for kind, one in rows if kind == "instructions"],
+        problems,
+    )
 
 
 def ct_rate(folder: Path) -> None:
@@ -58,7 +62,11 @@ def ct_rate(folder: Path) -> None:
         {"from": "gpt", "value": "Above."},
     ]
     choice = [
-        {"from": "human", "value": "<image>\nWhich? (a) nodule (b) emphysema<multiple_choice>", "type": "multiple_choice"},
+        {
+            "from": "human",
+            "value": "<image>\nWhich? (a) nodule (b) emphysema<multiple_choice>",
+            "type": "multiple_choice",
+        },
         {"from": "gpt", "value": "(b) emphysema"},
     ]
     (base / "vqa").mkdir()
@@ -125,7 +133,9 @@ def test_rp3d_and_m3d(tmp_path: Path) -> None:
     volume = open_volume(instructions[0].images[0])
     assert volume.shape == (4, 10, 12)
     assert (volume.hu.min(), volume.hu[0, 0, 0]) == (-1000, -1000)
-    (raw / "captions.json").write_text(json.dumps([{"npy_path": "a.npy", "finding": "A cyst.", "impression": "Benign."}]))
+    (raw / "captions.json").write_text(
+        json.dumps([{"npy_path": "a.npy", "finding": "A cyst.", "impression": "Benign."}])
+    )
     (raw / "radiology_train.csv").unlink()
     alignment, instructions, _ = prepared("rp3d_cap", raw, tmp_path / "2")
     assert alignment[0].texts == ["A cyst.", "Benign."]
@@ -182,7 +192,9 @@ def covid_19(raw: Path) -> str:
 
 def nnunet(raw: Path) -> str:
     raw.mkdir()
-    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "portal_vein": 1, "all": [1, 2]}, "name": "Some"}))
+    (raw / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "portal_vein": 1, "all": [1, 2]}, "name": "Some"})
+    )
     for name in ("a", "b"):
         nifti(raw / "labelsTr" / f"{name}.nii.gz", (1, 2))
     nifti(raw / "imagesTr" / "a_0000.nii.gz")

@@ -12,7 +12,19 @@ from .reading import PHANTOM_KINDS
 from .samples import SPLITS
 from .store import PatchStore
 
-KEYS = ("name", "dataset", "phantoms", "split", "streaming", "sources", "tasks", "weight", "limit", "batch_size")
+KEYS = (
+    "name",
+    "dataset",
+    "phantoms",
+    "split",
+    "streaming",
+    "sources",
+    "tasks",
+    "weight",
+    "limit",
+    "batch_size",
+    "slices",
+)
 GRAINS = ("contrastive", "category", "segmentation")
 
 
@@ -22,7 +34,9 @@ def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
         raise CTInstructError(f"A part of the mixture is '{part}': write its keys, as 'dataset: folder'.")
     unknown = sorted(set(part) - set(KEYS))
     if unknown:
-        raise CTInstructError(f"A part of the mixture has unknown keys {', '.join(unknown)}: known are {', '.join(KEYS)}.")
+        raise CTInstructError(
+            f"A part of the mixture has unknown keys {', '.join(unknown)}: known are {', '.join(KEYS)}."
+        )
     name = part_name(part)
     if ("dataset" in part) == ("phantoms" in part):
         raise CTInstructError(f"Part '{name}' of the mixture needs either dataset or phantoms.")

@@ -135,7 +135,9 @@ class _Canvas:
         self.spacing = spacing
         # where the scan's middle lies in the patient, and how obliquely the patient lies
         free = max(0.0, _FIELD_MM[0] - shape[0] * spacing[0]) / 2  # a short scan may lie anywhere in the trunk
-        self.centre = np.array([rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(-12, 22) + rng.uniform(-free, free)])
+        self.centre = np.array(
+            [rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(-12, 22) + rng.uniform(-free, free)]
+        )
         build = rng.uniform(0.92, 1.08) * rng.uniform(0.95, 1.05, 3)  # the patient's size: breadth, depth, length
         # from mm of the scanner to mm of the patient
         self.turn = (_rotation(*np.radians(rng.normal(0, 2.0, 3))) / build[:, None]).astype(np.float32)

@@ -56,7 +56,9 @@ def finish(found: Case | InstructionSample, options: PrepareOptions) -> dict[str
         if found.masks:
             _keep_present(found)
         alignment = to_alignment(found)
-        rows: dict[str, Any] = {"instructions": [to_row(one) for one in to_instructions(found, options.seed, options.segmentations)]}
+        rows: dict[str, Any] = {
+            "instructions": [to_row(one) for one in to_instructions(found, options.seed, options.segmentations)]
+        }
         if alignment.grains:
             alignment.check()
             rows["alignment"] = [to_row(alignment)]
@@ -78,9 +80,7 @@ def _keep_present(case: Case) -> None:
     for path in {mask.path for mask in case.masks}:
         present[path] = set(np.flatnonzero(np.bincount(open_labels(path, volume).ravel())).tolist()) - {0}
     case.masks = [
-        mask
-        for mask in case.masks
-        if present[mask.path] & (set(mask.values) if mask.values else present[mask.path])
+        mask for mask in case.masks if present[mask.path] & (set(mask.values) if mask.values else present[mask.path])
     ]
 
 

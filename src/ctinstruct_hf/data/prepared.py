@@ -1,10 +1,10 @@
 """Prepared data sets on disk: a folder of Parquet files by kind and split, read with `datasets`, whole or streamed.
 
-    dataset/
-      dataset.json                  what was prepared, from where, how many
-      problems.jsonl                cases that could not be used, and why
-      alignment/train-00000.parquet
-      instructions/train-00000.parquet
+dataset/
+  dataset.json                  what was prepared, from where, how many
+  problems.jsonl                cases that could not be used, and why
+  alignment/train-00000.parquet
+  instructions/train-00000.parquet
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ def open_volume(image: ImageRef) -> CTVolume:
     scaled = (image.slope, image.intercept) != (1.0, 0.0)
     if image.layout:
         array = _array_of(image)
-        return read_volume(array * np.float32(image.slope) + np.float32(image.intercept), spacing=spacing or (1.0, 1.0, 1.0))
+        return read_volume(
+            array * np.float32(image.slope) + np.float32(image.intercept), spacing=spacing or (1.0, 1.0, 1.0)
+        )
     volume = read_volume(image.path, spacing=spacing, keep_padding=scaled)
     if scaled:
         hu = volume.hu * np.float32(image.slope) + np.float32(image.intercept)

@@ -166,7 +166,9 @@ class InstructionSample:
             raise CTInstructError(f"sample '{self.id}' has turns {roles}: expected user and assistant in turn.")
         shown = sum(part["type"] == "image" for turn in self.messages for part in parts_of(turn))
         if shown != len(self.images):
-            raise CTInstructError(f"sample '{self.id}' shows {shown} images in its messages and lists {len(self.images)}.")
+            raise CTInstructError(
+                f"sample '{self.id}' shows {shown} images in its messages and lists {len(self.images)}."
+            )
         for token, items, what in ((SEG_TOKEN, self.masks, "masks"), (DISEASE_TOKEN, self.labels, "labels")):
             asked = sum(answer.count(token) for answer in self.answers)
             if asked != len(items):

@@ -138,5 +138,8 @@ def file_state(path: str) -> list[object]:
 
 @cache
 def phantom_code() -> str:
-    files = [Path(phantoms.__file__), *(Path(phantoms.__file__).with_name(name) for name in ("phantom_text.py", "reading.py"))]
+    files = [
+        Path(phantoms.__file__),
+        *(Path(phantoms.__file__).with_name(name) for name in ("phantom_text.py", "reading.py")),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

@@ -79,13 +79,23 @@ def to_instructions(
     if caption:
         add("caption", templates.draw(rng, templates.CAPTION), caption)
     for mask in _pick(rng, case.masks, segmentations):
-        add("segmentation", templates.ask_segmentation([mask.name], rng), templates.answer_segmentation([mask.name]), [mask])
+        add(
+            "segmentation",
+            templates.ask_segmentation([mask.name], rng),
+            templates.answer_segmentation([mask.name]),
+            [mask],
+        )
     if len(case.masks) > 2 and segmentations:
         several = _pick(rng, case.masks, int(rng.integers(2, 4)))
         names = [mask.name for mask in several]
         add("segmentation", templates.ask_segmentation(names, rng), templates.answer_segmentation(names), several)
     for name in _pick(rng, absent_structures(case), absent):
-        add("segmentation", templates.ask_segmentation([name], rng), templates.answer_segmentation([name]), [MaskRef(name)])
+        add(
+            "segmentation",
+            templates.ask_segmentation([name], rng),
+            templates.answer_segmentation([name]),
+            [MaskRef(name)],
+        )
     if case.labels:
         known = {label.name: label for label in case.labels}
         ordered = [known.get(name, Label(name, -1)) for name in diseases] if diseases else list(case.labels)

@@ -94,7 +94,13 @@ def score_alignment(
 
 
 def _score_one(
-    model: Any, store: PatchStore, words: Any, sample: AlignmentSample, with_masks: bool, device: Any, with_picture: bool
+    model: Any,
+    store: PatchStore,
+    words: Any,
+    sample: AlignmentSample,
+    with_masks: bool,
+    device: Any,
+    with_picture: bool,
 ) -> tuple[dict[str, Any], Any]:
     prepared = store.image(sample.image)
     batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
@@ -137,7 +143,9 @@ def _on_canvas(prepared: dict[str, torch.Tensor]) -> np.ndarray:
     return cells.flatten(4, 5).flatten(2, 3).flatten(0, 1).numpy()  # [D, H, W]
 
 
-def _retrieval(scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]], pool: int | None) -> None:
+def _retrieval(
+    scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]], pool: int | None
+) -> None:
     paired = [one for one in found if "image" in one]
     if len(paired) < 2:
         return

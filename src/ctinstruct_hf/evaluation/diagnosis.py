@@ -40,7 +40,7 @@ def best_thresholds(probabilities: Any, labels: Any) -> np.ndarray:
 def multilabel_scores(
     probabilities: Any,
     labels: Any,
-    thresholds: float | Sequence[float] | Mapping[str, float] | str = 0.5,
+    thresholds: float | Sequence[float] | np.ndarray | Mapping[str, float] | str = 0.5,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """AUC, accuracy, F1 and precision, in 0…1.

@@ -29,7 +29,9 @@ def recall_at_k(
     """
     images, texts = _rows(image_features, "image_features"), _rows(text_features, "text_features")
     if images.shape != texts.shape:
-        raise CTInstructError(f"image_features has shape {images.shape}, text_features {texts.shape}: they must be equal.")
+        raise CTInstructError(
+            f"image_features has shape {images.shape}, text_features {texts.shape}: they must be equal."
+        )
     images = images / np.maximum(np.linalg.norm(images, axis=1, keepdims=True), 1e-12)
     texts = texts / np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-12)
     order = np.arange(len(images))

@@ -226,11 +226,11 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         if not frozen:
             return self._read(input_ids, attention_mask)
         keys = [tuple(row[mask.bool()].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
-        new = [index for index, key in enumerate(keys) if key not in self._text_cache]
-        if new:
-            with torch.no_grad():
-                states = self._read(input_ids[new], attention_mask[new])
-            self._text_cache.update({keys[index]: state for index, state in zip(new, states, strict=True)})
+        for row, mask, key in zip(input_ids, attention_mask, keys, strict=True):
+            if key not in self._text_cache:  # each alone, so that the batch it comes in changes no bit of it
+                with torch.no_grad():
+                    words = row[mask.bool()][None]
+                    self._text_cache[key] = self._read(words, torch.ones_like(words))[0]
         return torch.stack([self._text_cache[key].to(input_ids.device) for key in keys])
 
     def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -342,9 +342,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             counts = [max(int(part.sum()), 1) for part in slice_mask.split(sizes)]
         else:
             counts = sizes
-        pooled = [
-            part.logsumexp(0) - math.log(count) for part, count in zip(scores.split(sizes), counts, strict=True)
-        ]
+        pooled = [part.logsumexp(0) - math.log(count) for part, count in zip(scores.split(sizes), counts, strict=True)]
         return torch.stack(pooled) + self.category_bias
 
     def segment(

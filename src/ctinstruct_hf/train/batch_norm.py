@@ -63,17 +63,17 @@ class _Reduced:
         axes = [axis for axis in range(images.ndim) if axis != 1]
         values = images.float()
         count = values.new_tensor([values.numel() / values.shape[1]])
-        sums = _SumOverProcesses.apply(torch.cat([values.sum(axes), values.square().sum(axes), count]))
-        total = sums[-1].detach()
-        mean, square = (sums[:-1] / total).chunk(2)
-        variance = square - mean.square()
+        total = _SumOverProcesses.apply(count)
+        mean = _SumOverProcesses.apply(values.sum(axes)) / total
+        shape = [1, -1, *[1] * (images.ndim - 2)]
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(axes)) / total
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             unbiased = variance * total / (total - 1).clamp(min=1)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        shape = [1, -1, *[1] * (images.ndim - 2)]
-        normal = (values - mean.view(shape)) * torch.rsqrt(variance.view(shape) + self.eps)
+        normal = centred * torch.rsqrt(variance.view(shape) + self.eps)
         return (normal * self.weight.view(shape) + self.bias.view(shape)).to(images.dtype)
 
 

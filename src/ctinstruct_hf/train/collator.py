@@ -70,6 +70,7 @@ class AlignmentCollator:
         max_skipped: int = 100,
     ) -> None:
         self.store, self.tokenizer = store, tokenizer
+        tokenizer.padding_side = "right"  # encoders count positions from the left: padding there would shift them
         self.masks_per_image, self.absent_share, self.max_length = masks_per_image, absent_share, max_length
         self.seed = seed
         self.skipped = SkippedSamples(max_skipped)
@@ -150,7 +151,9 @@ class AlignmentCollator:
         names = list(dict.fromkeys(label.name for sample in samples for label in sample.labels))
         if not names:
             return
-        batch["class_input_ids"], batch["class_attention_mask"] = self.words([describe_category(name) for name in names])
+        batch["class_input_ids"], batch["class_attention_mask"] = self.words(
+            [describe_category(name) for name in names]
+        )
         labels = torch.full((len(samples), len(names)), -1.0)
         for row, sample in enumerate(samples):
             for label in sample.labels:

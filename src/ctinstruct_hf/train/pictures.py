@@ -17,7 +17,10 @@ def log_scores(trainer: Any, scores: AlignmentScores) -> None:
     folder = Path(trainer.args.output_dir) / "evaluation" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(
-        json.dumps({"metrics": scores.metrics, "dice": {name: float(np.mean(values)) for name, values in scores.dice.items()}}, indent=1)
+        json.dumps(
+            {"metrics": scores.metrics, "dice": {name: float(np.mean(values)) for name, values in scores.dice.items()}},
+            indent=1,
+        )
     )
     picture = draw_masks(scores)
     if picture is not None:

@@ -50,10 +50,12 @@ class PretrainSettings:
         mixture: parts {dataset | phantoms, tasks, weight …}, see `data.parts`.
         evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
         cache: folder of prepared patches; none prepares them every time.
-        batch_norm: `local`, `synchronised` over processes, or `frozen`.
+        batch_norm: `local`, `synchronised` over processes in the tower, or `frozen`.
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
         positive_voxels: {weight, steps}: voxels inside a mask weigh so much in the cross entropy at first and 1, as in
             the paper, after so many steps: small structures would else be left empty for long.
+        learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
+            convolutions with batch norm like.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
     """
 
@@ -75,6 +77,7 @@ class PretrainSettings:
     batch_norm: str = "local"
     spread_texts: bool = True
     positive_voxels: dict[str, float] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
     early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
@@ -107,17 +110,32 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
     else:
         encoder, tokenizer = load_text_encoder(settings.text_encoder)
         config = CTInstructConfig.preset(settings.preset)  # type: ignore[arg-type]
-        for part, changes in ((config.vision_config, settings.vision), (config.segmentation_config, settings.segmentation)):
+        for part, changes in (
+            (config.vision_config, settings.vision),
+            (config.segmentation_config, settings.segmentation),
+        ):
             _set_fields(part, changes)
         _set_fields(config, settings.alignment)
         config.segmentation_config.feature_channels = config.vision_config.feature_channels
         config.text_encoder_config = encoder.config
         model = CTInstructForPretraining(config)
         model.text_encoder.load_state_dict(encoder.state_dict())
-    for name in settings.freeze:
-        getattr(model, name).requires_grad_(False)
-    set_batch_norm(model, settings.batch_norm)
+    # the decoder reads one image at a time, on however many processes: its statistics are never shared
+    towers = [part for name, part in model.named_children() if name.endswith("tower")]
+    for part in towers if settings.batch_norm == "synchronised" else [model]:
+        set_batch_norm(part, settings.batch_norm)
+    for name in settings.freeze:  # a frozen part keeps its running statistics too
+        set_batch_norm(getattr(model, name).requires_grad_(False), "frozen")
     return model, tokenizer
+
+
+def check_rates(rates: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
+    """The rates as numbers. Raises CTInstructError for a prefix that no weight has."""
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in rates:
+        if not any(name.startswith(prefix) for name in names):
+            raise CTInstructError(f"learning_rates names '{prefix}', but no weight begins so.")
+    return {prefix: float(rate) for prefix, rate in rates.items()}
 
 
 def _set_fields(config: Any, changes: dict[str, Any]) -> None:
@@ -178,7 +196,9 @@ class AlignmentTrainer(MixtureTrainer):
             model, collator.store, collator.words, self.held_out, self.masks, self.pool, share=share, tell=tell
         )
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         weight, steps = self.positive_voxels
         left = max(1 - self.state.global_step / steps, 0.0) if steps else 0.0
         self.accelerator.unwrap_model(model).positive_voxel_weight = weight**left
@@ -197,7 +217,10 @@ class AlignmentTrainer(MixtureTrainer):
 
 
 def pretrain(
-    recipe: dict[str, Any], resume: str | None = None, restart: bool = False, tell: Callable[[str], None] = lambda step: None
+    recipe: dict[str, Any],
+    resume: str | None = None,
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda step: None,
 ) -> dict[str, float]:
     """Train stage one; a run that was interrupted goes on from its last whole checkpoint.
 
@@ -214,7 +237,9 @@ def pretrain(
     Raises:
         CTInstructError: for a bad recipe, before anything is trained.
     """
-    settings, args = parse_recipe(recipe, PretrainSettings, report_to="tensorboard", logging_steps=10, save_total_limit=2)
+    settings, args = parse_recipe(
+        recipe, PretrainSettings, report_to="tensorboard", logging_steps=10, save_total_limit=2
+    )
     folder = Path(args.output_dir)
     start = _place_to_start(folder, recipe, resume, restart, args.should_save)
     from transformers import EarlyStoppingCallback, set_seed
@@ -222,7 +247,10 @@ def pretrain(
     set_seed(args.seed)
     model, tokenizer = build_model(settings)
     processor = CTInstructImageProcessor(
-        **{**({"patch_size": TINY_PATCH, "max_patches": 4} if settings.preset == "tiny" else {}), **settings.image_processor}
+        **{
+            **({"patch_size": TINY_PATCH, "max_patches": 4} if settings.preset == "tiny" else {}),
+            **settings.image_processor,
+        }
     )
     store = PatchStore(processor, settings.cache)
     with args.main_process_first(desc="data"):  # the first makes what the others find
@@ -257,8 +285,16 @@ def pretrain(
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
     evaluation = settings.evaluation or {}
     trainer = AlignmentTrainer(
-        model, args, mixture, collator, held_out, evaluation.get("masks"), evaluation.get("pool", 200), callbacks=callbacks
+        model,
+        args,
+        mixture,
+        collator,
+        held_out,
+        evaluation.get("masks"),
+        evaluation.get("pool", 200),
+        callbacks=callbacks,
     )
+    trainer.learning_rates = check_rates(settings.learning_rates, model)
     trainer.positive_voxels = (settings.positive_voxels.get("weight", 1.0), settings.positive_voxels.get("steps", 0.0))
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
@@ -270,7 +306,9 @@ def pretrain(
     return scores.metrics
 
 
-def _place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool) -> str | None:
+def _place_to_start(
+    folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool
+) -> str | None:
     """The checkpoint to go on from; the recipe is kept beside it, and another one is refused."""
     kept = folder / "recipe.json"
     told = json.dumps(recipe, indent=1, sort_keys=True, default=str)
@@ -281,7 +319,9 @@ def _place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, re
     if kept.exists() and not restart:
         before = json.loads(kept.read_text())
         now = json.loads(told)
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name) and name not in FREE_KEYS)
+        changed = sorted(
+            name for name in {*before, *now} if before.get(name) != now.get(name) and name not in FREE_KEYS
+        )
         if changed:
             raise CTInstructError(
                 f"{folder} holds a run of another recipe (different: {', '.join(changed)}): "

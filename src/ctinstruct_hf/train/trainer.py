@@ -21,7 +21,8 @@ LOSSES = ("contrastive_loss", "category_loss", "segmentation_loss", "lm_loss", "
 class MixtureTrainer(Trainer):
     """A Trainer whose batches come from a `Mixture` or a `StreamedMixture`.
 
-    The number of steps is `max_steps`; a mixture has no epochs. `collator` reads the voxels.
+    The number of steps is `max_steps`; a mixture has no epochs. `collator` reads the voxels. `learning_rates` gives the
+    weights under a prefix of their names another rate than `args.learning_rate`; the longest prefix counts.
     """
 
     def __init__(self, model: Any, args: TrainingArguments, mixture: Mixture | StreamedMixture, collator: Any, **kwargs: Any) -> None:  # fmt: skip
@@ -33,6 +34,7 @@ class MixtureTrainer(Trainer):
             args.ddp_find_unused_parameters = True  # a step of one task leaves the heads of the others alone
         super().__init__(model=model, args=args, train_dataset=mixture, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: it must be divided by the accumulation steps
+        self.learning_rates: dict[str, float] = {}
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def get_train_dataloader(self) -> DataLoader:
@@ -55,6 +57,22 @@ class MixtureTrainer(Trainer):
             mixture, args.per_device_train_batch_size, count, seed, args.process_index, args.world_size
         )  # shards itself: accelerate's sharding drops batches of another size
         return DataLoader(mixture, batch_sampler=batches, **settings)  # type: ignore[arg-type]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or not self.learning_rates:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        names = {id(weight): name for name, weight in (model or self.model).named_parameters()}
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list[Any]] = defaultdict(list)
+            for weight in group["params"]:
+                name = names[id(weight)].removeprefix("module.")
+                prefix = max((one for one in self.learning_rates if name.startswith(one)), key=len, default=None)
+                by_rate[group["lr"] if prefix is None else self.learning_rates[prefix]].append(weight)
+            groups += [{**group, "params": weights, "lr": rate} for rate, weights in by_rate.items()]
+        optimizer.param_groups[:] = groups
+        return optimizer
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

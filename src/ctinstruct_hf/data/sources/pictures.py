@@ -16,7 +16,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
-def _cases(source: str, folder: Path, groups: dict[str, list[Label]], patient_depth: int = 0) -> Iterator[Case | Problem]:
+def _cases(
+    source: str, folder: Path, groups: dict[str, list[Label]], patient_depth: int = 0
+) -> Iterator[Case | Problem]:
     """A case a picture; `patient_depth` folders below the group's name the patient."""
     for group, labels in groups.items():
         pictures = _files(need(folder / group))

