@@ -243,17 +243,20 @@ def test_pictures(tmp_path: Path) -> None:
     for folder, name in (("CT_COVID", "1.png"), ("CT_NonCOVID", "2.jpg")):
         picture(tmp_path / "ucsd" / folder / name)
     (tmp_path / "ucsd" / "CT_COVID" / "broken.png").write_bytes(b"no picture")
-    alignment, _, _ = prepared("ucsd_ai4h", tmp_path / "ucsd", tmp_path / "1")
-    assert [label.value for sample in alignment for label in sample.labels] == [1, 1, 0]
-    with pytest.raises(CTInstructError, match=r"broken\.png"):
-        open_volume(next(sample.image for sample in alignment if "broken" in sample.id))
+    alignment, _, problems = prepared("ucsd_ai4h", tmp_path / "ucsd", tmp_path / "1")
+    assert [label.value for sample in alignment for label in sample.labels] == [1, 0]
+    assert "broken.png is no readable picture" in problems[0]["reason"]
     for folder in ("COVID", "non-COVID"):
         picture(tmp_path / "sars" / folder / "1.png")
-    assert len(prepared("sars_cov_2", tmp_path / "sars", tmp_path / "2")[0]) == 2
+    (tmp_path / "sars" / "COVID" / "2.png").write_bytes(b"")
+    alignment, _, problems = prepared("sars_cov_2", tmp_path / "sars", tmp_path / "2")
+    assert (len(alignment), len(problems)) == (2, 1)
     for folder in ("CP/1/2", "NCP/3/4", "Normal/5/6"):
         for name in ("0001.png", "0002.png"):
             picture(tmp_path / "ccii" / folder / name)
-    alignment, _, _ = prepared("cc_ccii", tmp_path / "ccii", tmp_path / "3")
+    (tmp_path / "ccii" / "CP/1/2/0003.png").write_bytes(b"cut short")
+    alignment, _, problems = prepared("cc_ccii", tmp_path / "ccii", tmp_path / "3")
+    assert [problem["id"] for problem in problems] == ["cc_ccii/CP/1/2/0003.png"]
     by_patient = {sample.patient: sample.split for sample in alignment}
     assert len(by_patient) == 3
     assert all(by_patient[sample.patient] == sample.split for sample in alignment)

@@ -373,7 +373,7 @@ def test_a_table_trains_its_rows_once(recipe: dict[str, Any], tmp_path: Path, mo
     text = run_table(4, recipe, seeds=[0], tell=rows.append)
     assert rows == ["ResNet3D, seed 0", "ViT3D, seed 0", "Hybrid, seed 0"]
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["ResNet3D", "ViT3D", "Hybrid"]
-    assert text.count("±") == 3 * len(COLUMNS)
+    assert text.count("±") >= 3 * (len(COLUMNS) - 2)  # eight slices may lack a finding, or one of its labels
     assert (tmp_path / "run" / "table-4.md").read_text() == text
     monkeypatch.setattr("ctinstruct_hf.train.tables.pretrain", lambda recipe: pytest.fail("trained again"))
     assert run_table(4, recipe, seeds=[0], tell=rows.append) == text

@@ -50,8 +50,8 @@ def finish(found: Case | InstructionSample, options: PrepareOptions) -> dict[str
             _need_files([image.path for image in found.images] + [mask.path for mask in found.masks if mask.path])
             return {"instructions": [to_row(found)]}
         _need_files([image.path for image in found.images])
-        if options.check_volumes:
-            for image in found.images:
+        for image in found.images:
+            if options.check_volumes or image.path.lower().endswith((".png", ".jpg", ".jpeg")):  # pictures are quick
                 open_volume(image)
         if found.masks:
             _keep_present(found)

@@ -98,8 +98,9 @@ def run_table(
             found.append(_scores(row_recipe(recipe, grains, architecture, slices), recipe, base / name, seed))
         cells = []
         for metric in COLUMNS:
-            values = 100 * np.array([scores[metric] for scores in found])
-            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1) if len(values) > 1 else 0:.1f}")
+            values = 100 * np.array([scores.get(metric, np.nan) for scores in found])
+            deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+            cells.append("–" if np.isnan(values).any() else f"{values.mean():.1f} ± {deviation:.1f}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     base.mkdir(parents=True, exist_ok=True)

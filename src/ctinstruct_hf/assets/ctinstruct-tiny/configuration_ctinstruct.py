@@ -129,6 +129,8 @@ class CTInstructSegmentationConfig(PreTrainedConfig):
     """Side of the tower's last map, a thirty-second of the patch side: how far a token is first upsampled."""
     mask_hidden_size: int = 256
     """Inner width of the MLP from a decoded query to its mask embedding."""
+    mask_activation: bool = True
+    """Whether that MLP ends in a GELU, as released. Without it an embedding may be negative, and learning is faster."""
     slice_chunk_size: int = 8
     """Slices decoded at once in inference; bounds the memory, changes no result."""
     initializer_range: float = 0.02
@@ -169,6 +171,9 @@ class CTInstructConfig(PreTrainedConfig):
     queue_momentum: float = 0.995
     queue_alpha: float = 0.4
     """Stage one: share of the momentum model's similarities in the targets, where there is a queue."""
+    category_pooling: Literal["mean", "smooth_max"] = "mean"
+    """Stage one, equation 4: the cosine of a class with the mean of the slice tokens, or the log-mean-exp over slices of
+    each token's own scaled cosine, so that a finding of a few slices counts."""
     bridger: Literal["linear", "mlp"] = "linear"
     """`linear`: the paper's. `mlp`: Linear, GELU, Linear, GELU, as released."""
     image_token_order: Literal["patches", "slices"] = "patches"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +11,95 @@ import torch.nn.functional as F
 from .configuration_ctinstruct import CTInstructError
 
 
-def mask_loss(logits: torch.Tensor, labels: torch.Tensor, smooth: float = 1e-7) -> torch.Tensor:
+class _MaskLoss(torch.autograd.Function):
+    """Cross entropy plus Dice in one pass each way, some slices at a time: nothing of the canvas' size is kept for the
+    gradient but the logits and the labels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, smooth: float, positive_weight: float
+    ) -> torch.Tensor:
+        sums = torch.zeros(5, device=logits.device)  # entropy, p t, p squared, t, count
+        for scores, truth, kept in _chunks(logits, labels):
+            entropy = F.softplus(scores)
+            if positive_weight != 1:
+                entropy *= truth * (positive_weight - 1) + 1
+            entropy.addcmul_(scores, truth, value=-positive_weight)
+            probability = scores.sigmoid_()
+            if kept is not None:
+                entropy *= kept
+                probability *= kept
+            flat, right = probability.flatten(), truth.flatten()
+            number = kept.sum() if kept is not None else flat.new_tensor(flat.numel())
+            sums += torch.stack([entropy.sum(), flat @ right, flat @ flat, right.sum(), number])
+        entropy, overlap, squares, size, count = sums
+        count_of = count.clamp(min=1)
+        upper, lower = 2 * overlap + smooth, squares + size + smooth
+        ctx.save_for_backward(logits, labels, count_of, upper, lower)
+        ctx.positive_weight = positive_weight
+        return torch.where(count > 0, entropy / count_of + 1 - upper / lower, torch.zeros_like(entropy))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, labels, count, upper, lower = ctx.saved_tensors
+        slope = torch.empty_like(logits)
+        # of entropy: (p - t) / count, weighted where t is 1; of Dice: p (1 - p) 2 (upper p / lower - t) / lower
+        a, b, c = gradient / count, gradient * 2 * upper / lower.square(), gradient * 2 / lower
+        for index, (scores, truth, kept) in enumerate(_chunks(logits, labels)):
+            p = scores.sigmoid_()
+            part = (p * b).sub_(truth * c).mul_(p).mul_(1 - p)
+            p.sub_(truth)
+            if ctx.positive_weight != 1:
+                p *= truth * (ctx.positive_weight - 1) + 1
+            part.add_(p.mul_(a))
+            if kept is not None:
+                part *= kept
+            step = _chunk_size(logits)
+            slope[index * step : (index + 1) * step] = part
+        return slope, None, None, None
+
+
+def _chunk_size(logits: torch.Tensor) -> int:
+    """Slices at a time: what stays in a CPU's cache; all of them on a GPU."""
+    if logits.device.type != "cpu":
+        return max(len(logits), 1)
+    return max(1, 2**17 // max(logits[0].numel(), 1)) if len(logits) else 1
+
+
+def _chunks(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(scores, truth, kept) of some slices as float32, scores a copy; kept is None without padding."""
+    for scores, part in zip(logits.split(_chunk_size(logits)), labels.split(_chunk_size(logits)), strict=True):
+        padded = logits.device.type != "cpu" or bool(part.amin() < 0)
+        copy = scores.to(torch.float32, copy=True)
+        yield copy, (part > 0).float(), (part >= 0).float() if padded else None
+
+
+def mask_loss(
+    logits: torch.Tensor, labels: torch.Tensor, smooth: float = 1e-7, positive_weight: float = 1.0
+) -> torch.Tensor:
     """Binary cross entropy plus Dice of one mask (L_seg), padding left out.
 
     Args:
         logits: [D, H, W] on the canvas.
         labels: the same shape; 1 inside, 0 outside, −1 padding.
         smooth: added above and below in Dice, as released; its denominator has squared terms.
+        positive_weight: of voxels inside in the cross entropy; 1 is the paper's.
     """
     if logits.shape != labels.shape:
         raise CTInstructError(f"mask_labels has shape {tuple(labels.shape)}, the canvas is {tuple(logits.shape)}.")
-    labels = labels.to(logits.device)
-    kept = (labels >= 0).float()
-    count = kept.sum()
-    truth = labels.clamp(min=0).float()
-    scores = logits.float()
-    entropy = F.binary_cross_entropy_with_logits(scores, truth, weight=kept, reduction="sum") / count.clamp(min=1)
-    probability = scores.sigmoid() * kept
-    overlap = 2 * (probability * truth).sum() + smooth
-    dice = overlap / ((probability**2).sum() + truth.sum() + smooth)
-    return torch.where(count > 0, entropy + 1 - dice, logits.sum() * 0.0)
+    return _MaskLoss.apply(logits, labels.to(logits.device), smooth, positive_weight)
 
 
-def masks_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+def masks_loss(
+    logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], positive_weight: float = 1.0
+) -> torch.Tensor:
     """Mean of `mask_loss` over the masks of a batch."""
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
-    return torch.stack([mask_loss(one, truth) for one, truth in zip(logits, labels, strict=True)]).mean()
+    losses = [mask_loss(one, truth, positive_weight=positive_weight) for one, truth in zip(logits, labels, strict=True)]
+    return torch.stack(losses).mean()
 
 
 def label_loss(

@@ -120,7 +120,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             nn.Linear(width, config.mask_hidden_size),
             nn.GELU(),
             nn.Linear(config.mask_hidden_size, channels[0]),
-            nn.GELU(),
+            nn.GELU() if config.mask_activation else nn.Identity(),
         )
         self.post_init()
 
