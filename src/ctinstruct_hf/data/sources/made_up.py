@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,27 @@ def _start_worker(store: PatchStore | None) -> None:
     _worker_store = store
 
 
-def _make(job: tuple[str, str]) -> dict[str, Any]:
+def _make_in_worker(job: tuple[str, str]) -> dict[str, Any]:
+    return _make(*job, _worker_store)
+
+
+def _make(ref: str, split: str, store: PatchStore | None) -> dict[str, Any]:
     """The samples of both stages of one scan, as the ledger keeps them."""
-    ref, split = job
     case = phantom_case(PhantomRef.parse(ref), split)
-    if _worker_store is not None:
-        _worker_store.image(case.images[0])  # patches too, while the scan is at hand
+    if store is not None:
+        store.image(case.images[0])  # patches too, while the scan is at hand
     instructions = [to_row(sample) for sample in to_instructions(case, diseases=FINDINGS)]
     return {"id": ref, "alignment": [to_row(to_alignment(case))], "instructions": instructions}
+
+
+def _make_all(jobs: Sequence[tuple[str, str]], store: PatchStore | None, workers: int) -> Iterator[dict[str, Any]]:
+    """In order; in this process where starting others would take longer."""
+    if workers == 1 or len(jobs) < 16:
+        yield from (_make(*job, store) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(workers, context, _start_worker, (store,)) as pool:
+        yield from pool.map(_make_in_worker, jobs, chunksize=4)
 
 
 def phantom_rows(
@@ -97,15 +110,12 @@ def phantom_rows(
         kept = _read_ledger(ledger)
     jobs = [(ref, split) for ref in refs if ref not in kept]
     if jobs:
-        workers = workers or os.cpu_count() or 1
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, context, _start_worker, (store,)) as pool:
-            made = pool.map(_make, jobs, chunksize=4)
-            for entry in tqdm(made, total=len(jobs), desc=f"phantoms ({kind})", unit="scan"):
-                kept[entry["id"]] = entry
-                if ledger is not None:
-                    with ledger.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(entry) + "\n")
+        made = _make_all(jobs, store, workers or os.cpu_count() or 1)
+        for entry in tqdm(made, total=len(jobs), desc=f"phantoms ({kind})", unit="scan"):
+            kept[entry["id"]] = entry
+            if ledger is not None:
+                with ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
     return [{**row, "split": split} for ref in refs for row in kept[ref][samples]]
 
 
