@@ -17,7 +17,11 @@ import yaml
 from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel
 
 from ctinstruct_hf import CTInstructError, CTInstructForPretraining
+from ctinstruct_hf.data.prepared import write_rows
+from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.data.vocabulary import train_tokenizer
+from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
 from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
 from ctinstruct_hf.train.recipe import parse_recipe, read_recipe, recipe_names
@@ -116,6 +120,28 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
     assert {"train/segmentation_loss", "train/contrastive_loss", "eval/dice"} <= set(written["scalars"])
 
 
+def test_a_prepared_data_set_is_streamed_and_resumed(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Parquet rows of a prepared folder, stored and streamed, through the same trainer."""
+    rows = phantom_rows("slice", range(6), store=PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"]))  # fmt: skip
+    write_rows(tmp_path / "set", "alignment", rows)
+    part = {"dataset": str(tmp_path / "set"), "tasks": ["category"]}
+    pretrain({**recipe, "mixture": [part], "max_steps": 1, "save_strategy": "no"})
+    streamed = {
+        **recipe,
+        "mixture": [{**part, "streaming": True}],
+        "max_steps": 3,
+        "save_steps": 1,
+        "save_total_limit": 5,
+    }
+    whole = {**streamed, "output_dir": str(tmp_path / "whole")}
+    pretrain(whole)
+    resumed = {**streamed, "output_dir": str(tmp_path / "resumed")}
+    pretrain(resumed, resume=str(tmp_path / "whole" / "checkpoint-1"))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    with pytest.raises(CTInstructError, match="stream all of them or none"):
+        pretrain({**streamed, "mixture": [part, {**part, "streaming": True}], "output_dir": str(tmp_path / "mixed")})
+
+
 def test_every_part_learns_and_the_frozen_one_does_not(
     recipe: dict[str, Any], text_encoder: Path, tmp_path: Path
 ) -> None:
@@ -193,8 +219,6 @@ def test_accumulation_gives_the_gradient_of_the_mean(recipe: dict[str, Any], tmp
 
     from ctinstruct_hf.data.mixture import Mixture
     from ctinstruct_hf.data.parts import load_part
-    from ctinstruct_hf.data.store import PatchStore
-    from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
     from ctinstruct_hf.train.collator import AlignmentCollator
     from ctinstruct_hf.train.pretrain import build_model
     from ctinstruct_hf.train.trainer import MixtureTrainer
@@ -267,8 +291,6 @@ if __name__ == "__main__":
 def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
     """torchrun with gloo: DDP, gathered contrastive features, batch norm over both processes."""
     from ctinstruct_hf.data.parts import load_part
-    from ctinstruct_hf.data.store import PatchStore
-    from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 
     store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
     load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment", store)  # made once, before both need it

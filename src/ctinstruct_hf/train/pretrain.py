@@ -87,6 +87,8 @@ class PretrainSettings:
             check_part(part, "alignment", GRAINS)
         if self.evaluation is not None:
             check_part(self.evaluation_part, "alignment", GRAINS)
+        if self.early_stopping_patience is not None and self.evaluation is None:
+            raise CTInstructError("early_stopping_patience needs an evaluation in the recipe.")
         wrong = sorted(set(self.freeze) - set(PARTS))
         if wrong:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
@@ -267,18 +269,7 @@ def pretrain(
     )
     if settings.model is None and start is None and settings.spread_texts:
         spread_texts(model, collator.words, entries)
-    streamed = [not hasattr(entry.rows, "__len__") for entry in entries]
-    if any(streamed) and not all(streamed):
-        raise CTInstructError("The mixture has streamed and stored parts: stream all of them or none.")
-    mixture: Any
-    if any(streamed):
-        args.ignore_data_skip = True  # it knows by itself where to go on
-        done = int(Path(start).name.rpartition("-")[2]) if start else 0
-        seed = args.seed if args.data_seed is None else args.data_seed
-        begin = done * args.gradient_accumulation_steps
-        mixture = StreamedMixture(entries, args.per_device_train_batch_size, seed, start=begin)
-    else:
-        mixture = Mixture(entries)
+    mixture = _mixture(entries, args, start)
     callbacks = []
     if settings.early_stopping_patience is not None:
         args.load_best_model_at_end = True
@@ -304,6 +295,21 @@ def pretrain(
         write_scores(folder / "scores.json", scores)
     trainer.accelerator.wait_for_everyone()
     return scores.metrics
+
+
+def _mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> Mixture | StreamedMixture:
+    """The parts together; streamed ones know by themselves where a resumed run goes on."""
+    streamed = [not hasattr(entry.rows, "__len__") for entry in entries]
+    if not any(streamed):
+        return Mixture(entries)
+    if not all(streamed):
+        raise CTInstructError("The mixture has streamed and stored parts: stream all of them or none.")
+    args.ignore_data_skip = True
+    done = int(Path(start).name.rpartition("-")[2]) if start else 0
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return StreamedMixture(
+        entries, args.per_device_train_batch_size, seed, start=done * args.gradient_accumulation_steps
+    )
 
 
 def _place_to_start(
