@@ -17,7 +17,6 @@ from ..data.store import PatchStore, Prepared
 from ..errors import CTInstructError
 
 logger = logging.getLogger(__name__)
-Tokenize = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
 
 class SkippedSamples:

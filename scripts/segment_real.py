@@ -1,0 +1,65 @@
+"""Dice of a stage-one model on a real labelled scan, by name, on the scan's own grid.
+
+python scripts/segment_real.py --model runs/tiny-stage-one/model --scan ct.nii.gz --labels labels.nii.gz --names label_names.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from ctinstruct_hf import CTInstructForPretraining, CTInstructImageProcessor, read_volume
+from ctinstruct_hf.data.reading import open_labels
+from ctinstruct_hf.evaluation.segmentation import volume_dice
+
+# our names -> beginnings of TotalSegmentator's
+STRUCTURES = {
+    "lungs": ("lung_",),
+    "liver": ("liver",),
+    "spleen": ("spleen",),
+    "right kidney": ("kidney_right",),
+    "left kidney": ("kidney_left",),
+    "kidneys": ("kidney_right", "kidney_left"),
+    "bones": ("vertebrae_", "rib_", "sternum", "hip_", "sacrum", "costal"),
+    "spine": ("vertebrae_",),
+    "ribs": ("rib_",),
+    "heart": ("heart",),
+    "aorta": ("aorta",),
+    "stomach": ("stomach",),
+    "pancreas": ("pancreas",),
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "scan", "labels", "names"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
+    model = CTInstructForPretraining.from_pretrained(options.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    processor = CTInstructImageProcessor.from_pretrained(options.model)
+    volume = read_volume(options.scan)
+    labels = open_labels(str(options.labels), volume)
+    ids = {name: int(key) for key, name in json.loads(options.names.read_text()).items()}
+    words = tokenizer(list(STRUCTURES), return_tensors="pt", padding=True)
+    outputs = model(
+        **processor(images=[volume], return_tensors="pt"),
+        mask_input_ids=words["input_ids"],
+        mask_attention_mask=words["attention_mask"],
+    )
+    print("| structure | voxels | Dice |\n|---|---|---|")
+    for (name, beginnings), logits in zip(STRUCTURES.items(), outputs.mask_logits, strict=True):
+        truth = np.isin(labels, [ids[one] for one in ids if one.startswith(beginnings)])
+        if truth.any():
+            marked = processor.mask_from_canvas(logits, volume)
+            print(f"| {name} | {int(truth.sum())} | {volume_dice(marked, truth):.3f} |")
+
+
+if __name__ == "__main__":
+    main()
