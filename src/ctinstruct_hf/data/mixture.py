@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import CTInstructError
@@ -188,16 +187,3 @@ class StreamedMixture(IterableDataset):
 def generator_of(seed: int, draw: int) -> np.random.Generator:
     """The random numbers of one item, the same in every process, worker and resumed run."""
     return np.random.default_rng([seed, 107, draw])
-
-
-def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """A batch with its tensors, also those in lists, on a device."""
-    moved: dict[str, Any] = {}
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            moved[name] = value.to(device)
-        elif isinstance(value, list):
-            moved[name] = [one.to(device) if isinstance(one, torch.Tensor) else one for one in value]
-        else:
-            moved[name] = value
-    return moved

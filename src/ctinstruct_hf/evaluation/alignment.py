@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object, send_to_device
 
 from ..data.descriptions import describe_category
-from ..data.mixture import to_device
 from ..data.samples import AlignmentSample, from_row
 from ..data.store import PatchStore
+from ..modeling.segmentation_ctinstruct import assemble
 from .diagnosis import best_thresholds, multilabel_scores
 from .retrieval import recall_at_k
 from .segmentation import volume_dice
@@ -82,8 +83,6 @@ def score_alignment(
     if was_training:
         model.train()
     if share[1] > 1:
-        from accelerate.utils import gather_object
-
         found = gather_object(found)
     found.sort(key=lambda one: one["index"])
     scores = AlignmentScores(example=example)
@@ -113,7 +112,7 @@ def _score_one(
     if wanted:
         batch["mask_input_ids"], batch["mask_attention_mask"] = words([mask.name for mask in wanted])
         batch["mask_images"] = torch.zeros(len(wanted), dtype=torch.long)
-    outputs = model(**to_device(batch, device))
+    outputs = model(**send_to_device(batch, device))
     one: dict[str, Any] = {}
     if sample.texts:
         one["image"] = outputs.image_features[0].float().cpu().numpy()
@@ -138,9 +137,9 @@ def _score_one(
 
 
 def _on_canvas(prepared: dict[str, torch.Tensor]) -> np.ndarray:
+    """The slices as a volume [D, H, W]."""
     z, y, x, s = prepared["patch_grid"][0].tolist()
-    cells = prepared["pixel_values"].float().unflatten(0, (z, y, x, s)).permute(0, 3, 1, 4, 2, 5)
-    return cells.flatten(4, 5).flatten(2, 3).flatten(0, 1).numpy()  # [D, H, W]
+    return assemble(prepared["pixel_values"].float()[:, None], (z, y, x, s))[0].numpy()
 
 
 def _retrieval(

@@ -29,7 +29,7 @@ from .checkpoints import newest_complete, require_complete
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
 from .text_encoders import load_text_encoder
-from .trainer import MixtureTrainer
+from .trainer import MixtureTrainer, data_seed
 
 logger = logging.getLogger(__name__)
 PARTS = ("vision_tower", "segmentation_decoder", "text_encoder", "text_projection", "image_projection", "category_projection")  # fmt: skip
@@ -264,7 +264,7 @@ def pretrain(
         settings.masks_per_image,
         settings.absent_share,
         settings.max_text_length,
-        args.seed if args.data_seed is None else args.data_seed,
+        data_seed(args),
         settings.max_skipped,
     )
     if settings.model is None and start is None and settings.spread_texts:
@@ -306,9 +306,8 @@ def _mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> M
         raise CTInstructError("The mixture has streamed and stored parts: stream all of them or none.")
     args.ignore_data_skip = True
     done = int(Path(start).name.rpartition("-")[2]) if start else 0
-    seed = args.seed if args.data_seed is None else args.data_seed
     return StreamedMixture(
-        entries, args.per_device_train_batch_size, seed, start=done * args.gradient_accumulation_steps
+        entries, args.per_device_train_batch_size, data_seed(args), start=done * args.gradient_accumulation_steps
     )
 
 

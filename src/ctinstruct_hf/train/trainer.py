@@ -18,6 +18,11 @@ from .checkpoints import mark_complete
 LOSSES = ("contrastive_loss", "category_loss", "segmentation_loss", "lm_loss", "disease_loss")
 
 
+def data_seed(args: TrainingArguments) -> int:
+    """What seeds the order and the draws of training data."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 class MixtureTrainer(Trainer):
     """A Trainer whose batches come from a `Mixture` or a `StreamedMixture`.
 
@@ -52,9 +57,8 @@ class MixtureTrainer(Trainer):
             mixture.rank, mixture.world_size = args.process_index, args.world_size
             return DataLoader(mixture, batch_size=None, **settings)
         count = args.max_steps * args.gradient_accumulation_steps
-        seed = args.data_seed if args.data_seed is not None else args.seed
         batches = MixtureBatches(
-            mixture, args.per_device_train_batch_size, count, seed, args.process_index, args.world_size
+            mixture, args.per_device_train_batch_size, count, data_seed(args), args.process_index, args.world_size
         )  # shards itself: accelerate's sharding drops batches of another size
         return DataLoader(mixture, batch_sampler=batches, **settings)  # type: ignore[arg-type]
 
