@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CTInstructError
+from ..files import whole_file
 from .prepared import describe, write_rows
 from .reading import open_labels, open_volume
 from .samples import Case, InstructionSample, to_row
@@ -147,10 +148,8 @@ def _do_part(number: int, part: Sequence[Case | InstructionSample], options: Pre
     for case in part:
         for kind, made in finish(case, options).items():
             rows[kind] += made
-    path = Path(drafts) / f"{number}.json"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(rows), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(Path(drafts) / f"{number}.json") as temporary:
+        temporary.write_text(json.dumps(rows), encoding="utf-8")
     return len(part)
 
 

@@ -10,12 +10,12 @@ dataset/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
+from ..files import whole_file
 from .samples import KINDS, SPLITS, AnySample, features, from_row, read_jsonl, to_row
 
 ROWS_A_FILE = 20_000
@@ -31,10 +31,8 @@ def write_rows(folder: Path, kind: str, rows: Sequence[dict[str, Any]]) -> None:
         chosen = [row for row in rows if row["split"] == split]
         for number, first in enumerate(range(0, len(chosen), ROWS_A_FILE)):
             table = Dataset.from_list(chosen[first : first + ROWS_A_FILE], features=features(kind))
-            path = target / f"{split}-{number:05d}.parquet"
-            temporary = path.with_name(path.name + ".part")
-            table.to_parquet(temporary)
-            os.replace(temporary, path)
+            with whole_file(target / f"{split}-{number:05d}.parquet") as temporary:
+                table.to_parquet(temporary)
 
 
 def files_of(folder: Path, kind: str, split: str) -> list[str]:
@@ -100,6 +98,5 @@ def import_jsonl(path: Path, folder: Path, kind: str = "instructions") -> int:
 
 def describe(folder: Path, told: dict[str, Any]) -> None:
     """Write `dataset.json`, last of all: a folder without it is not finished."""
-    temporary = folder / "dataset.json.part"
-    temporary.write_text(json.dumps(told, indent=1))
-    os.replace(temporary, folder / "dataset.json")
+    with whole_file(folder / "dataset.json") as temporary:
+        temporary.write_text(json.dumps(told, indent=1))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CTInstructError
+from ..files import whole_file
 from .templates import DISEASE_TOKEN, SEG_TOKEN
 
 if TYPE_CHECKING:
@@ -258,14 +259,12 @@ def _filled(values: dict[str, Any]) -> dict[str, Any]:
 
 def write_jsonl(samples: Iterable[AnySample], path: Path) -> int:
     """One sample a line; the number of lines. The file appears when it is whole."""
-    temporary = path.with_name(path.name + ".part")
     count = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for sample in samples:
             sample.check()
             file.write(json.dumps(to_row(sample), ensure_ascii=False) + "\n")
             count += 1
-    temporary.replace(path)
     return count
 
 

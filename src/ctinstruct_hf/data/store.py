@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..files import whole_file
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from . import phantoms
 from .reading import is_phantom, open_labels, open_volume, phantom_of
@@ -107,12 +108,8 @@ class PatchStore:
         path = self.folder / key[:2] / f"{key}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-            try:
+            with whole_file(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
 

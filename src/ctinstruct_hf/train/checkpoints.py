@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from pathlib import Path
 
 from ..errors import CTInstructError
+from ..files import whole_file
 
 logger = logging.getLogger(__name__)
 MARK = "complete.json"
@@ -22,9 +22,8 @@ def mark_complete(checkpoint: Path) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != MARK
     }
-    temporary = checkpoint / f"{MARK}.part"
-    temporary.write_text(json.dumps(files, indent=1))
-    os.replace(temporary, checkpoint / MARK)
+    with whole_file(checkpoint / MARK) as temporary:
+        temporary.write_text(json.dumps(files, indent=1))
 
 
 def missing_in(checkpoint: Path) -> list[str]:
