@@ -207,6 +207,12 @@ class _Canvas:
             self.hu[box][inside] = hu
         return int(inside.sum())
 
+    def keep_middle(self) -> None:
+        """Leave one slice of the three."""
+        self.shape = (1, *self.shape[1:])
+        self.hu, self.organs = self.hu[1:2].copy(), self.organs[1:2].copy()
+        self.finding_masks = {name: mask[1:2].copy() for name, mask in self.finding_masks.items()}
+
     def is_organ(self, box: tuple[slice, slice, slice], *names: str) -> np.ndarray:
         labels = self.organs[box]
         found = labels == ORGANS.index(names[0]) + 1
@@ -259,9 +265,10 @@ def make_phantom(
         spacing = (spacing[0], spacing[2], spacing[2]) if shape[1] == shape[2] else spacing
         if shape[0] == 1:
             spacing = (5.0, *spacing[1:])
-    canvas = _Canvas(rng, tuple(int(n) for n in shape), tuple(float(mm) for mm in spacing))  # type: ignore[arg-type]
+    painted = (3, *shape[1:]) if kind == "slice" else shape  # a slice has neighbours, as in a scan
+    canvas = _Canvas(rng, tuple(int(n) for n in painted), tuple(float(mm) for mm in spacing))  # type: ignore[arg-type]
     if kind == "slice":
-        level = rng.uniform(-70, 120)
+        level = rng.uniform(-160, 175)
         canvas.z += np.float32(level - canvas.z.mean())
 
     phase_index = int(rng.integers(3))
@@ -276,6 +283,9 @@ def make_phantom(
         if present[name]
         for one in _FINDING_PAINTERS[name](canvas, np.random.default_rng([seed, 1, FINDINGS.index(name)]), hu)
     ]
+    _acquire(canvas, np.random.default_rng([seed, 2]))
+    if kind == "slice":
+        canvas.keep_middle()
     seen = {one.name for one in found}
     for name in FINDINGS:
         if name in canvas.finding_masks and (name not in seen or not canvas.finding_masks[name].any()):
@@ -283,7 +293,6 @@ def make_phantom(
     labels = {name: int(name in canvas.finding_masks) for name in FINDINGS}
     found = [one for one in found if labels[one.name]]
 
-    _acquire(canvas, np.random.default_rng([seed, 2]))
     structures = [name for index, name in enumerate(ORGANS) if index and (canvas.organs == index + 1).sum() >= 8]
     volume = _volume(canvas)
     words = np.random.default_rng([seed, 3])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TASKS = ("report", "caption", "segmentation", "diagnosis", "multiple_choice", "question")
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("", "chwd", "cdhw")
+META = ("scanner", "sex", "age", "slice_thickness")  # what scores are grouped by; never a name or a date
 
 
 @dataclass
@@ -116,6 +117,7 @@ class AlignmentSample:
     texts: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     masks: list[MaskRef] = field(default_factory=list)
+    meta: dict[str, str] = field(default_factory=dict)
 
     @property
     def grains(self) -> list[str]:
@@ -140,6 +142,7 @@ class InstructionSample:
         masks: one per `<SEG>` of the answers, in reading order.
         labels: one per `<disease_confidence>` of the answers, in reading order.
         task: one of `TASKS`.
+        meta: of `META`, what is known.
     """
 
     id: str
@@ -151,6 +154,7 @@ class InstructionSample:
     patient: str = ""
     masks: list[MaskRef] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
+    meta: dict[str, str] = field(default_factory=dict)
 
     @property
     def answers(self) -> list[str]:
@@ -211,6 +215,7 @@ KINDS: dict[str, type[AnySample]] = {"alignment": AlignmentSample, "instructions
 def to_row(sample: AnySample) -> dict[str, Any]:
     """Plain dicts and lists, as Arrow and JSON have them."""
     row = asdict(sample)
+    row["meta"] = {key: sample.meta.get(key, "") for key in META}
     if isinstance(sample, InstructionSample):  # every part with the same fields, as Arrow wants it
         row["messages"] = [
             {
@@ -238,6 +243,8 @@ def from_row(row: dict[str, Any], kind: str) -> AnySample:
         for name, item in (("masks", MaskRef), ("labels", Label), ("images", ImageRef)):
             if name in values:
                 values[name] = [item(**_filled(one)) for one in values[name] or []]
+        if "meta" in values:
+            values["meta"] = {key: str(value) for key, value in (values["meta"] or {}).items() if value}
         if isinstance(values.get("image"), dict):
             values["image"] = ImageRef(**_filled(values["image"]))
         if kind == "instructions":  # Arrow gives an image an empty text
@@ -298,6 +305,7 @@ def features(kind: str) -> Features:
         "patient": text,
         "labels": List(label),
         "masks": List({"name": text, "path": text, "values": List(Value("int32"))}),
+        "meta": dict.fromkeys(META, text),
     }
     if kind == "alignment":
         return Features({**shared, "image": image, "texts": List(text)})

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import templates
 from .phantom_text import with_article
-from .samples import TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef
+from .samples import META, TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef
 
 
 def to_alignment(case: Case) -> AlignmentSample:
@@ -25,7 +25,12 @@ def to_alignment(case: Case) -> AlignmentSample:
         texts=list(dict.fromkeys(texts)),
         labels=list(case.labels),
         masks=[*case.masks, *(MaskRef(name) for name in absent_structures(case))],
+        meta=_known_meta(case),
     )
+
+
+def _known_meta(case: Case) -> dict[str, str]:
+    return {key: value for key, value in case.meta.items() if key in META}
 
 
 def absent_structures(case: Case) -> list[str]:
@@ -69,6 +74,7 @@ def to_instructions(
                 patient=case.patient,
                 masks=list(masks),
                 labels=list(labels),
+                meta=_known_meta(case),
             )
         )
 

@@ -97,6 +97,43 @@ def multilabel_scores(
     return {**means, "per_disease": per_disease, "undefined_auc": undefined, "thresholds_from": origin}
 
 
+def calibration(probabilities: Any, labels: Any, bins: int = 10) -> dict[str, Any]:
+    """Whether a probability of 0.8 is right eight times in ten.
+
+    Args:
+        probabilities, labels: [N, diseases] or [N]; labels 1, 0, or −1 for unknown.
+        bins: of equal width between 0 and 1.
+
+    Returns:
+        {"ece": expected calibration error over all known labels, "brier": mean squared error, "bins": a row {"low",
+        "high", "count", "confidence", "frequency"} for each bin that is not empty}.
+    """
+    scores, truth = _checked(probabilities, labels)
+    known = truth >= 0
+    score, positive = scores[known], truth[known]
+    place = np.minimum((score * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    confidence = np.bincount(place, score, bins) / np.maximum(counts, 1)
+    frequency = np.bincount(place, positive, bins) / np.maximum(counts, 1)
+    rows = [
+        {
+            "low": index / bins,
+            "high": (index + 1) / bins,
+            "count": int(counts[index]),
+            "confidence": float(confidence[index]),
+            "frequency": float(frequency[index]),
+        }
+        for index in range(bins)
+        if counts[index]
+    ]
+    total = max(int(counts.sum()), 1)
+    return {
+        "ece": float((np.abs(confidence - frequency) * counts).sum() / total),
+        "brier": float(np.square(score - positive).mean()) if len(score) else float("nan"),
+        "bins": rows,
+    }
+
+
 def _mean(values: Sequence[float]) -> float:
     kept = [value for value in values if not np.isnan(value)]
     return float(np.mean(kept)) if kept else float("nan")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,100 @@ def released_dice(prediction: Any, truth: Any, smooth: float = 1e-7) -> float:
 
 def _array(value: Any) -> np.ndarray:
     return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+
+
+def surface_scores(
+    prediction: Any, truth: Any, spacing: Sequence[float], tolerance: float = 2.0
+) -> tuple[float, float]:
+    """Normalised surface Dice and the 95th percentile of the Hausdorff distance, by MONAI.
+
+    Args:
+        prediction, truth: masks (depth, height, width).
+        spacing: mm between voxels in the same order.
+        tolerance: mm within which two surfaces agree.
+
+    Returns:
+        (NSD in 0…1, HD95 in mm). Empty in both: (NaN, NaN); empty in one: (0, infinity).
+
+    Raises:
+        CTInstructError: where the shapes differ, or MONAI is not installed.
+    """
+    try:
+        from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    except ImportError as error:
+        raise CTInstructError("Surface distances need MONAI: pip install 'ctinstruct-hf[eval]'.") from error
+    import torch
+
+    predicted, true = _array(prediction).astype(bool), _array(truth).astype(bool)
+    if predicted.shape != true.shape:
+        raise CTInstructError(f"prediction has shape {predicted.shape}, truth {true.shape}: they must be equal.")
+    if not predicted.any() and not true.any():
+        return float("nan"), float("nan")
+    if not predicted.any() or not true.any():
+        return 0.0, float("inf")
+    places = np.nonzero(predicted | true)
+    # what lies far from both changes nothing; one voxel around keeps surfaces at the border of the box
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in places)
+    pair = [torch.from_numpy(np.pad(one[box], 1))[None, None].float() for one in (predicted, true)]
+    mm = [float(value) for value in spacing]
+    nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], include_background=True, spacing=mm, use_subvoxels=True)  # fmt: skip
+    hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=mm)
+    return float(nsd[0, 0]), float(hd95[0, 0])
+
+
+def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+    """A predicted mask and the right one on one grid, with mm between their voxels.
+
+    Args:
+        mask: {name, prediction: file, reference: file or {path, values}}; files relative to `folder`. A reference
+            may also be a made-up scan, `phantom:trunk:12`.
+
+    Raises:
+        CTInstructError: where a file cannot be read, or the two lie on different grids.
+    """
+    reference = mask["reference"]
+    told = reference if isinstance(reference, dict) else {"path": str(reference)}
+    values = [int(value) for value in told.get("values") or []]
+    said, affine = _read_labels(str(mask["prediction"]), folder)
+    path = str(told.get("path") or "")
+    if not path:  # known to be absent
+        truth, other = np.zeros(said.shape, bool), affine
+    elif path.startswith("phantom:"):
+        truth, other = _phantom_mask(path, str(mask["name"]))
+    else:
+        labels, other = _read_labels(path, folder)
+        truth = np.isin(labels, values) if values else labels > 0
+    if said.shape != truth.shape:
+        raise CTInstructError(
+            f"{mask['prediction']} has shape {said.shape}, its reference {truth.shape}: masks are compared on the scan's grid."
+        )
+    if affine is not None and other is not None and not np.allclose(affine, other, atol=1e-2):
+        raise CTInstructError(f"{mask['prediction']} and its reference {path} have different affines.")
+    known = affine if affine is not None else other
+    spacing = np.ones(3) if known is None else np.linalg.norm(known[:3, :3], axis=0)
+    return said > 0, truth, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+
+
+def _read_labels(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Label values in the file's own axes, and its affine where it has one."""
+    import nibabel
+
+    path = folder / name
+    if not path.is_file():
+        raise CTInstructError(f"mask {path} does not exist.")
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+            return np.asarray(loaded if path.suffix == ".npy" else loaded[loaded.files[0]]), None
+        image = nibabel.load(path)
+        return np.asarray(image.dataobj), image.affine  # type: ignore[attr-defined]
+    except Exception as error:
+        raise CTInstructError(f"mask {path.name} cannot be read: {error}") from error
+
+
+def _phantom_mask(path: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    from ..data.reading import MaskRef, open_mask, phantom_of
+
+    volume = phantom_of(path).volume
+    image = volume.to_source(open_mask(MaskRef(name, path), volume))
+    return np.asarray(image.dataobj) > 0, image.affine

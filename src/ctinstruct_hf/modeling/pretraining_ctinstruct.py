@@ -124,6 +124,22 @@ def mean_of_words(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
     return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
+_SHARPNESS = 4.0  # of `smooth_max` over projected tokens, whose channels have a spread below one
+
+
+def smooth_max(scores: torch.Tensor, patch_grid: PatchGrid, slice_mask: torch.Tensor | None) -> torch.Tensor:
+    """Log-mean-exp over the slices of each image: [N, C] -> [images, C] float32; padding slices do not count."""
+    scores = scores.float()
+    sizes = [z * y * x * s for z, y, x, s in grid_rows(patch_grid)]
+    counts: list[int] = sizes
+    if slice_mask is not None:
+        kept = slice_mask.to(scores.device).bool()
+        scores = scores.masked_fill(~kept[:, None], torch.finfo(scores.dtype).min)
+        counts = [max(int(part.sum()), 1) for part in kept.split(sizes)]
+    pooled = [part.logsumexp(0) - math.log(count) for part, count in zip(scores.split(sizes), counts, strict=True)]
+    return torch.stack(pooled)
+
+
 class CTInstructForPretraining(CTInstructPreTrainedModel):
     """Vision tower, segmentation decoder and a text encoder, aligned at three grains."""
 
@@ -189,6 +205,19 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             pooled.append((part * keep[:, None]).sum(0) / keep.sum().clamp(min=1))
         return torch.stack(pooled)
 
+    def embed_images(
+        self, features: CTInstructVisionOutput, slice_mask: torch.Tensor | None, projection: nn.Module
+    ) -> torch.Tensor:
+        """Normalised image embeddings [images, D_text] for retrieval.
+
+        With `contrastive_pooling="mean"` the mean token is projected; with `"smooth_max"` every token is, and each channel
+        is pooled by log-mean-exp, so that what only a few slices show is not averaged away.
+        """
+        if self.config.contrastive_pooling == "mean":
+            return F.normalize(projection(self.pool(features, slice_mask)), dim=-1)
+        scores = projection(features.last_hidden_state) * _SHARPNESS
+        return F.normalize(smooth_max(scores, features.patch_grid, slice_mask) / _SHARPNESS, dim=-1)
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -208,7 +237,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        features.pooler_output = F.normalize(self.image_projection(self.pool(features, slice_mask)), dim=-1)
+        features.pooler_output = self.embed_images(features, slice_mask, self.image_projection)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return features if use_dict else features.to_tuple()
 
@@ -335,15 +364,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             images = F.normalize(self.category_projection(self.pool(features, slice_mask)), dim=-1)
             return images @ classes.T * scale + self.category_bias
         tokens = F.normalize(self.category_projection(features.last_hidden_state), dim=-1)
-        scores = (tokens @ classes.T * scale).float()  # [N, categories]
-        sizes = [z * y * x * s for z, y, x, s in grid_rows(features.patch_grid)]
-        if slice_mask is not None:
-            scores = scores.masked_fill(~slice_mask.to(scores.device)[:, None], torch.finfo(scores.dtype).min)
-            counts = [max(int(part.sum()), 1) for part in slice_mask.split(sizes)]
-        else:
-            counts = sizes
-        pooled = [part.logsumexp(0) - math.log(count) for part, count in zip(scores.split(sizes), counts, strict=True)]
-        return torch.stack(pooled) + self.category_bias
+        scores = tokens @ classes.T * scale  # [N, categories]
+        return smooth_max(scores, features.patch_grid, slice_mask) + self.category_bias
 
     def segment(
         self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None
@@ -351,18 +373,14 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         """Mask logits [D, H, W] of each query in its image."""
         grids = grid_rows(features.patch_grid)
         owner_list = [0] * len(queries) if owners is None else owners.tolist()
+        rows = [[row for row, owner in enumerate(owner_list) if owner == image] for image in range(len(grids))]
+        painted = self.segmentation_decoder(
+            [queries[own] for own in rows], features.feature_maps, features.last_hidden_state, grids
+        )
         masks: list[torch.Tensor | None] = [None] * len(queries)
-        start = 0
-        for image, (z, y, x, s) in enumerate(grids):
-            stop = start + z * y * x * s
-            rows = [row for row, owner in enumerate(owner_list) if owner == image]
-            if rows:
-                painted = self.segmentation_decoder(
-                    queries[rows], features.feature_maps, features.last_hidden_state, grids[image], slice(start, stop)
-                )
-                for row, mask in zip(rows, painted, strict=True):
-                    masks[row] = mask
-            start = stop
+        for own, parts in zip(rows, painted, strict=True):
+            for row, mask in zip(own, parts, strict=True):
+                masks[row] = mask
         return masks  # type: ignore[return-value]
 
     def contrast(
@@ -385,7 +403,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
                 self.follow()
             tower = self.momentum_tower(*batch, return_dict=True)
             past_images, past_texts = self.queue.contents()
-            slow_images = F.normalize(self.momentum_image_projection(self.pool(tower, batch[2])), dim=-1)[owners]
+            slow_images = self.embed_images(tower, batch[2], self.momentum_image_projection)[owners]
             slow_texts = F.normalize(self.momentum_text_projection(self.encode_texts(*words)), dim=-1)
             if len(slow_images) != len(images):
                 slow_images, slow_texts = GatherWithGradient.apply(slow_images), GatherWithGradient.apply(slow_texts)

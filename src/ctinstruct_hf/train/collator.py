@@ -131,6 +131,8 @@ class AlignmentCollator:
         while len(chosen) < self.masks_per_image and any(groups.values()):
             wanted = (bool(rng.integers(2)), bool(rng.random() >= self.absent_share))
             full = [key for key, group in groups.items() if group]
+            if chosen and not any(present for _, present in full):
+                break  # all that is there has been asked for
             # the group that was drawn, or the one most like it that still has something
             key = max(full, key=lambda one: (one == wanted, one[1] == wanted[1], one[0] == wanted[0]))
             chosen.append(groups[key].pop())
@@ -163,8 +165,13 @@ class AlignmentCollator:
         self, batch: dict[str, Any], masks: Sequence[Sequence[MaskRef]], canvases: Sequence[Sequence[torch.Tensor]]
     ) -> None:
         names = [mask.name for group in masks for mask in group]
-        if not names:
-            return
+        owners = [index for index, group in enumerate(masks) for _ in group]
+        labels = [canvas for group in canvases for canvas in group]
+        if not names:  # a mask of padding only: all processes run the decoder, whose batch norm may wait for the others
+            z, y, x, s = batch["patch_grid"][0].tolist()
+            height, width = batch["pixel_values"].shape[-2:]
+            names, owners = ["nothing"], [0]
+            labels = [torch.full((z * s, y * height, x * width), -1, dtype=torch.int8)]
         batch["mask_input_ids"], batch["mask_attention_mask"] = self.words(names)
-        batch["mask_images"] = torch.tensor([index for index, group in enumerate(masks) for _ in group])
-        batch["mask_labels"] = [canvas for group in canvases for canvas in group]
+        batch["mask_images"] = torch.tensor(owners)
+        batch["mask_labels"] = labels

@@ -50,10 +50,10 @@ class PretrainSettings:
         mixture: parts {dataset | phantoms, tasks, weight …}, see `data.parts`.
         evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
         cache: folder of prepared patches; none prepares them every time.
-        batch_norm: `local`, `synchronised` over processes in the tower, or `frozen`.
+        batch_norm: `local`, `synchronised` over processes, or `frozen`.
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
-        positive_voxels: {weight, steps}: voxels inside a mask weigh so much in the cross entropy at first and 1, as in
-            the paper, after so many steps: small structures would else be left empty for long.
+        positive_voxels: {weight, steps, end}: voxels inside a mask weigh so much in the cross entropy at first and
+            `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
             convolutions with batch norm like.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
@@ -89,6 +89,9 @@ class PretrainSettings:
             check_part(self.evaluation_part, "alignment", GRAINS)
         if self.early_stopping_patience is not None and self.evaluation is None:
             raise CTInstructError("early_stopping_patience needs an evaluation in the recipe.")
+        wrong = sorted(set(self.positive_voxels) - {"weight", "steps", "end"})
+        if wrong:
+            raise CTInstructError(f"positive_voxels has unknown {', '.join(wrong)}: known are weight, steps, end.")
         wrong = sorted(set(self.freeze) - set(PARTS))
         if wrong:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
@@ -122,10 +125,7 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
         config.text_encoder_config = encoder.config
         model = CTInstructForPretraining(config)
         model.text_encoder.load_state_dict(encoder.state_dict())
-    # the decoder reads one image at a time, on however many processes: its statistics are never shared
-    towers = [part for name, part in model.named_children() if name.endswith("tower")]
-    for part in towers if settings.batch_norm == "synchronised" else [model]:
-        set_batch_norm(part, settings.batch_norm)
+    set_batch_norm(model, settings.batch_norm)
     for name in settings.freeze:  # a frozen part keeps its running statistics too
         set_batch_norm(getattr(model, name).requires_grad_(False), "frozen")
     return model, tokenizer
@@ -186,7 +186,7 @@ class AlignmentTrainer(MixtureTrainer):
         pool: int | None = 200, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.held_out, self.masks, self.pool = held_out, masks, pool
-        self.positive_voxels = (1.0, 0.0)  # weight at the start, steps until it is 1
+        self.positive_voxels = (1.0, 1.0, 1.0)  # weight at the start, at the end, steps between
         super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
 
     def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
@@ -201,9 +201,9 @@ class AlignmentTrainer(MixtureTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        weight, steps = self.positive_voxels
-        left = max(1 - self.state.global_step / steps, 0.0) if steps else 0.0
-        self.accelerator.unwrap_model(model).positive_voxel_weight = weight**left
+        start, end, steps = self.positive_voxels
+        done = min(self.state.global_step / steps, 1.0) if steps else 1.0
+        self.accelerator.unwrap_model(model).positive_voxel_weight = start ** (1 - done) * end**done
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -286,7 +286,8 @@ def pretrain(
         callbacks=callbacks,
     )
     trainer.learning_rates = check_rates(settings.learning_rates, model)
-    trainer.positive_voxels = (settings.positive_voxels.get("weight", 1.0), settings.positive_voxels.get("steps", 0.0))
+    voxels = {"weight": 1.0, "end": 1.0, "steps": float(args.max_steps), **settings.positive_voxels}
+    trainer.positive_voxels = (voxels["weight"], voxels["end"], voxels["steps"])
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# WordNet 3.0 for METEOR from Debian's packages, without root: scripts/install_wordnet.sh
+set -euo pipefail
+goal="${HOME}/.cache/ctinstruct_hf/wordnet"
+[ -f "$goal/index.sense" ] || [ -f /usr/share/wordnet/index.sense ] && exit 0
+command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { echo "This needs apt-get and dpkg-deb." >&2; exit 2; }
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+apt-get download -qq wordnet-base wordnet-sense-index >/dev/null 2>&1 \
+  || { echo "The packages wordnet-base and wordnet-sense-index cannot be downloaded." >&2; exit 2; }
+for package in *.deb; do dpkg-deb -x "$package" unpacked; done
+mkdir -p "$(dirname "$goal")"
+rm -rf "$goal.part"
+mv unpacked/usr/share/wordnet "$goal.part"
+mv "$goal.part" "$goal"

@@ -1,0 +1,204 @@
+"""What other systems' own evaluation scripts write, as records of `predictions`.
+
+m3d        M3D's `eval_close_vqa.csv`, `eval_open_vqa.csv`, `eval_caption.csv` (told apart by their columns)
+radfm      RadFM's `output_whole_2_epoch….csv`: Question, Ground Truth, Pred, belong_to
+ct_chat    CT-CHAT's `output_validation_….json`, with CT-RATE's `valid_vqa.json` for the right answers
+released   the CTInstruct release's `<task>.json`: {"metric": …, "1": {"predict", "ground_truth", "question", …}}
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CTInstructError
+from .predictions import Predictions, Record, check_ids
+from .run import options_of
+
+_MARKS = ("<image>\n", "<image>", "<report_generation>", "<short_answer>", "<long_answer>", "<multiple_choice>")
+
+
+def convert_predictions(
+    kind: str, path: Path, references: Path | None = None, dataset: str = "", system: str | None = None
+) -> Predictions:
+    """Predictions of another system from its own file.
+
+    Args:
+        kind: of `CONVERTERS`.
+        path: the file.
+        references: the right answers, where the file lacks them (ct_chat).
+        dataset: name of the data set, for tables (ct_rate, rp3d_vqa …); each kind has its own by default.
+        system: its name in tables.
+
+    Raises:
+        CTInstructError: for a file of another form, naming it and what it lacks.
+    """
+    if kind not in CONVERTERS:
+        raise CTInstructError(f"'{kind}' is not known: use {', '.join(CONVERTERS)}.")
+    for one in (path, references):
+        if one is not None and not one.is_file():
+            raise CTInstructError(f"{one} does not exist.")
+    name, usual, convert = CONVERTERS[kind]
+    records = list(convert(path, references))
+    if not records:
+        raise CTInstructError(f"{path.name} has no sample.")
+    for record in records:
+        record.dataset = dataset or record.dataset or usual
+    check_ids(records, path.name)
+    return Predictions(system or name, records, path.parent, {"converted_from": kind})
+
+
+def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    csv.field_size_limit(10_000_000)
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in needed if name not in (reader.fieldnames or [])]
+        if missing:
+            raise CTInstructError(f"{path.name} lacks the columns {', '.join(missing)}.")
+        return list(reader)
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CTInstructError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(read, kind):
+        raise CTInstructError(f"{path.name} holds {type(read).__name__}, expected {kind.__name__}.")
+    return read
+
+
+def _m3d(path: Path, references: Path | None) -> Iterator[Record]:
+    with path.open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file), [])
+    if "Answer Choice" in columns:
+        for index, row in enumerate(_rows(path, ("Question", "Answer", "Answer Choice", "Pred"))):
+            answer = f"{row['Answer Choice']}. {row['Answer']}".strip()
+            yield Record(f"{path.stem}-{index}", "multiple_choice", question=row["Question"], prediction=row["Pred"],
+                         reference=answer, options=options_of(row["Question"]))  # fmt: skip
+    elif "Ground Truth" in columns:
+        for index, row in enumerate(_rows(path, ("Question", "Ground Truth", "pred"))):
+            yield Record(f"{path.stem}-{index}", "caption", question=row["Question"], prediction=row["pred"].strip(),
+                         reference=row["Ground Truth"].strip())  # fmt: skip
+    else:
+        for index, row in enumerate(_rows(path, ("Question", "Answer", "Pred"))):
+            yield Record(f"{path.stem}-{index}", "question", question=row["Question"], prediction=row["Pred"].strip(),
+                         reference=row["Answer"].strip())  # fmt: skip
+
+
+def _unlisted(cell: str) -> str:
+    """RadFM writes lists of one as Python prints them."""
+    if cell.startswith("["):
+        try:
+            inside = ast.literal_eval(cell)
+        except (ValueError, SyntaxError):
+            return cell
+        if isinstance(inside, list) and inside and all(isinstance(one, str) for one in inside):
+            return inside[0]
+    return cell
+
+
+def _radfm(path: Path, references: Path | None) -> Iterator[Record]:
+    for index, row in enumerate(_rows(path, ("Question", "Ground Truth", "Pred"))):
+        source = _unlisted(row.get("belong_to") or "")
+        task = "caption" if "caption" in source.lower() else "report" if "report" in source.lower() else "question"
+        yield Record(f"{path.stem}-{index}", task, dataset=source, question=_unlisted(row["Question"]),
+                     prediction=_unlisted(row["Pred"]).strip(), reference=_unlisted(row["Ground Truth"]).strip())  # fmt: skip
+
+
+def _plain_name(image: str) -> str:
+    return Path(image).name.split(".")[0]
+
+
+def _ct_chat(path: Path, references: Path | None) -> Iterator[Record]:
+    if references is None:
+        raise CTInstructError(
+            "ct_chat needs --references: CT-RATE's valid_vqa.json, since the file has no right answers."
+        )
+    said = _json(path, list)
+    right = _json(references, list)
+    if len(said) != len(right):
+        raise CTInstructError(f"{path.name} has {len(said)} conversations, {references.name} {len(right)}.")
+    for place, (out, truth) in enumerate(zip(said, right, strict=True)):
+        try:
+            answers, turns = out["conversations_out"], truth["conversations"]
+            name = str(truth.get("id", place))
+            if _plain_name(out["image"]) != _plain_name(truth["image"]):
+                raise CTInstructError(
+                    f"{path.name}, conversation {place}: it is about {out['image']}, {references.name} about {truth['image']}."
+                )
+            asked = [index for index, turn in enumerate(turns) if turn["from"] == "human"]
+            if len(asked) != len(answers):
+                raise CTInstructError(
+                    f"{path.name}, conversation {place}: {len(answers)} answers for {len(asked)} questions."
+                )
+            for number, (index, answer) in enumerate(zip(asked, answers, strict=True)):
+                kind = turns[index].get("type", "")
+                question = _without_marks(turns[index]["value"])
+                spoken = re.sub(r"</?s>|<\|[^|]*\|>", "", answer["answer"]).strip()
+                record = Record(f"{name}-{number}", "question", question=question, prediction=spoken,
+                                reference=turns[index + 1]["value"].strip())  # fmt: skip
+                if kind == "report_generation":
+                    record.task = "report"
+                elif kind == "multiple_choice":
+                    record.task, record.options = "multiple_choice", options_of(question)
+                yield record
+        except (KeyError, IndexError, TypeError) as error:
+            raise CTInstructError(f"{path.name}, conversation {place} has another form: {error!r}.") from error
+
+
+def _without_marks(text: str) -> str:
+    for mark in _MARKS:
+        text = text.replace(mark, "")
+    return text.strip()
+
+
+def _released(path: Path, references: Path | None) -> Iterator[Record]:
+    read = _json(path, dict)
+    samples = {name: value for name, value in read.items() if name != "metric"}
+    for name, sample in samples.items():
+        if not isinstance(sample, dict) or "predict" not in sample:
+            raise CTInstructError(f"{path.name}, sample {name} has no 'predict'.")
+        prediction, reference, question = (
+            _first(sample.get(key, "")) for key in ("predict", "ground_truth", "question")
+        )
+        spoken = prediction.split("assistant\n", 1)[-1].strip()
+        if "<disease_confidence>" in reference:
+            raise CTInstructError(
+                f"{path.name} is a diagnosis file: the release keeps no probabilities of its samples there."
+            )
+        record = Record(
+            f"{path.stem}-{name}", "question", question=question, prediction=spoken, reference=reference.strip()
+        )
+        if "dice" in sample:
+            record = Record(f"{path.stem}-{name}", "segmentation", question=question,
+                            masks=[{"name": question, "dice": float(sample["dice"])}])  # fmt: skip
+        elif re.search(r"report", path.stem + question, re.I):
+            record.task = "report"
+        elif re.search(r"cap", path.stem, re.I):
+            record.task = "caption"
+        yield record
+
+
+def _first(value: Any) -> str:
+    """The first text in whatever lists and message parts it is wrapped in."""
+    if isinstance(value, dict):
+        value = value.get("text", "")
+    if isinstance(value, list):
+        return next((text for one in value if (text := _first(one))), "")
+    return str(value)
+
+
+CONVERTERS: dict[str, tuple[str, str, Callable[[Path, Path | None], Iterator[Record]]]] = {
+    "m3d": ("M3D", "m3d", _m3d),
+    "radfm": ("RadFM", "radfm", _radfm),
+    "ct_chat": ("CT-CHAT", "ct_rate_vqa", _ct_chat),
+    "released": ("CTInstruct (released)", "released", _released),
+}
+
+__all__ = ["CONVERTERS", "convert_predictions"]

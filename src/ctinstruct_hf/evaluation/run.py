@@ -1,0 +1,506 @@
+"""Run a model over prepared data and keep what it says: `predictions.jsonl` and masks, resumable, on several processes.
+
+Text is generated greedily, question by question, earlier turns as in the data. Masks and probabilities are read from the
+special tokens of the answer as the data writes it ("Sure, it is <SEG>."), in one pass: its words hold nothing but the names
+that were asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.descriptions import describe_category
+from ..data.reading import PHANTOM_KINDS, open_volume
+from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
+from ..errors import CTInstructError
+from .predictions import TASKS, TEXT_TASKS, Predictions, Record, lines_of, parse_record, to_json
+
+STAGE_ONE_TASKS = ("retrieval", "diagnosis", "segmentation")
+
+
+@dataclass
+class RunOptions:
+    """How to run a model over data.
+
+    Attributes:
+        tasks: of `predictions.TASKS`; all that the data has by default.
+        split: of the data.
+        limit: samples of each task.
+        batch_size: questions answered at once.
+        max_new_tokens: of an answer.
+        validation: also diagnosis on the validation split, which thresholds are taken from.
+    """
+
+    tasks: tuple[str, ...] = ()
+    split: str = "test"
+    limit: int | None = None
+    batch_size: int = 4
+    max_new_tokens: int = 512
+    validation: bool = True
+
+
+@dataclass
+class _Job:
+    """One record to be made."""
+
+    id: str
+    sample: Any
+    task: str
+    turn: int = 0
+    row: int = 0
+    labels: list[Any] = field(default_factory=list)
+
+
+def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a prepared folder, of a JSONL file of instructions, or of made-up scans, `phantoms:trunk:900000-900040`."""
+    made = re.fullmatch(rf"phantoms:({'|'.join(PHANTOM_KINDS)}):(\d+)-(\d+)", data)
+    if made:
+        from ..data.sources.made_up import phantom_rows
+
+        seeds = range(int(made[2]), int(made[3]))
+        if not len(seeds):
+            raise CTInstructError(f"--data is '{data}': give first seed and last + 1.")
+        # the last fifth stands for validation
+        cut = len(seeds) - len(seeds) // 5
+        chosen = seeds[cut:] if split == "validation" else seeds[:cut]
+        return phantom_rows(made[1], chosen, split, samples=kind, workers=1 if len(seeds) < 64 else None)
+    path = Path(data)
+    if path.is_file():
+        from ..data.samples import read_jsonl, to_row
+
+        return [to_row(sample) for sample in read_jsonl(path, kind) if sample.split == split]
+    if not path.is_dir():
+        raise CTInstructError(f"{data} does not exist: name a prepared folder, a JSONL file or phantoms:trunk:0-40.")
+    from ..data.prepared import load_rows
+
+    return list(load_rows(path, kind, split))
+
+
+def run_model(
+    model: str,
+    data: str,
+    output: Path,
+    options: RunOptions,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    tell: Callable[[str], None] = lambda step: None,
+) -> Path:
+    """Answer every sample of the data; a run that was interrupted goes on with what is missing.
+
+    Started by `accelerate launch` or `torchrun`, each process takes its share.
+
+    Args:
+        model: a folder or name on the Hub, of either stage; of stage one: retrieval, diagnosis and segmentation.
+        data: see `load_data`.
+        output: folder for `predictions.jsonl` and `masks/`.
+        options: what to run.
+        device, dtype: see `study.load_model`.
+        tell: called with a sentence on progress.
+
+    Returns:
+        The file of predictions.
+
+    Raises:
+        CTInstructError: for a bad model, data or task, or an output folder of another run.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if device is None and state.num_processes > 1 and state.device.type == "cuda":
+        device = str(state.device)
+    speaker: Any = _load(model, device, dtype)
+    unknown = sorted(set(options.tasks) - set(speaker.tasks))
+    if unknown:
+        raise CTInstructError(f"--tasks has {', '.join(unknown)}: this model can be asked {', '.join(speaker.tasks)}.")
+    settings = {
+        "model": Path(model).name if Path(model).exists() else model,
+        "weights": _fingerprint(Path(model)),
+        "data": data,
+        "tasks": list(options.tasks),
+        "split": options.split,
+        "limit": options.limit,
+        "max_new_tokens": options.max_new_tokens,
+        "validation": options.validation,
+    }
+    final = output / "predictions.jsonl"
+    parts = output / "parts"
+    _same_run(output, settings, state.is_main_process)
+    jobs = _jobs(speaker, data, options)
+    if not jobs:
+        raise CTInstructError(f"{data} has nothing to ask about in split {options.split}.")
+    if final.exists():
+        return final
+    if state.is_main_process:
+        parts.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    done = _read_parts(parts)
+    state.wait_for_everyone()
+    mine = [job for job in jobs if (job.task, job.id) not in done][state.process_index :: state.num_processes]
+    mine.sort(key=lambda job: (job.task in TEXT_TASKS or job.task == "multiple_choice", job.row, job.turn))
+    name = f"{state.process_index}-of-{state.num_processes}.jsonl"
+    with _append(parts / name) as file:
+        answered = 0
+        for records in speaker.answer(mine, output, options):
+            for record in records:
+                file.write(to_json(record) + "\n")
+            file.flush()
+            answered += len(records)
+            tell(f"{answered}/{len(mine)} questions")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        from ..files import whole_file
+
+        made = _read_parts(parts)
+        header = {**settings, "format": 1}
+        records = [made[job.task, job.id] for job in jobs]
+        with whole_file(final) as temporary, temporary.open("w", encoding="utf-8") as whole:
+            for line in lines_of(Predictions(settings["model"], records, output, header)):
+                whole.write(line + "\n")
+        shutil.rmtree(parts, ignore_errors=True)
+    state.wait_for_everyone()
+    return final
+
+
+def _append(path: Path) -> Any:
+    """The file of a process, after the last whole line."""
+    if path.exists():
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            path.write_bytes(text[: text.rfind(b"\n") + 1])
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise CTInstructError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _read_parts(parts: Path) -> dict[tuple[str, str], Record]:
+    found: dict[tuple[str, str], Record] = {}
+    for path in sorted(parts.glob("*.jsonl")) if parts.is_dir() else []:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = parse_record(json.loads(line))
+            except (ValueError, CTInstructError):  # the last line of a killed process
+                continue
+            found[record.task, record.id] = record
+    return found
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names, sizes and times of the weights: another training in the same folder is another model."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12] if told else ""
+
+
+def _same_run(output: Path, settings: dict[str, Any], writes: bool) -> None:
+    from ..files import whole_file
+
+    kept = output / "run.json"
+    if kept.exists():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        changed = sorted(name for name in settings if before.get(name) != settings[name])
+        if changed:
+            raise CTInstructError(f"{output} holds a run with another {', '.join(changed)}: choose another folder.")
+    elif writes:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with whole_file(kept) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise CTInstructError(f"{output} cannot be written: {error.strerror or error}.") from error
+
+
+def _jobs(speaker: Any, data: str, options: RunOptions) -> list[_Job]:
+    """Everything that is to be answered, in the order of the data."""
+    wanted = options.tasks or speaker.tasks
+    splits = [options.split]
+    if options.validation and "diagnosis" in wanted and options.split != "validation":
+        splits.append("validation")
+    jobs: list[_Job] = []
+    for split in splits:
+        try:
+            rows = load_data(data, speaker.kind, split)
+        except CTInstructError:
+            if split == options.split:
+                raise
+            continue  # no validation rows: thresholds are then 0.5, and said to be
+        counts: dict[str, int] = {}
+        for number, row in enumerate(rows):
+            for job in speaker.jobs_of(from_row(row, speaker.kind)):
+                if job.task not in wanted or (split != options.split and job.task != "diagnosis"):
+                    continue
+                counts[job.task] = counts.get(job.task, 0) + 1
+                if options.limit is None or counts[job.task] <= options.limit:
+                    job.row = number
+                    jobs.append(job)
+    return jobs
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise CTInstructError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if "CTInstructForPretraining" in (getattr(config, "architectures", None) or []):
+        return StageOne(model, device)
+    return StageTwo(model, device, dtype)
+
+
+def _mask_file(output: Path, job: _Job, place: int, mask: Any, volume: Any) -> str:
+    """Write a mask on the scan's own grid; its name relative to the output."""
+    from ..output.nifti import save_mask
+
+    name = hashlib.sha256(f"{job.task}/{job.id}".encode()).hexdigest()[:16]
+    (output / "masks").mkdir(exist_ok=True)
+    save_mask(volume, mask, output / "masks" / f"{name}-{place}.nii.gz")
+    return f"masks/{name}-{place}.nii.gz"
+
+
+def _reference(mask: Any) -> dict[str, Any]:
+    return {"path": mask.path, "values": list(mask.values)}
+
+
+def _base(job: _Job, **values: Any) -> Record:
+    sample = job.sample
+    return Record(job.id, job.task, sample.source, sample.split, meta=dict(sample.meta), **values)
+
+
+class StageTwo:
+    """A model that speaks."""
+
+    kind = "instructions"
+    tasks = tuple(task for task in TASKS if task != "retrieval")
+
+    def __init__(self, model: str, device: str | None, dtype: str | None) -> None:
+        from ..study import load_model
+
+        self.model, self.processor = load_model(model, device, dtype)
+        self._features: dict[str, tuple[Any, Any]] = {}
+
+    def jobs_of(self, sample: InstructionSample) -> Iterator[_Job]:
+        """One per answer of a conversation."""
+        turns = [index for index, turn in enumerate(sample.messages) if turn["role"] == "assistant"]
+        for number, turn in enumerate(turns):
+            yield _Job(sample.id if not number else f"{sample.id}/turn-{number}", sample, sample.task, turn)
+
+    def answer(self, jobs: Sequence[_Job], output: Path, options: RunOptions) -> Iterator[list[Record]]:
+        """Records batch by batch; a sample that cannot be read fails alone."""
+        for first in range(0, len(jobs), options.batch_size):
+            batch = jobs[first : first + options.batch_size]
+            records: list[Record] = []
+            spoken: list[_Job] = []
+            for job in batch:
+                try:
+                    self._look(job.sample.images)
+                    if job.task in ("segmentation", "diagnosis"):
+                        records.append(self._heads(job, output))
+                    else:
+                        spoken.append(job)
+                except CTInstructError as error:
+                    records.append(_base(job, error=str(error)))
+            if spoken:
+                records += self._speak(spoken, options)
+            yield records
+
+    def _look(self, images: Sequence[ImageRef]) -> tuple[Any, Any]:
+        """The tower's features and the volumes of a sample's images; the last few are kept."""
+        key = repr([image.path for image in images])
+        if key not in self._features:
+            volumes = [open_volume(image) for image in images]
+            batch = self.processor.image_processor(volumes, return_tensors="pt").to(self.model.device)
+            with torch.inference_mode():
+                features = self.model.get_image_features(**batch, return_dict=True)
+            while len(self._features) >= 4:
+                self._features.pop(next(iter(self._features)))
+            self._features[key] = (features, volumes)
+        return self._features[key]
+
+    def _ids(self, messages: Sequence[dict[str, Any]], features: Any, ask: bool) -> torch.Tensor:
+        text = self.processor.apply_chat_template(list(messages), add_generation_prompt=ask)
+        tokens = [int(torch.tensor(row).prod()) for row in features.patch_grid.tolist()]
+        text = self.processor.expand([text], tokens)[0]
+        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return ids.to(self.model.device)
+
+    @torch.inference_mode()
+    def _heads(self, job: _Job, output: Path) -> Record:
+        """Masks or probabilities from one pass over question and answer."""
+        sample: InstructionSample = job.sample
+        features, volumes = self._look(sample.images)
+        messages = sample.messages[: job.turn + 1]
+        ids = self._ids(messages, features, ask=False)
+        question = text_of(messages[-2])
+        named = self.processor.named_diseases(question)
+        outputs = self.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            vision_features=features,
+            disease_ids=None if named is None or job.task != "diagnosis" else torch.tensor(named),
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        if job.task == "diagnosis":
+            scores = outputs.disease_logits.float().sigmoid().tolist()
+            probabilities = {label.name: value for label, value in zip(sample.labels, scores, strict=True)}
+            labels = {label.name: label.value for label in sample.labels}
+            return _base(job, question=question, probabilities=probabilities, labels=labels)
+        masks = []
+        for place, (mask, logits) in enumerate(zip(sample.masks, outputs.mask_logits, strict=True)):
+            said = self.processor.image_processor.mask_from_canvas(logits, volumes[-1])
+            file = _mask_file(output, job, place, said, volumes[-1])
+            masks.append({"name": mask.name, "prediction": file, "reference": _reference(mask)})
+        return _base(job, question=question, masks=masks)
+
+    @torch.inference_mode()
+    def _speak(self, jobs: Sequence[_Job], options: RunOptions) -> list[Record]:
+        """Generated answers of a batch, padded on the left."""
+        from ..modeling.vision_ctinstruct import CTInstructVisionOutput
+
+        looked = [self._look(job.sample.images)[0] for job in jobs]
+        rows = [
+            self._ids(job.sample.messages[: job.turn], seen, True)[0] for job, seen in zip(jobs, looked, strict=True)
+        ]
+        pad = self.processor.tokenizer.pad_token_id
+        longest = max(len(row) for row in rows)
+        ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in rows])
+        kept = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+        features = looked[0] if len(looked) == 1 else CTInstructVisionOutput(
+            last_hidden_state=torch.cat([one.last_hidden_state for one in looked]),
+            pooler_output=[part for one in looked for part in one.pooler_output],
+            feature_maps=tuple(torch.cat(maps) for maps in zip(*(one.feature_maps for one in looked), strict=True)),
+            patch_grid=torch.cat([one.patch_grid for one in looked]),
+        )  # fmt: skip
+        made = self.model.generate(
+            input_ids=ids,
+            attention_mask=kept,
+            vision_features=features,
+            do_sample=False,
+            max_new_tokens=options.max_new_tokens,
+        )
+        records = []
+        for job, row in zip(jobs, made, strict=True):
+            said = self.processor.write_out(self.processor.tokenizer.decode(row[longest:]))
+            question = text_of(job.sample.messages[job.turn - 1])
+            values: dict[str, Any] = {"question": question, "prediction": said}
+            values["reference"] = text_of(job.sample.messages[job.turn])
+            if job.task == "multiple_choice":
+                values["options"] = options_of(question)
+            records.append(_base(job, **values))
+        return records
+
+
+def options_of(question: str) -> list[str]:
+    """The choices in a question, "(A) … (B) …" or "A. … B. …".
+
+    Raises:
+        CTInstructError: where it has fewer than two.
+    """
+    for pattern in (r"\(([A-H])\)\s*", r"(?<!\w)([A-H])[.:)]\s+"):
+        parts = re.split(pattern, question)
+        if len(parts) >= 5 and parts[1::2] == list("ABCDEFGH"[: len(parts) // 2]):
+            return [part.strip().rstrip(",;") for part in parts[2::2]]
+    raise CTInstructError(f"the question '{question[:80]}' lists no choices.")
+
+
+class StageOne:
+    """A model that aligns: retrieval, categories and masks by name, from the rows of stage one."""
+
+    kind = "alignment"
+    tasks = STAGE_ONE_TASKS
+
+    def __init__(self, model: str, device: str | None) -> None:
+        from transformers import AutoTokenizer
+
+        from ..data.store import PatchStore
+        from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
+        from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.model: Any = CTInstructForPretraining.from_pretrained(model).to(place).eval()
+            self.processor = CTInstructImageProcessor.from_pretrained(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CTInstructError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        self.store = PatchStore(self.processor, None)
+
+    def words(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=256)
+        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def jobs_of(self, sample: AlignmentSample) -> Iterator[_Job]:
+        if sample.texts:
+            yield _Job(sample.id, sample, "retrieval")
+        if any(label.value >= 0 for label in sample.labels):
+            yield _Job(sample.id, sample, "diagnosis")
+        if sample.masks:
+            yield _Job(sample.id, sample, "segmentation")
+
+    def answer(self, jobs: Sequence[_Job], output: Path, options: RunOptions) -> Iterator[list[Record]]:
+        by_sample: dict[str, list[_Job]] = {}
+        for job in jobs:
+            by_sample.setdefault(job.id, []).append(job)
+        for group in by_sample.values():
+            try:
+                yield self._one(group, output)
+            except CTInstructError as error:
+                yield [_base(job, error=str(error)) for job in group]
+
+    @torch.inference_mode()
+    def _one(self, jobs: Sequence[_Job], output: Path) -> list[Record]:
+        sample: AlignmentSample = jobs[0].sample
+        device = self.model.device
+        prepared = {name: part.to(device) for name, part in self.store.image(sample.image).items()}
+        batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
+        tasks = [job.task for job in jobs]
+        if "retrieval" in tasks:
+            batch |= self.words(sample.texts[:1])
+        if "diagnosis" in tasks:
+            told = self.words([describe_category(label.name) for label in sample.labels])
+            batch |= {f"class_{name}": part for name, part in told.items()}
+        if "segmentation" in tasks:
+            told = self.words([mask.name for mask in sample.masks])
+            batch |= {f"mask_{name}": part for name, part in told.items()}
+        outputs = self.model(**batch)
+        records = []
+        for job in jobs:
+            if job.task == "retrieval":
+                values: dict[str, Any] = {
+                    "image_features": _rounded(outputs.image_features[0]),
+                    "text_features": _rounded(outputs.text_features[0]),
+                }
+            elif job.task == "diagnosis":
+                scores = outputs.category_logits[0].float().sigmoid().tolist()
+                values = {
+                    "probabilities": {one.name: score for one, score in zip(sample.labels, scores, strict=True)},
+                    "labels": {one.name: one.value for one in sample.labels},
+                }
+            else:
+                volume = open_volume(sample.image)
+                masks = []
+                for place, (mask, logits) in enumerate(zip(sample.masks, outputs.mask_logits, strict=True)):
+                    said = self.processor.mask_from_canvas(logits, volume)
+                    file = _mask_file(output, job, place, said, volume)
+                    masks.append({"name": mask.name, "prediction": file, "reference": _reference(mask)})
+                values = {"masks": masks}
+            records.append(_base(job, **values))
+        return records
+
+
+def _rounded(features: torch.Tensor) -> list[float]:
+    return [round(value, 6) for value in features.float().tolist()]
+
+
+__all__ = ["RunOptions", "load_data", "options_of", "run_model"]

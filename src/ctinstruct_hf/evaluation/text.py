@@ -1,0 +1,306 @@
+"""Scores of generated text (section 4.1): BLEU-1, ROUGE-1 and METEOR as `evaluate` computes them, without a download,
+multiple choice, and clinical efficacy of reports."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from typing import Any, overload
+
+import numpy as np
+
+from ..errors import CTInstructError
+from .labeller import FINDINGS, find_mentions, label_report
+
+TEXT_METRICS = ("bleu1", "rouge1", "meteor")
+_PER_PROCESS = 1000  # pairs for which starting another process is worth it
+
+
+class TextScores(list[dict[str, float]]):
+    """One {metric: score in 0…1} per pair. As in `datasets`, a number gives a row and a name a column."""
+
+    @overload
+    def __getitem__(self, key: str) -> list[float]: ...
+    @overload
+    def __getitem__(self, key: int) -> dict[str, float]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __getitem__(self, key: slice) -> TextScores: ...
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            if key not in self.keys():
+                raise KeyError(key)
+            return [row[key] for row in self]
+        found = super().__getitem__(key)
+        return TextScores(found) if isinstance(key, slice) else found
+
+    def keys(self) -> list[str]:
+        """Names of the metrics."""
+        return list(super().__getitem__(0)) if len(self) else []
+
+    def mean(self) -> dict[str, float]:
+        """Mean of each metric over the pairs."""
+        return {name: float(np.mean(self[name])) for name in self.keys()}
+
+
+def score_texts(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    metrics: Sequence[str] = TEXT_METRICS,
+    workers: int | None = None,
+) -> TextScores:
+    """BLEU-1, ROUGE-1 (F) and METEOR of each pair.
+
+    Args:
+        predictions: generated texts.
+        references: the right text of each, or several of them: the best counts (in BLEU, their words together).
+        metrics: of `TEXT_METRICS`.
+        workers: processes; by default all cores where there is enough to do.
+
+    Returns:
+        A list with a dict per pair; `scores["meteor"]` is a column of it. Values in 0…1.
+
+    Raises:
+        CTInstructError: for lists of different length, pairs that are no text, or METEOR without WordNet.
+    """
+    pairs = _checked(predictions, references)
+    unknown = sorted(set(metrics) - set(TEXT_METRICS))
+    if unknown:
+        raise CTInstructError(f"metrics has unknown {', '.join(unknown)}: known are {', '.join(TEXT_METRICS)}.")
+    if "meteor" in metrics and pairs:
+        _meteor_tools()  # fails here rather than in a process
+    if workers is None:
+        workers = max(1, min(os.cpu_count() or 1, len(pairs) // _PER_PROCESS))
+    if workers == 1:
+        return TextScores(_score_pairs(pairs, tuple(metrics)))
+    step = -(-len(pairs) // (workers * 4))
+    jobs = [(pairs[start : start + step], tuple(metrics)) for start in range(0, len(pairs), step)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        return TextScores(row for part in pool.map(_score_job, jobs) for row in part)
+
+
+def _checked(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[tuple[str, list[str]]]:
+    if len(predictions) != len(references):
+        raise CTInstructError(f"There are {len(predictions)} predictions for {len(references)} references.")
+    pairs = []
+    for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        several = [reference] if isinstance(reference, str) else list(reference)
+        if not isinstance(prediction, str) or not several or not all(isinstance(one, str) for one in several):
+            raise CTInstructError(f"pair {index} is no text: both sides must be strings.")
+        pairs.append((prediction, several))
+    return pairs
+
+
+def _score_job(job: tuple[list[tuple[str, list[str]]], tuple[str, ...]]) -> list[dict[str, float]]:
+    return list(_score_pairs(*job))
+
+
+def _score_pairs(pairs: list[tuple[str, list[str]]], metrics: tuple[str, ...]) -> Iterator[dict[str, float]]:
+    known = {"bleu1": _bleu1, "rouge1": _rouge1, "meteor": _meteor}
+    for prediction, references in pairs:
+        yield {name: known[name](prediction, references) for name in metrics}
+
+
+@lru_cache(maxsize=1)
+def _bleu_tokenizer() -> Any:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    return Tokenizer13a()
+
+
+def _bleu1(prediction: str, references: list[str]) -> float:
+    """`evaluate`'s bleu with max_order=1: clipped precision of words times the brevity penalty, tokens of mteval-13a."""
+    tokenize = _bleu_tokenizer()
+    words = Counter(tokenize(prediction).split())
+    sources = [tokenize(reference).split() for reference in references]
+    length, wanted = sum(words.values()), min(len(source) for source in sources)
+    if not length:
+        return 0.0
+    most: Counter[str] = Counter()
+    for source in sources:
+        most |= Counter(source)
+    precision = sum((words & most).values()) / length
+    return precision if length > wanted else precision * math.exp(1 - wanted / length)
+
+
+@lru_cache(maxsize=1)
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1"], use_stemmer=False)
+
+
+def _rouge1(prediction: str, references: list[str]) -> float:
+    return float(_rouge_scorer().score_multi(references, prediction)["rouge1"].fmeasure)
+
+
+@lru_cache(maxsize=1)
+def _meteor_tools() -> tuple[Any, Any]:
+    from .wordnet import Stems, Synonyms
+
+    return Stems(), Synonyms()
+
+
+@lru_cache(maxsize=1)
+def _sentence_splitter() -> Any:
+    """nltk's, trained where its data is there, else the same algorithm without a list of abbreviations."""
+    from nltk.tokenize import PunktTokenizer
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+    try:
+        return PunktTokenizer("english")
+    except LookupError:
+        return PunktSentenceTokenizer()
+
+
+@lru_cache(maxsize=20_000)
+def _words(text: str) -> tuple[str, ...]:
+    """nltk's `word_tokenize`."""
+    from nltk.tokenize import NLTKWordTokenizer
+
+    tokenizer = NLTKWordTokenizer()
+    return tuple(word for sentence in _sentence_splitter().tokenize(text) for word in tokenizer.tokenize(sentence))
+
+
+def _meteor(prediction: str, references: list[str]) -> float:
+    from nltk.translate.meteor_score import single_meteor_score
+
+    stemmer, synonyms = _meteor_tools()
+    return max(
+        float(single_meteor_score(_words(one), _words(prediction), stemmer=stemmer, wordnet=synonyms))
+        for one in references
+    )
+
+
+# multiple choice
+
+_LETTER = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?\(?([a-h])(?:[).:,]|\s*$|\s+(?=\W))", re.I)  # fmt: skip
+
+
+def chosen_option(answer: str, options: Sequence[str]) -> int | None:
+    """Which option an answer names, by its letter ("(B) …", "B.", "Answer: B") or else by its text; None for no one.
+
+    An answer that names several options names none.
+    """
+    letter = _LETTER.match(answer.strip())
+    if letter:
+        index = ord(letter[1].upper()) - ord("A")
+        return index if index < len(options) else None
+    said = _plain(answer)
+    exact = [index for index, option in enumerate(options) if _plain(option) == said]
+    if exact:
+        return exact[0]
+    inside = [index for index, option in enumerate(options) if re.search(rf"\b{re.escape(_plain(option))}\b", said)]
+    # "pleural effusion" lies inside "no pleural effusion": the longest one counts
+    longest = [i for i in inside if not any(i != j and _plain(options[i]) in _plain(options[j]) for j in inside)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
+def choice_accuracy(answers: Sequence[str], right: Sequence[str], options: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Accuracy of multiple choice, in 0…1.
+
+    Args:
+        answers: what a system said, in any of the usual forms.
+        right: the right answers, likewise.
+        options: the choices of each question.
+
+    Returns:
+        {"accuracy", "unreadable": indices of answers that name no option (they count as wrong), "correct": [bool]}.
+
+    Raises:
+        CTInstructError: for lists of different length, or a right answer that is not among its options.
+    """
+    if not len(answers) == len(right) == len(options):
+        raise CTInstructError(f"There are {len(answers)} answers, {len(right)} right ones and {len(options)} options.")
+    correct, unreadable = [], []
+    for index, (answer, truth, choices) in enumerate(zip(answers, right, options, strict=True)):
+        wanted, given = chosen_option(truth, choices), chosen_option(answer, choices)
+        if wanted is None:
+            raise CTInstructError(f"right answer {index}, '{truth}', is not among its options.")
+        if given is None:
+            unreadable.append(index)
+        correct.append(given == wanted)
+    accuracy = float(np.mean(correct)) if correct else float("nan")
+    return {"accuracy": accuracy, "unreadable": unreadable, "correct": correct}
+
+
+# clinical efficacy
+
+
+def clinical_efficacy(
+    predictions: Sequence[str], references: Sequence[str | dict[str, int]], uncertain: bool = True
+) -> dict[str, Any]:
+    """Whether generated reports name the findings that are there: CT-RATE's 18, by `label_report`.
+
+    Args:
+        predictions: generated reports.
+        references: the right reports, read by the same rules, or {finding: 1, 0, −1 for unknown}.
+        uncertain: what findings that are only called possible count as.
+
+    Returns:
+        {"precision", "recall", "f1": macro means over findings that occur on either side; "micro": {…};
+        "per_finding": {name: {"precision", "recall", "f1", "support"}}}.
+    """
+    if len(predictions) != len(references):
+        raise CTInstructError(f"There are {len(predictions)} predictions for {len(references)} references.")
+    said = np.array([list(label_report(text, uncertain).values()) for text in predictions], dtype=bool)
+    truth = np.full(said.shape, -1)
+    for row, reference in enumerate(references):
+        if isinstance(reference, str):
+            truth[row] = list(label_report(reference, uncertain).values())
+        else:
+            known = {name.lower(): value for name, value in reference.items()}
+            truth[row] = [known.get(name, -1) for name in FINDINGS]
+    return precision_recall_f1(said, truth, FINDINGS)
+
+
+def precision_recall_f1(said: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Precision, recall and F1 of yes or no per column, with macro and micro means.
+
+    Args:
+        said: bool [N, columns].
+        truth: [N, columns] of 1, 0, or −1 for unknown.
+        names: of the columns.
+    """
+    kept = truth >= 0
+    hits = ((truth == 1) & said).sum(0)
+    claimed, positives = (said & kept).sum(0), (truth == 1).sum(0)
+
+    def three(hit: int, claim: int, positive: int) -> dict[str, float]:
+        return {
+            "precision": hit / claim if claim else 0.0,
+            "recall": hit / positive if positive else 0.0,
+            "f1": 2 * hit / (claim + positive) if claim + positive else 0.0,
+        }
+
+    per_finding = {
+        name: {**three(int(hits[i]), int(claimed[i]), int(positives[i])), "support": int(positives[i])}
+        for i, name in enumerate(names)
+    }
+    shown = [row for row, claim in zip(per_finding.values(), claimed, strict=True) if row["support"] or claim]
+    macro = {key: float(np.mean([row[key] for row in shown])) if shown else float("nan") for key in ("precision", "recall", "f1")}  # fmt: skip
+    micro = three(int(hits.sum()), int(claimed.sum()), int(positives.sum()))
+    return {**macro, "micro": micro, "per_finding": per_finding}
+
+
+__all__ = [
+    "TEXT_METRICS",
+    "TextScores",
+    "choice_accuracy",
+    "chosen_option",
+    "clinical_efficacy",
+    "find_mentions",
+    "label_report",
+    "precision_recall_f1",
+    "score_texts",
+]
