@@ -177,7 +177,8 @@ def test_the_collator_puts_together_whatever_labels_there_are(tmp_path: Path) ->
     for name in ("a", "b"):
         nifti(tmp_path / f"{name}.nii.gz")
     nifti(tmp_path / "labels.nii.gz", (1, 2))
-    collate = AlignmentCollator(PatchStore(CTInstructImageProcessor(patch_size=PATCH)), Words(), masks_per_image=2)
+    store = PatchStore(CTInstructImageProcessor(patch_size=PATCH))
+    collate = AlignmentCollator(store, Words(), masks_per_image=2, absent_share=1.0)
     masks = [MaskRef("one", str(tmp_path / "labels.nii.gz"), [1]), MaskRef("gone")]
     rows = [
         aligned(tmp_path, "a", texts=["Text."], labels=[Label("x", 1)], masks=masks),
@@ -188,6 +189,13 @@ def test_the_collator_puts_together_whatever_labels_there_are(tmp_path: Path) ->
     assert batch["class_labels"].tolist() == [[1, -1], [-1, 0]]
     assert batch["mask_images"].tolist() == [0, 0]
     assert sorted(int((mask > 0).any()) for mask in batch["mask_labels"]) == [0, 1]
+    collate.absent_share = 0.0  # then only what is there
+    present = collate(items(rows[:1], ("segmentation",)))["mask_labels"]
+    assert [int((mask > 0).any()) for mask in present] == [1]
+    padding = collate(items(rows[1:], ("segmentation",)))["mask_labels"]
+    assert [set(mask.unique().tolist()) for mask in padding] == [
+        {-1}
+    ]  # nothing known of it: every process still decodes
     assert len(batch["pixel_values"]) == batch["patch_grid"].prod(1).sum()
     only = collate(items(rows, ("category",)))
     assert not {"input_ids", "mask_input_ids"} & set(only)

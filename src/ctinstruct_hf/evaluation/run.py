@@ -164,7 +164,7 @@ def run_model(
         header = {**settings, "format": 1}
         records = [made[job.task, job.id] for job in jobs]
         with whole_file(final) as temporary, temporary.open("w", encoding="utf-8") as whole:
-            for line in lines_of(Predictions(settings["model"], records, output, header)):
+            for line in lines_of(Predictions(str(settings["model"]), records, output, header)):
                 whole.write(line + "\n")
         shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
@@ -429,7 +429,8 @@ class StageOne:
 
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.model: Any = CTInstructForPretraining.from_pretrained(model).to(place).eval()
+            network: Any = CTInstructForPretraining.from_pretrained(model)
+            self.model: Any = network.to(place).eval()
             self.processor = CTInstructImageProcessor.from_pretrained(model)
             self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
         except (OSError, ValueError, RuntimeError) as error:

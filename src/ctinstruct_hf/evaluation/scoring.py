@@ -243,9 +243,9 @@ def _score_diagnosis(
             kept = [value for value in values.values() if not np.isnan(value)]
             spread = float(np.std(kept)) if kept else float("nan")
             scores.metrics[metric] = Interval(found[metric], spread, float("nan"), float("nan"), len(records))
-    spread = [value for value in scores.per_sample["auc"].values() if not np.isnan(value)]
-    if spread:  # as the paper's: over diseases
-        scores.metrics["auc"] = Interval(mean.mean, float(np.std(spread)), mean.low, mean.high, mean.count)
+    areas = [value for value in scores.per_sample["auc"].values() if not np.isnan(value)]
+    if areas:  # as the paper's: over diseases
+        scores.metrics["auc"] = Interval(mean.mean, float(np.std(areas)), mean.low, mean.high, mean.count)
     calibrated = calibration(probabilities, labels)
     scores.metrics["ece"] = _point(calibrated["ece"], len(records))
     scores.details |= {

@@ -103,10 +103,10 @@ def surface_scores(
     places = np.nonzero(predicted | true)
     # what lies far from both changes nothing; one voxel around keeps surfaces at the border of the box
     box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in places)
-    pair = [torch.from_numpy(np.pad(one[box], 1))[None, None].float() for one in (predicted, true)]
+    first, second = (torch.from_numpy(np.pad(one[box], 1))[None, None].float() for one in (predicted, true))
     mm = [float(value) for value in spacing]
-    nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], include_background=True, spacing=mm, use_subvoxels=True)  # fmt: skip
-    hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=mm)
+    nsd = compute_surface_dice(first, second, class_thresholds=[tolerance], include_background=True, spacing=mm, use_subvoxels=True)  # fmt: skip
+    hd95 = compute_hausdorff_distance(first, second, include_background=True, percentile=95, spacing=mm)
     return float(nsd[0, 0]), float(hd95[0, 0])
 
 

@@ -246,6 +246,7 @@ def own_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table
 def per_item_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table | None:
     """Per disease, structure or finding."""
     having = [(one, scores) for one in systems if (scores := one.find(task, dataset))]
+    shown: tuple[tuple[str, str], ...]
     if task == "diagnosis":
         key, shown = (
             "per_disease",

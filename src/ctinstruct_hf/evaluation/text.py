@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +25,7 @@ _PER_PROCESS = 1000  # pairs for which starting another process is worth it
 class TextScores(list[dict[str, float]]):
     """One {metric: score in 0…1} per pair. As in `datasets`, a number gives a row and a name a column."""
 
-    @overload
-    def __getitem__(self, key: str) -> list[float]: ...
-    @overload
-    def __getitem__(self, key: int) -> dict[str, float]: ...  # type: ignore[overload-overlap]
-    @overload
-    def __getitem__(self, key: slice) -> TextScores: ...
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Any) -> Any:  # a str: a column
         if isinstance(key, str):
             if key not in self.keys():
                 raise KeyError(key)

@@ -5,8 +5,10 @@ Names of dimensions: N slices, C queries, D_text the width of a query, h x w the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -193,11 +195,12 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         """
         several = not isinstance(queries, torch.Tensor)
         if several:
-            each, grids = list(queries), list(grid)
-            ends = list(accumulate(z * y * x * s for z, y, x, s in grids))
-            spans = [slice(end - z * y * x * s, end) for end, (z, y, x, s) in zip(ends, grids, strict=True)]
+            each: list[torch.Tensor] = list(queries)
+            grids: list[Any] = list(grid)
+            sizes = [math.prod(one) for one in grids]
+            spans = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         else:
-            each, grids = [queries], [grid]  # type: ignore[list-item]
+            each, grids = [cast(torch.Tensor, queries)], [grid]
             spans = [rows if rows is not None else slice(0, tokens.shape[0])]
         asked = [index for index, one in enumerate(each) if len(one)]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():

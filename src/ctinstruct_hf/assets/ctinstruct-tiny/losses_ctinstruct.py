@@ -98,8 +98,30 @@ def masks_loss(
     """Mean of `mask_loss` over the masks of a batch."""
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
+    if len({one.shape for one in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
+        return _small_masks_loss(logits, labels, positive_weight).mean()
     losses = [mask_loss(one, truth, positive_weight=positive_weight) for one, truth in zip(logits, labels, strict=True)]
     return torch.stack(losses).mean()
+
+
+def _small_masks_loss(
+    logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], positive_weight: float, smooth: float = 1e-7
+) -> torch.Tensor:
+    """`mask_loss` of many masks of one small shape at once, as slices have them: [masks]."""
+    for one, truth in zip(logits, labels, strict=True):
+        if one.shape != truth.shape:
+            raise CTInstructError(f"mask_labels has shape {tuple(truth.shape)}, the canvas is {tuple(one.shape)}.")
+    scores = torch.stack(list(logits)).flatten(1).float()
+    truth = torch.stack(list(labels)).flatten(1).to(scores.device)
+    kept, inside = (truth >= 0).float(), (truth > 0).float()
+    weights = kept * (inside * (positive_weight - 1) + 1)
+    entropy = F.binary_cross_entropy_with_logits(scores, inside, weights, reduction="none").sum(1)
+    probability = scores.sigmoid() * kept
+    count = kept.sum(1)
+    upper = 2 * (probability * inside).sum(1) + smooth
+    lower = probability.square().sum(1) + inside.sum(1) + smooth
+    loss = entropy / count.clamp(min=1) + 1 - upper / lower
+    return torch.where(count > 0, loss, torch.zeros_like(loss))
 
 
 def label_loss(

@@ -584,14 +584,13 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         seen = seen + seen_before
         owners = torch.searchsorted(ends, seen[asked])  # the image whose last token came at or after this count
         queries = self.segmentation_query(states[asked])
+        rows = [(owners == image).nonzero().flatten() for image in range(len(grids))]
+        painted = self.segmentation_decoder(
+            [queries[own] for own in rows], vision_features.feature_maps, vision_features.last_hidden_state, grids
+        )
         masks: list[torch.Tensor | None] = [None] * len(queries)
-        for image in owners.unique().tolist():
-            rows = (owners == image).nonzero().flatten()
-            span = slice(0 if image == 0 else int(ends[image - 1]), int(ends[image]))
-            painted = self.segmentation_decoder(
-                queries[rows], vision_features.feature_maps, vision_features.last_hidden_state, grids[image], span
-            )
-            for row, mask in zip(rows.tolist(), painted, strict=True):
+        for own, parts in zip(rows, painted, strict=True):
+            for row, mask in zip(own.tolist(), parts, strict=True):
                 masks[row] = mask
         return masks
 

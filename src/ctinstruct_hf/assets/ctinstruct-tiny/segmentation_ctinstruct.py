@@ -5,6 +5,11 @@ Names of dimensions: N slices, C queries, D_text the width of a query, h x w the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -169,30 +174,70 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
 
     def forward(
         self,
-        queries: torch.Tensor,
+        queries: torch.Tensor | Sequence[torch.Tensor],
         feature_maps: tuple[torch.Tensor, ...],
         tokens: torch.Tensor,
-        grid: tuple[int, int, int, int],
+        grid: tuple[int, int, int, int] | Sequence[tuple[int, int, int, int]],
         rows: slice | None = None,
-    ) -> torch.Tensor:
-        """Mask logits on the canvas of one image.
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Mask logits on the canvas of one image, or of each of several.
 
         Args:
-            queries: T_seg [C, D_text].
+            queries: T_seg [C, D_text]; a list of them for several images, where an image may have none.
             feature_maps: the tower's five maps [N, ...].
             tokens: the tower's tokens [N, D].
-            grid: patches along depth, height and width, slices per patch.
-            rows: the image's slices among the N (all by default).
+            grid: patches along depth, height and width, slices per patch; a list of them for several images.
+            rows: the slices of a single image among the N (all by default). Several images have theirs one after the
+                other. While training, their statistics in batch norm are joint.
 
         Returns:
-            [C, Z*S, Y*patch_height, X*patch_width].
+            [C, Z*S, Y*patch_height, X*patch_width], or a list of such.
         """
-        rows = rows if rows is not None else slice(0, tokens.shape[0])
+        several = not isinstance(queries, torch.Tensor)
+        if several:
+            each: list[torch.Tensor] = list(queries)
+            grids: list[Any] = list(grid)
+            sizes = [math.prod(one) for one in grids]
+            spans = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        else:
+            each, grids = [queries], [grid]
+            spans = [rows if rows is not None else slice(0, tokens.shape[0])]
+        asked = [index for index, one in enumerate(each) if len(one)]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            maps = tuple(part[rows] for part in feature_maps)
-            embeddings = self.mask_embeddings(queries, *self.memory(maps))
-            return assemble(self.paint(embeddings, self.fine(maps, self.coarse(maps, tokens[rows]))), grid)
-        return self.paint_in_chunks(queries, feature_maps, tokens, grid, rows)
+            painted = self.paint_together(each, feature_maps, tokens, grids, spans, asked)
+        else:
+            painted = {
+                index: self.paint_in_chunks(each[index], feature_maps, tokens, grids[index], spans[index])
+                for index in asked
+            }
+        if not several:
+            return painted[0]
+        return [painted[index] if index in painted else tokens.new_zeros(0, 0, 0, 0) for index in range(len(each))]
+
+    def paint_together(
+        self,
+        queries: Sequence[torch.Tensor],
+        feature_maps: tuple[torch.Tensor, ...],
+        tokens: torch.Tensor,
+        grids: Sequence[tuple[int, int, int, int]],
+        spans: Sequence[slice],
+        asked: Sequence[int],
+    ) -> dict[int, torch.Tensor]:
+        """The U-Net runs once over the slices of all images that are asked about, then each image is painted."""
+        maps, seen = feature_maps, tokens
+        if len(asked) == 1:
+            maps, seen = tuple(part[spans[asked[0]]] for part in feature_maps), tokens[spans[asked[0]]]
+        elif len(asked) < len(queries):
+            kept = torch.cat([torch.arange(spans[one].start, spans[one].stop, device=tokens.device) for one in asked])
+            maps, seen = tuple(part[kept] for part in feature_maps), tokens[kept]
+        keys, values = self.memory(maps)
+        half = self.fine(maps, self.coarse(maps, seen))
+        sizes = [spans[one].stop - spans[one].start for one in asked]
+        painted = {}
+        for one, key, value, part in zip(asked, keys.split(sizes), values.split(sizes), half.split(sizes), strict=True):
+            embeddings = self.mask_embeddings(queries[one], key, value)
+            painted[one] = assemble(self.paint(embeddings, part), grids[one])
+        return painted
 
     def paint_in_chunks(
         self,
