@@ -1,0 +1,133 @@
+"""Scores of texts against values worked out independently."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ctinstruct_hf import CTInstructError
+from ctinstruct_hf.evaluation import wordnet
+from ctinstruct_hf.evaluation.text import choice_accuracy, chosen_option, clinical_efficacy, score_texts
+
+
+def has_wordnet() -> bool:
+    try:
+        wordnet.find_wordnet()
+    except CTInstructError:
+        return False
+    return True
+
+
+needs_wordnet = pytest.mark.skipif(not has_wordnet(), reason=wordnet.HOW_TO_GET)
+SAID = ["There is a small nodule in the left lung.", "", "No effusion.", "Heart size is normal, no effusion."]
+RIGHT = ["A small nodule is seen in the left lung.", "Emphysema.", "No effusion.", "The heart is of normal size."]
+
+
+def test_bleu_by_hand() -> None:
+    scores = score_texts(SAID, RIGHT, ["bleu1"])
+    # 10 tokens against 10, where "there" is not there, "There" counts as another word, and "A" is not "a"
+    assert scores["bleu1"][0] == pytest.approx(8 / 10)
+    assert scores["bleu1"][1] == 0.0
+    assert scores["bleu1"][2] == 1.0
+    # 8 tokens against 7: size, is, normal, "." of them
+    assert scores["bleu1"][3] == pytest.approx(4 / 8)
+    short = score_texts(["nodule"], ["a small nodule ."], ["bleu1"])[0]["bleu1"]
+    assert short == pytest.approx(math.exp(1 - 4 / 1))
+
+
+def test_rouge_by_hand() -> None:
+    scores = score_texts(SAID, RIGHT, ["rouge1"])
+    assert scores[0]["rouge1"] == pytest.approx(2 * (8 / 9) * (8 / 9) / (16 / 9))
+    assert scores[1]["rouge1"] == 0.0
+    assert scores[3]["rouge1"] == pytest.approx(2 * 4 / (6 + 6))
+
+
+@needs_wordnet
+def test_meteor_is_nltks_own() -> None:
+    from nltk.stem.porter import PorterStemmer
+    from nltk.translate.meteor_score import single_meteor_score
+
+    from ctinstruct_hf.evaluation.text import _words
+
+    reader = wordnet.find_wordnet()
+    pairs = [*zip(SAID, RIGHT, strict=True), ("The physician examined nodules.", "A doctor was examining the nodule.")]
+    ours = score_texts([one for one, _ in pairs], [one for _, one in pairs], ["meteor"])
+    for index, (said, right) in enumerate(pairs):
+        theirs = single_meteor_score(_words(right), _words(said), stemmer=PorterStemmer(), wordnet=reader)
+        assert ours[index]["meteor"] == pytest.approx(theirs)
+    assert ours[4]["meteor"] > 0.4  # a doctor is a physician, "examined" and "examining" share a stem
+
+
+@needs_wordnet
+def test_several_processes_and_several_references_give_the_same() -> None:
+    alone = score_texts(SAID * 3, RIGHT * 3, workers=1)
+    shared = score_texts(SAID * 3, RIGHT * 3, workers=2)
+    assert list(alone) == list(shared)
+    assert alone.mean()["bleu1"] == pytest.approx(sum(alone["bleu1"]) / 12)
+    two = score_texts(["No effusion."], [["Emphysema.", "No effusion."]])
+    assert two[0]["rouge1"] == 1.0
+
+
+def test_without_wordnet_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nltk import data
+
+    from ctinstruct_hf.evaluation.text import _meteor_tools
+
+    monkeypatch.setattr(data, "path", [])
+    monkeypatch.setattr(wordnet, "FOLDERS", ())
+    _meteor_tools.cache_clear()
+    with pytest.raises(CTInstructError, match="install_wordnet"):
+        score_texts(["a"], ["a"])
+    assert score_texts(["a"], ["a"], ["bleu1", "rouge1"])[0] == {"bleu1": 1.0, "rouge1": 1.0}
+    _meteor_tools.cache_clear()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(CTInstructError, match="2 predictions for 1"):
+        score_texts(["a", "b"], ["a"])
+    with pytest.raises(CTInstructError, match="pair 0 is no text"):
+        score_texts([None], ["a"])  # type: ignore[list-item]
+    with pytest.raises(CTInstructError, match="unknown bertscore"):
+        score_texts(["a"], ["a"], ["bertscore"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "index"),
+    [
+        ("(B) emphysema", 1),
+        ("B", 1),
+        ("b.", 1),
+        ("The answer is B.", 1),
+        ("Answer: (A)", 0),
+        ("emphysema", 1),
+        ("A nodule", None),
+        ("It shows no pleural effusion.", 3),
+        ("pleural effusion", 2),
+        ("emphysema or pleural effusion", None),
+        ("E", None),
+        ("", None),
+    ],
+)
+def test_an_answer_names_an_option(answer: str, index: int | None) -> None:
+    options = ["lung mass", "emphysema", "pleural effusion", "no pleural effusion"]
+    assert chosen_option(answer, options) == index
+
+
+def test_accuracy_of_choices() -> None:
+    options = [["x", "y"]] * 3
+    told = choice_accuracy(["(A) x", "y", "neither"], ["x", "A", "x"], options)
+    assert told["accuracy"] == pytest.approx(1 / 3)
+    assert told["unreadable"] == [2]
+    with pytest.raises(CTInstructError, match="is not among its options"):
+        choice_accuracy(["x"], ["z"], [["x", "y"]])
+
+
+def test_clinical_efficacy_by_hand() -> None:
+    said = ["Emphysema. No effusion.", "Pleural effusion.", "Emphysema and atelectasis."]
+    right = ["Emphysema.", {"emphysema": 1, "pleural effusion": 1}, "Atelectasis. Pleural effusion."]
+    told = clinical_efficacy(said, right)
+    assert told["per_finding"]["emphysema"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert told["per_finding"]["pleural effusion"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}  # fmt: skip
+    assert told["f1"] == pytest.approx((0.5 + 2 / 3 + 1) / 3)  # over the three that occur
+    assert told["micro"]["precision"] == pytest.approx(3 / 4)
