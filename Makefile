@@ -30,6 +30,7 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/volumes.py --check
 	@$(BIN)/python benchmarks/model.py --check
 	@$(BIN)/python benchmarks/data.py --check
+	@$(BIN)/python benchmarks/evaluation.py --check
 
 tiny: ## make the bundled checkpoint again
 	@scripts/install.sh

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.test_text import has_wordnet
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["data", "model", "volumes"])
+@pytest.mark.parametrize("name", ["data", "evaluation", "model", "volumes"])
 def test_a_quick_run_prints_its_table(name: str) -> None:
+    if name == "evaluation":
+        pytest.importorskip("nltk", reason="the `eval` extra is not installed")
+        if not has_wordnet():
+            pytest.skip("METEOR needs WordNet")
     if name == "volumes":
         pytest.importorskip("monai", reason="monai is not installed")
     done = subprocess.run(

@@ -133,7 +133,8 @@ def _roc_picture(having: Sequence[tuple[str, Any]]) -> bytes:
                 axes.plot(false, true, lw=1, label=f"{name} {area:.2f}")
         axes.plot([0, 1], [0, 1], "k:", lw=0.7)
         axes.set(xlabel="false positive rate", ylabel="true positive rate", title=system, aspect="equal")
-        axes.legend(fontsize=6, loc="lower right")
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=6, loc="lower right")
     return _png(figure)
 
 

@@ -134,10 +134,10 @@ def run_model(
     }
     final = output / "predictions.jsonl"
     parts = output / "parts"
-    _same_run(output, settings, state.is_main_process)
     jobs = _jobs(speaker, data, options)
     if not jobs:
         raise CTInstructError(f"{data} has nothing to ask about in split {options.split}.")
+    _same_run(output, settings, state.is_main_process)
     if final.exists():
         return final
     if state.is_main_process:

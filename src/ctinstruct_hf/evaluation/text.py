@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ def score_texts(
     unknown = sorted(set(metrics) - set(TEXT_METRICS))
     if unknown:
         raise CTInstructError(f"metrics has unknown {', '.join(unknown)}: known are {', '.join(TEXT_METRICS)}.")
+    _require(metrics)
     if "meteor" in metrics and pairs:
         _meteor_tools()  # fails here rather than in a process
     if workers is None:
@@ -77,6 +79,15 @@ def score_texts(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
         return TextScores(row for part in pool.map(_score_job, jobs) for row in part)
+
+
+_LIBRARIES = {"bleu1": "sacrebleu", "rouge1": "rouge_score", "meteor": "nltk"}
+
+
+def _require(metrics: Sequence[str]) -> None:
+    missing = [_LIBRARIES[name] for name in metrics if find_spec(_LIBRARIES[name]) is None]
+    if missing:
+        raise CTInstructError(f"Scores of texts need {', '.join(missing)}: pip install 'ctinstruct-hf[eval]'.")
 
 
 def _checked(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[tuple[str, list[str]]]:

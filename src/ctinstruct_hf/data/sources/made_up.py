@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..samples import Case, ImageRef, Label, MaskRef, Question, to_row
 from ..store import PatchStore, phantom_code
 from ..tasks import to_alignment, to_instructions
 
+_LEDGER_ID = re.compile(rb'\{"id": "([^"]+)"')
 STRUCTURES = [name for name in ORGANS if name != "body"] + list(UNIONS)
 
 
@@ -107,7 +109,7 @@ def phantom_rows(
     if store is not None and store.folder is not None:
         store.folder.mkdir(parents=True, exist_ok=True)
         ledger = store.folder / f"phantoms-{phantom_code()}.jsonl"
-        kept = _read_ledger(ledger)
+        kept = _read_ledger(ledger, set(refs))
     jobs = [(ref, split) for ref in refs if ref not in kept]
     if jobs:
         made = _make_all(jobs, store, workers or os.cpu_count() or 1)
@@ -119,10 +121,16 @@ def phantom_rows(
     return [{**row, "split": split} for ref in refs for row in kept[ref][samples]]
 
 
-def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
+def _read_ledger(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """What the ledger has of the wanted scans; only their lines are parsed."""
     rows: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if not path.exists():
+        return rows
+    with path.open("rb") as file:
+        for line in file:
+            named = _LEDGER_ID.match(line)
+            if named is None or named[1].decode() not in wanted:
+                continue
             try:
                 row = json.loads(line)
             except ValueError:  # the last line of a killed process

@@ -6,7 +6,6 @@ from typing import Any
 
 import datasets
 import evaluate
-
 import numpy as np
 
 from ctinstruct_hf.evaluation.segmentation import released_dice, volume_dice

@@ -1,0 +1,154 @@
+"""A model over data: with the bundled model and a small stage-one model, on made-up scans."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
+from ctinstruct_hf.cli import app
+from ctinstruct_hf.data.samples import ImageRef, InstructionSample, from_row, to_row, write_jsonl
+from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.tiny import TINY_PATCH
+from ctinstruct_hf.evaluation.predictions import read_predictions
+from ctinstruct_hf.evaluation.run import RunOptions, load_data, options_of, run_model
+from ctinstruct_hf.evaluation.scoring import score_predictions
+from ctinstruct_hf.study import BUNDLED_MODEL
+from tests.evaluation.test_text import needs_wordnet
+
+QUICK = RunOptions(limit=2, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL of all kinds of instructions about three slices, and one that cannot be read."""
+    rows = phantom_rows("slice", range(3), "test", samples="instructions", workers=1)
+    samples = [from_row(row, "instructions") for row in rows]
+    held_out = from_row({**rows[0], "id": "v", "split": "validation"}, "instructions")
+    diagnosis = next(one for one in samples if one.task == "diagnosis")  # type: ignore[union-attr]
+    validation = from_row({**to_row(diagnosis), "id": "v/diagnosis", "split": "validation"}, "instructions")
+    broken = InstructionSample(
+        "broken", [ImageRef("/nowhere/scan.nii.gz")], samples[0].messages, "report", "test", "mine"
+    )  # type: ignore[union-attr]
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    write_jsonl([broken, *samples, held_out, validation], path)  # type: ignore[list-item]
+    return path
+
+
+@needs_wordnet
+def test_every_task_is_answered_and_scored(data: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["evaluate", "--data", str(data), "-o", str(tmp_path / "out"), "--limit", "2", "--max-new-tokens", "4"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "1 samples failed: broken" in done.output
+    found = read_predictions(tmp_path / "out" / "predictions.jsonl")
+    tasks = {record.task for record in found.good}
+    assert {"report", "question", "diagnosis", "segmentation"} <= tasks
+    assert all(sum(record.task == task and record.split == "test" for record in found.records) <= 2 for task in tasks)
+    assert [record.id for record in found.records if record.split == "validation"] == ["v/diagnosis"]
+    for record in found.good:
+        for mask in record.masks:
+            assert (tmp_path / "out" / mask["prediction"]).exists()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    by_task = {one["task"]: one for one in scores["tasks"]}
+    assert "validation samples" in by_task["diagnosis"]["notes"][0]
+    assert [name for one in scores["tasks"] for name in one["failed"]] == ["broken"]
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_answers_do_not_depend_on_the_batch(data: Path, tmp_path: Path) -> None:
+    one = run_model(str(BUNDLED_MODEL), str(data), tmp_path / "one", RunOptions(("question",), limit=3, batch_size=1, max_new_tokens=6))  # fmt: skip
+    three = run_model(str(BUNDLED_MODEL), str(data), tmp_path / "three", RunOptions(("question",), limit=3, batch_size=3, max_new_tokens=6))  # fmt: skip
+    assert [record.prediction for record in read_predictions(one).records] == [record.prediction for record in read_predictions(three).records]  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on(data: Path, tmp_path: Path) -> None:
+    options = RunOptions(("diagnosis", "report"), max_new_tokens=4)
+    whole = read_predictions(run_model(str(BUNDLED_MODEL), str(data), tmp_path / "whole", options))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    lines = (tmp_path / "cut" / "predictions.jsonl").read_text().splitlines()
+    (tmp_path / "cut" / "predictions.jsonl").unlink()
+    (tmp_path / "cut" / "parts").mkdir()
+    # what a process that was killed in the middle of a line leaves behind
+    (tmp_path / "cut" / "parts" / "0-of-1.jsonl").write_text("\n".join(lines[1:3]) + "\n" + lines[3][:20])
+    again = read_predictions(run_model(str(BUNDLED_MODEL), str(data), tmp_path / "cut", options))
+    assert again.records == whole.records
+    with pytest.raises(CTInstructError, match="another max_new_tokens"):
+        run_model(
+            str(BUNDLED_MODEL), str(data), tmp_path / "cut", RunOptions(("diagnosis", "report"), max_new_tokens=5)
+        )
+
+
+def test_two_processes_give_what_one_gives(data: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "--data", str(data), "--tasks", "diagnosis", "-o"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    done = subprocess.run(
+        [*launch, "-m", "ctinstruct_hf.cli", *arguments, str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
+    one, two = (read_predictions(tmp_path / name / "predictions.jsonl").records for name in ("one", "two"))
+    assert [record.id for record in one] == [record.id for record in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+
+
+def test_made_up_scans_by_seed() -> None:
+    rows = load_data("phantoms:slice:0-5", "alignment", "test")
+    assert [row["id"] for row in rows] == [f"phantom:slice:{seed}" for seed in range(4)]
+    assert [row["id"] for row in load_data("phantoms:slice:0-5", "alignment", "validation")] == ["phantom:slice:4"]
+
+
+def test_a_stage_one_model_is_asked_for_what_it_can(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
+    from ctinstruct_hf.train.pretrain import save_stage_one
+
+    folder = tmp_path / "model"
+    model = CTInstructForPretraining(CTInstructConfig.preset("tiny"))
+    processor = CTInstructImageProcessor(patch_size=TINY_PATCH, max_patches=4)
+    save_stage_one(folder, model, AutoTokenizer.from_pretrained(BUNDLED_MODEL), processor)
+    file = run_model(str(folder), "phantoms:slice:0-8", tmp_path / "out", RunOptions())
+    found = read_predictions(file)
+    assert {record.task for record in found.good} == {"retrieval", "diagnosis", "segmentation"}
+    scores = score_predictions(found, bootstraps=20)
+    retrieval, masks = scores.find("retrieval", "phantoms"), scores.find("segmentation", "phantoms")
+    assert retrieval is not None
+    assert set(retrieval.metrics) == {"ir@5", "ir@10", "tr@5", "tr@10"}
+    assert masks is not None
+    assert 0 <= masks.metrics["dice"].mean <= 1
+    with pytest.raises(CTInstructError, match="report: this model can be asked retrieval"):
+        run_model(str(folder), "phantoms:slice:0-8", tmp_path / "other", RunOptions(("report",)))
+
+
+def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--data", str(tmp_path / "none")], "does not exist"),
+        ([], "Give either --data"),
+        (["--data", "phantoms:slice:0-2", "--model", str(tmp_path)], "cannot be loaded"),
+        (["--data", "phantoms:slice:0-2", "--thresholds", "x"], "thresholds is 'x'"),
+        (["--data", "phantoms:slice:0-2", "--tasks", "poem"], "--tasks has poem"),
+    ):
+        done = CliRunner().invoke(app, ["evaluate", *arguments, "-o", str(tmp_path / "out")])
+        assert isinstance(done.exception, CTInstructError), done.output
+        assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_choices_are_read_from_a_question() -> None:
+    assert options_of("Which? (A) one (B) two, (C) three") == ["one", "two", "three"]
+    assert options_of("Which? Choices: A. one B. two") == ["one", "two"]
+    with pytest.raises(CTInstructError, match="lists no choices"):
+        options_of("Which?")
