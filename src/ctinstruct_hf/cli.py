@@ -299,6 +299,37 @@ def pretrain(
 
 
 @app.command()
+def instruct(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")] = "tiny",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")
+    ] = None,
+    vision: Annotated[
+        Path | None, typer.Option("--vision", help="Folder of a stage-one model instead of the recipe's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="output_dir instead of the recipe's.")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="A checkpoint; the last whole one by default.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew and remove the earlier run.")] = False,
+) -> None:
+    """Stage two: tune on instructions. Goes on where an interrupted run stopped."""
+    from rich.console import Console
+
+    from .train.instruct import instruct as run
+    from .train.recipe import INSTRUCT, read_recipe
+
+    told = read_recipe(recipe, changes or [], INSTRUCT)
+    if output is not None:
+        told["output_dir"] = str(output)
+    if vision is not None:
+        told["vision"] = str(vision)
+    console = Console(stderr=True)
+    metrics = run(told, resume, restart, tell=lambda step: console.print(step, highlight=False))
+    for name, value in metrics.items():
+        typer.echo(f"{name} {value:.4f}")
+    typer.echo(f"The model is in {Path(told['output_dir']) / 'model'}.")
+
+
+@app.command()
 def evaluate(
     model: ModelOption = None,
     data: Annotated[

@@ -27,6 +27,7 @@ class MixtureEntry:
             two a task of `samples.TASKS`.
         weight: how often it is drawn, relative to the others.
         batch_size: samples a batch of it; the mixture's own by default. Slices come in larger batches than volumes.
+        lengths: of the rows' texts; batches are then made of rows of like length, which saves padding.
     """
 
     name: str
@@ -34,6 +35,7 @@ class MixtureEntry:
     tasks: tuple[str, ...]
     weight: float = 1.0
     batch_size: int | None = None
+    lengths: Sequence[int] | None = None
 
 
 @dataclass
@@ -113,12 +115,30 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
                 epoch, place = divmod(taken[part], length)
                 if (part, epoch) not in orders:
                     orders = {key: order for key, order in orders.items() if key[0] != part}
-                    orders[part, epoch] = np.random.default_rng([self.seed, 103, part, epoch]).permutation(length)
+                    orders[part, epoch] = self._order(part, epoch)
                 batch.append((part, int(orders[part, epoch][place]), drawn))
                 taken[part] += 1
                 drawn += 1
             if number % self.world_size == self.rank:
                 yield batch
+
+    def _order(self, part: int, epoch: int) -> np.ndarray:
+        """The rows of a part in the order of an epoch: at random, in batches of like length where lengths are known."""
+        entry = self.mixture.entries[part]
+        rng = np.random.default_rng([self.seed, 103, part, epoch])
+        order = rng.permutation(len(entry.rows))
+        if entry.lengths is None:
+            return order
+        size = entry.batch_size or self.batch_size
+        lengths = np.asarray(entry.lengths)
+        batches: list[np.ndarray] = []
+        for first in range(0, len(order), size * 50):  # sorted within some batches, which keeps it random
+            block = order[first : first + size * 50]
+            block = block[np.argsort(lengths[block], kind="stable")]
+            batches += [block[start : start + size] for start in range(0, len(block), size)]
+        whole, rest = [one for one in batches if len(one) == size], [one for one in batches if len(one) < size]
+        places = rng.permutation(len(whole))
+        return np.concatenate([*(whole[place] for place in places), *rest])
 
 
 class StreamedMixture(IterableDataset):

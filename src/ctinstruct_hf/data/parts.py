@@ -87,6 +87,11 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
         if part.get("sources"):
             rows = rows.filter(lambda row: row["source"] in part["sources"])
     tasks = tuple(part.get("tasks") or (GRAINS if kind == "alignment" else ()))
+    if kind == "instructions" and tasks:
+        if isinstance(rows, list):
+            rows = [row for row in rows if row["task"] in tasks]
+        else:
+            rows = rows.filter(lambda row: row["task"] in tasks)
     if part.get("limit"):
         rows = rows[: part["limit"]] if isinstance(rows, list) else rows.take(part["limit"])
     return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)), part.get("batch_size"))

@@ -65,6 +65,8 @@ class PatchStore:
     def _phantom_mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
         prepared = self._entry(self._key(image), lambda: self._prepare(image), ("organs", "findings"))
         organs = prepared["organs"]
+        if not mask.path:
+            return _relabelled(organs, ())
         if mask.name in phantoms.FINDINGS:
             inside = (prepared["findings"] >> phantoms.FINDINGS.index(mask.name)) & 1
             return torch.where(organs < 0, organs, inside.to(torch.int8))

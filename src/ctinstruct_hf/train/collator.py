@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch
 
 from ..data.descriptions import describe_category
 from ..data.mixture import Item, generator_of
-from ..data.samples import AlignmentSample, MaskRef, from_row
+from ..data.samples import AlignmentSample, InstructionSample, MaskRef, from_row, parts_of
 from ..data.store import PatchStore, Prepared
+from ..data.templates import SEG_TOKEN
 from ..errors import CTInstructError
+from ..modeling.vision_ctinstruct import CTInstructVisionOutput
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,35 @@ class SkippedSamples:
             )
 
 
-class AlignmentCollator:
+class _Collator:
+    """What both stages share: samples that cannot be read are passed over, counted, and limited."""
+
+    kind = ""
+
+    def __init__(self, store: PatchStore, tokenizer: Any, max_length: int, seed: int, max_skipped: int) -> None:
+        self.store, self.tokenizer, self.max_length, self.seed = store, tokenizer, max_length, seed
+        self.skipped = SkippedSamples(max_skipped)
+        self._last_good: Any = None
+
+    def read_all(self, items: Sequence[Item], read: Callable[[Any, np.random.Generator], Any]) -> list[Any]:
+        """What `read` makes of each sample that it can read; of the last good one where there is none in the batch."""
+        found: list[Any] = []
+        for item in items:
+            sample: Any = None
+            try:
+                sample = from_row(item.row, self.kind)
+                found.append(read(sample, generator_of(self.seed, item.draw)))
+                self._last_good = sample
+            except CTInstructError as error:
+                self.skipped.add(item.row.get("id", "?") if sample is None else sample.id, error)
+        if not found:
+            if self._last_good is None:
+                raise CTInstructError("No sample of a batch could be read, and none before it.")
+            found.append(read(self._last_good, generator_of(self.seed, items[0].draw)))
+        return found
+
+
+class AlignmentCollator(_Collator):
     """Stage one: `AlignmentSample` rows to the arguments of `CTInstructForPretraining.forward`.
 
     Args:
@@ -58,6 +88,8 @@ class AlignmentCollator:
         max_skipped: unreadable samples that are passed over before training ends.
     """
 
+    kind = "alignment"
+
     def __init__(
         self,
         store: PatchStore,
@@ -68,12 +100,9 @@ class AlignmentCollator:
         seed: int = 0,
         max_skipped: int = 100,
     ) -> None:
-        self.store, self.tokenizer = store, tokenizer
+        super().__init__(store, tokenizer, max_length, seed, max_skipped)
         tokenizer.padding_side = "right"  # encoders count positions from the left: padding there would shift them
-        self.masks_per_image, self.absent_share, self.max_length = masks_per_image, absent_share, max_length
-        self.seed = seed
-        self.skipped = SkippedSamples(max_skipped)
-        self._last_good: AlignmentSample | None = None
+        self.masks_per_image, self.absent_share = masks_per_image, absent_share
 
     def words(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and attention_mask [texts, L]."""
@@ -84,20 +113,8 @@ class AlignmentCollator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         tasks = items[0].tasks
-        read: list[tuple[AlignmentSample, Prepared, list[MaskRef], list[torch.Tensor], np.random.Generator]] = []
-        for item in items:
-            rng = generator_of(self.seed, item.draw)
-            sample: AlignmentSample | None = None
-            try:
-                sample = from_row(item.row, "alignment")  # type: ignore[assignment]
-                read.append(self._read(sample, tasks, rng))  # type: ignore[arg-type]
-                self._last_good = sample
-            except CTInstructError as error:
-                self.skipped.add(item.row.get("id", "?") if sample is None else sample.id, error)
-        if not read:
-            if self._last_good is None:
-                raise CTInstructError("No sample of a batch could be read, and none before it.")
-            read.append(self._read(self._last_good, tasks, generator_of(self.seed, items[0].draw)))
+        read: list[tuple[AlignmentSample, Prepared, list[MaskRef], list[torch.Tensor], np.random.Generator]]
+        read = self.read_all(items, lambda sample, rng: self._read(sample, tasks, rng))
         samples = [one[0] for one in read]
         batch: dict[str, Any] = {
             "pixel_values": torch.cat([one[1]["pixel_values"] for one in read]).float(),
@@ -175,3 +192,192 @@ class AlignmentCollator:
         batch["mask_input_ids"], batch["mask_attention_mask"] = self.words(names)
         batch["mask_images"] = torch.tensor(owners)
         batch["mask_labels"] = labels
+
+
+class InstructionCollator(_Collator):
+    """Stage two: `InstructionSample` rows to the arguments of `CTInstructForConditionalGeneration.forward`.
+
+    Labels are −100 but on answers, each with its closing token. Masks come in the order of `<SEG>`, disease labels in the
+    order of `<disease_confidence>`, −1 where unknown.
+
+    Args:
+        store: reads and keeps patches.
+        processor: of the model.
+        max_length: tokens of a conversation; longer samples are skipped, since cutting would tear images apart.
+        padding_side: left or right.
+        seed, max_skipped: see `AlignmentCollator`.
+        tokens: a store of the frozen tower's tokens, read instead of patches where a batch has no masks.
+    """
+
+    kind = "instructions"
+
+    def __init__(
+        self,
+        store: PatchStore,
+        processor: Any,
+        max_length: int = 4096,
+        padding_side: str = "right",
+        seed: int = 0,
+        max_skipped: int = 100,
+        tokens: Any = None,
+    ) -> None:
+        super().__init__(store, processor.tokenizer, max_length, seed, max_skipped)
+        if padding_side not in ("left", "right"):
+            raise CTInstructError(f"padding_side is '{padding_side}': use left or right.")
+        self.processor, self.padding_side, self.tokens = processor, padding_side, tokens
+
+    def __call__(self, items: Sequence[Item | dict[str, Any]]) -> dict[str, Any]:
+        """A batch from items of a mixture, or from plain rows as a `datasets.Dataset` gives them."""
+        listed = [one if isinstance(one, Item) else Item(one, (), index) for index, one in enumerate(items)]
+        light = self.tokens is not None and not any(item.row.get("masks") for item in listed)
+        read = self.read_all(listed, lambda sample, rng: self._read(sample, light))
+        longest = max(len(one["input_ids"]) for one in read)
+        batch: dict[str, Any] = {
+            name: torch.stack([self._padded(one[name], longest, value) for one in read])
+            for name, value in (("input_ids", self._pad_id), ("attention_mask", 0), ("labels", -100))
+        }
+        images = [image for one in read for image in one["images"]]
+        if light:
+            batch["vision_features"] = CTInstructVisionOutput(
+                last_hidden_state=torch.cat([image["tokens"] for image in images]).float(),
+                patch_grid=torch.cat([image["patch_grid"] for image in images]),
+            )
+        else:
+            batch["pixel_values"] = torch.cat([image["pixel_values"] for image in images]).float()
+            batch["patch_grid"] = torch.cat([image["patch_grid"] for image in images])
+            batch["slice_mask"] = torch.cat([image["slice_mask"] for image in images])
+        masks = [mask for one in read for mask in one["masks"]]
+        if masks:
+            batch["mask_labels"] = masks
+        values = [value for one in read for value in one["disease_labels"]]
+        if values:
+            batch["disease_labels"] = torch.tensor(values)
+            batch["disease_ids"] = torch.tensor([row for one in read for row in one["disease_ids"]])
+        return batch
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def _padded(self, row: torch.Tensor, length: int, value: int) -> torch.Tensor:
+        missing = length - len(row)
+        sides = (missing, 0) if self.padding_side == "left" else (0, missing)
+        return torch.nn.functional.pad(row, sides, value=value)
+
+    def _read(self, sample: InstructionSample, light: bool) -> dict[str, Any]:
+        images = [self.tokens.image(image) if light else self.store.image(image) for image in sample.images]
+        counts = [int(np.prod(row)) for image in images for row in image["patch_grid"].tolist()]
+        input_ids, labels = self.words(sample, counts)
+        read: dict[str, Any] = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": torch.ones_like(input_ids),
+            "images": images,
+            "masks": self._masks(sample),
+            "disease_labels": [float(label.value) for label in sample.labels],
+            "disease_ids": self._diseases(sample),
+        }
+        return read
+
+    def words(self, sample: InstructionSample, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and labels [L] of a conversation.
+
+        Raises:
+            CTInstructError: where it is too long, or the chat template does not write it turn by turn.
+        """
+        rest = list(counts)
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for index, turn in enumerate(sample.messages):
+            answers = turn["role"] == "assistant"
+            if answers:  # what generation begins with belongs to the question
+                opened = self.processor.apply_chat_template(sample.messages[:index], add_generation_prompt=True)
+                self._add(sample, ids, labels, done, opened, rest, False)
+                done = opened
+            told = self.processor.apply_chat_template(sample.messages[: index + 1])
+            self._add(sample, ids, labels, done, told, rest, answers)
+            done = told
+        if len(ids) > self.max_length:
+            raise CTInstructError(f"sample '{sample.id}' has {len(ids)} tokens, max_length is {self.max_length}.")
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def _add(
+        self,
+        sample: InstructionSample,
+        ids: list[int],
+        labels: list[int],
+        before: str,
+        after: str,
+        counts: list[int],
+        learned: bool,
+    ) -> None:
+        """The words that `after` has beyond `before`."""
+        if not after.startswith(before):
+            raise CTInstructError(
+                f"sample '{sample.id}': the chat template does not write a conversation turn by turn."
+            )
+        text = after[len(before) :]
+        shown = text.count(self.processor.image_token)
+        text = self.processor.expand([text], [counts.pop(0) for _ in range(shown)])[0]
+        new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += new
+        labels += new if learned else [-100] * len(new)
+
+    def _masks(self, sample: InstructionSample) -> list[torch.Tensor]:
+        """Canvases in the order of `<SEG>`, each of the image last shown before it."""
+        masks = iter(sample.masks)
+        found: list[torch.Tensor] = []
+        shown = 0
+        for turn in sample.messages:
+            for part in parts_of(turn):
+                if part["type"] == "image":
+                    shown += 1
+                elif turn["role"] == "assistant":
+                    asked = (part.get("text") or "").count(SEG_TOKEN)
+                    found += [self.store.mask(sample.images[shown - 1], next(masks)) for _ in range(asked)]
+        return found
+
+    def _diseases(self, sample: InstructionSample) -> list[int]:
+        """Which row of the disease head each `<disease_confidence>` is.
+
+        Raises:
+            CTInstructError: for diseases that are in no list of the model.
+        """
+        names = [label.name.lower() for label in sample.labels]
+        if not names:
+            return []
+        start = 0
+        for listed in self.processor.disease_lists.values():
+            known = {disease.lower(): start + place for place, disease in enumerate(listed)}
+            if all(name in known for name in names):
+                return [known[name] for name in names]
+            start += len(listed)
+        raise CTInstructError(
+            f"sample '{sample.id}' asks about {', '.join(names[:3])} …: no disease list has them all."
+        )
+
+
+class PreferenceCollator(InstructionCollator):
+    """Pairs of answers for TRL's `DPOTrainer`: rows of `InstructionSample` with a `rejected` answer beside the last one.
+
+    The batch holds the samples with the preferred answers, then the same ones with the rejected; `completion_mask` is 1 on
+    answers. Preference is about words: masks and diagnoses take no part in it.
+    """
+
+    def __call__(self, items: Sequence[Item | dict[str, Any]]) -> dict[str, Any]:
+        listed = [one.row if isinstance(one, Item) else dict(one) for one in items]
+        chosen, rejected = [], []
+        for row in listed:
+            told = row.pop("rejected", None)
+            if not isinstance(told, str):
+                raise CTInstructError(f"sample '{row.get('id', '?')}' has no rejected answer.")
+            answer = {"role": "assistant", "content": [{"type": "text", "text": told}]}
+            chosen.append({**row, "masks": [], "labels": []})
+            rejected.append({**row, "messages": [*row["messages"][:-1], answer], "masks": [], "labels": []})
+        batch = super().__call__([*chosen, *rejected])
+        if len(batch["input_ids"]) != 2 * len(listed):
+            raise CTInstructError("A pair of answers could not be read in full: both sides are needed.")
+        batch["completion_mask"] = (batch.pop("labels") != -100).long()
+        return batch

@@ -243,7 +243,7 @@ def pretrain(
         recipe, PretrainSettings, report_to="tensorboard", logging_steps=10, save_total_limit=2
     )
     folder = Path(args.output_dir)
-    start = _place_to_start(folder, recipe, resume, restart, args.should_save)
+    start = place_to_start(folder, recipe, resume, restart, args.should_save)
     from transformers import EarlyStoppingCallback, set_seed
 
     set_seed(args.seed)
@@ -269,7 +269,7 @@ def pretrain(
     )
     if settings.model is None and start is None and settings.spread_texts:
         spread_texts(model, collator.words, entries)
-    mixture = _mixture(entries, args, start)
+    mixture = make_mixture(entries, args, start)
     callbacks = []
     if settings.early_stopping_patience is not None:
         args.load_best_model_at_end = True
@@ -298,7 +298,7 @@ def pretrain(
     return scores.metrics
 
 
-def _mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> Mixture | StreamedMixture:
+def make_mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> Mixture | StreamedMixture:
     """The parts together; streamed ones know by themselves where a resumed run goes on."""
     streamed = [not hasattr(entry.rows, "__len__") for entry in entries]
     if not any(streamed):
@@ -312,9 +312,7 @@ def _mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> M
     )
 
 
-def _place_to_start(
-    folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool
-) -> str | None:
+def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool) -> str | None:
     """The checkpoint to go on from; the recipe is kept beside it, and another one is refused."""
     kept = folder / "recipe.json"
     told = json.dumps(recipe, indent=1, sort_keys=True, default=str)
@@ -322,7 +320,8 @@ def _place_to_start(
         shutil.rmtree(folder)
     if resume is not None:
         return str(require_complete(Path(resume)))
-    if kept.exists() and not restart:
+    found = newest_complete(folder) if folder.is_dir() else None
+    if kept.exists() and found is not None and not restart:  # else nothing was trained yet
         before = json.loads(kept.read_text())
         now = json.loads(told)
         changed = sorted(
@@ -333,8 +332,7 @@ def _place_to_start(
                 f"{folder} holds a run of another recipe (different: {', '.join(changed)}): "
                 "choose another output_dir, or --restart."
             )
-        found = newest_complete(folder)
-        return None if found is None else str(found)
+        return str(found)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(told)

@@ -15,18 +15,24 @@ from ..errors import CTInstructError
 Settings = TypeVar("Settings")
 
 
-def recipe_names() -> list[str]:
-    """The bundled recipes."""
+INSTRUCT = "instruct-"  # what names of stage two's recipes begin with; those of stage one have no beginning
+
+
+def recipe_names(stage: str = "") -> list[str]:
+    """The bundled recipes of a stage, without the beginning of their files' names."""
     folder = resources.files("ctinstruct_hf.train") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = [entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    mine = [name for name in names if name.startswith(INSTRUCT) == bool(stage)]
+    return sorted(name.removeprefix(stage) for name in mine)
 
 
-def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+def read_recipe(recipe: str | Path, changes: Sequence[str] = (), stage: str = "") -> dict[str, Any]:
     """The settings of a recipe.
 
     Args:
         recipe: a YAML file, or the name of a bundled one. `base: name` in it takes another as its start.
         changes: `key=value` each, the value as YAML; `part.key=value` inside a part.
+        stage: `INSTRUCT` for bundled recipes of stage two.
 
     Raises:
         CTInstructError: naming the file or the change.
@@ -36,10 +42,11 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> dict[str, An
         if not path.is_file():
             raise CTInstructError(f"{path} does not exist.")
         text = path.read_text()
-    elif str(recipe) in recipe_names():
-        text = (resources.files("ctinstruct_hf.train") / "recipes" / f"{recipe}.yaml").read_text()
+    elif str(recipe) in recipe_names(stage):
+        text = (resources.files("ctinstruct_hf.train") / "recipes" / f"{stage}{recipe}.yaml").read_text()
     else:
-        raise CTInstructError(f"There is no recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}.")
+        known = ", ".join(recipe_names(stage))
+        raise CTInstructError(f"There is no recipe '{recipe}': give a YAML file or one of {known}.")
     try:
         settings = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -49,7 +56,7 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> dict[str, An
     if "base" in settings:
         base = str(settings.pop("base"))
         beside = path.parent / base
-        settings = merge(read_recipe(beside if beside.is_file() else base), settings)
+        settings = merge(read_recipe(beside if beside.is_file() else base, stage=stage), settings)
     for change in changes:
         key, sign, value = change.partition("=")
         if not sign:
@@ -70,12 +77,15 @@ def merge(start: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_recipe(settings: dict[str, Any], ours: type[Settings], **defaults: Any) -> tuple[Settings, Any]:
+def parse_recipe(
+    settings: dict[str, Any], ours: type[Settings], arguments: Any = None, **defaults: Any
+) -> tuple[Settings, Any]:
     """(our settings, TrainingArguments) of a recipe.
 
     Args:
         settings: from `read_recipe`.
         ours: the dataclass of this stage's settings.
+        arguments: the class of the arguments; TrainingArguments by default.
         defaults: TrainingArguments to use where the recipe says nothing.
 
     Raises:
@@ -83,8 +93,9 @@ def parse_recipe(settings: dict[str, Any], ours: type[Settings], **defaults: Any
     """
     from transformers import TrainingArguments
 
+    arguments = arguments or TrainingArguments
     known = {field.name for field in dataclasses.fields(ours)}  # type: ignore[arg-type]
-    training = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    training = {field.name: field for field in dataclasses.fields(arguments) if field.init}
     unknown = sorted(set(settings) - known - set(training))
     if unknown:
         raise CTInstructError(f"The recipe has unknown keys: {', '.join(unknown)}.")
@@ -101,6 +112,6 @@ def parse_recipe(settings: dict[str, Any], ours: type[Settings], **defaults: Any
         rest["save_total_limit"] = 2  # the one before stays until the next is whole
     try:
         mine = ours(**{name: value for name, value in settings.items() if name in known})
-        return mine, TrainingArguments(**rest)
+        return mine, arguments(**rest)
     except (ValueError, TypeError) as error:
         raise CTInstructError(f"The recipe does not fit: {error}") from error

@@ -23,28 +23,39 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-class MixtureTrainer(Trainer):
-    """A Trainer whose batches come from a `Mixture` or a `StreamedMixture`.
+def prepare_arguments(args: TrainingArguments) -> None:
+    """What every training here needs of TrainingArguments.
 
-    The number of steps is `max_steps`; a mixture has no epochs. `collator` reads the voxels. `learning_rates` gives the
-    weights under a prefix of their names another rate than `args.learning_rate`; the longest prefix counts.
+    Raises:
+        CTInstructError: without a number of steps.
+    """
+    if args.max_steps <= 0:
+        raise CTInstructError("The recipe has no max_steps: a mixture has no epochs.")
+    args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False  # it hides bad losses
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True  # a step of one task leaves the heads of the others alone
+
+
+class MixtureLoop:
+    """For a Trainer of Transformers or TRL: batches from a mixture, the model's own loss, each part of it logged.
+
+    The number of steps is `max_steps`; a mixture has no epochs. `learning_rates` gives the weights under a prefix of their
+    names another rate than `args.learning_rate`; the longest prefix counts.
     """
 
-    def __init__(self, model: Any, args: TrainingArguments, mixture: Mixture | StreamedMixture, collator: Any, **kwargs: Any) -> None:  # fmt: skip
-        if args.max_steps <= 0:
-            raise CTInstructError("The recipe has no max_steps: a mixture has no epochs.")
-        args.remove_unused_columns = False
-        args.logging_nan_inf_filter = False  # it hides bad losses
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # a step of one task leaves the heads of the others alone
-        super().__init__(model=model, args=args, train_dataset=mixture, data_collator=collator, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: it must be divided by the accumulation steps
+    loss_is_scaled_for_ga = False  # the loss is a mean: it must be divided by the accumulation steps
+
+    def begin(self: Any, mixture: Mixture | StreamedMixture) -> None:
+        """To be called once the trainer is made."""
+        self.model_accepts_loss_kwargs = False
+        self.mixture = mixture
         self.learning_rates: dict[str, float] = {}
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self: Any) -> DataLoader:
         args = self.args
-        mixture: Any = self.train_dataset
+        mixture: Any = self.mixture
         settings: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
@@ -62,16 +73,16 @@ class MixtureTrainer(Trainer):
         )  # shards itself: accelerate's sharding drops batches of another size
         return DataLoader(mixture, batch_sampler=batches, **settings)  # type: ignore[arg-type]
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self: Any, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is not None or not self.learning_rates:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
+            return super().create_optimizer(model)  # type: ignore[misc]
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
         names = {id(weight): name for name, weight in (model or self.model).named_parameters()}
         groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             by_rate: dict[float, list[Any]] = defaultdict(list)
             for weight in group["params"]:
-                name = names[id(weight)].removeprefix("module.")
+                name = names[id(weight)].removeprefix("module.").removeprefix("base_model.model.")
                 prefix = max((one for one in self.learning_rates if name.startswith(one)), key=len, default=None)
                 by_rate[group["lr"] if prefix is None else self.learning_rates[prefix]].append(weight)
             groups += [{**group, "params": weights, "lr": rate} for rate, weights in by_rate.items()]
@@ -79,7 +90,7 @@ class MixtureTrainer(Trainer):
         return optimizer
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs)
         if outputs.loss is None:
@@ -91,17 +102,26 @@ class MixtureTrainer(Trainer):
                 self._parts[name][1] += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # each part, averaged over the batches that had it
             logs |= {name: total / count for name, (total, count) in self._parts.items() if count}
             self._parts.clear()
             skipped = getattr(self.data_collator, "skipped", None)
             if skipped is not None and skipped.count:
                 logs["skipped_samples"] = float(skipped.count)
-        super().log(logs, start_time)
+        super().log(logs, start_time)  # type: ignore[misc]
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+
+class MixtureTrainer(MixtureLoop, Trainer):
+    """Transformers' Trainer whose batches come from a `Mixture` or a `StreamedMixture`; `collator` reads the voxels."""
+
+    def __init__(self, model: Any, args: TrainingArguments, mixture: Mixture | StreamedMixture, collator: Any, **kwargs: Any) -> None:  # fmt: skip
+        prepare_arguments(args)
+        super().__init__(model=model, args=args, train_dataset=mixture, data_collator=collator, **kwargs)
+        self.begin(mixture)

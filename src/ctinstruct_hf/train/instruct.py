@@ -1,0 +1,398 @@
+"""Stage two from a recipe (section 3.3): TRL's SFTTrainer, or Transformers' Trainer, over a mixture of instructions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+from ..data.mixture import Item, Mixture, MixtureBatches, MixtureEntry
+from ..data.parts import check_part, load_part
+from ..data.samples import TASKS, ImageRef, text_of
+from ..data.store import PatchStore
+from ..errors import CTInstructError
+from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
+from ..output.folder import whole_folder
+from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from ..processing.processing_ctinstruct import CTInstructProcessor
+from .batch_norm import set_batch_norm
+from .collator import InstructionCollator
+from .language_models import load_language_model
+from .pretrain import check_rates, make_mixture, place_to_start
+from .recipe import parse_recipe
+from .token_store import TokenStore
+from .trainer import LOSSES, MixtureLoop, MixtureTrainer, data_seed, prepare_arguments
+
+# part of a recipe -> where its weights are
+PARTS: dict[str, str] = {
+    "vision_tower": "model.vision_tower",
+    "bridger": "model.bridger",
+    "language_model": "model.language_model",
+    "segmentation_query": "segmentation_query",
+    "segmentation_decoder": "segmentation_decoder",
+    "disease_head": "disease_head",
+}
+TRAINERS = ("trl", "transformers")
+
+
+@dataclass
+class InstructSettings:
+    """What a stage-two recipe has beside SFTConfig or TrainingArguments.
+
+    Attributes:
+        vision: folder of a stage-one model (its `model` folder); tower, decoder and image processor come from it.
+        language_model: `tiny`, `smollm2`, a folder or a name on the Hub, see `load_language_model`.
+        model: a whole model to go on from instead of these two.
+        config: fields of `CTInstructConfig`: bridger, disease_head, segmentation_loss_weight, disease_loss_weight,
+            disease_positive_weights …
+        disease_lists: {name: diseases} beside the config's own; `only_these_lists` leaves the config's own out.
+        freeze: parts that are not trained, of `PARTS`.
+        lora: arguments of peft's `LoraConfig` for the language model; what is new in the model is trained whole.
+        load_in_4bit: QLoRA: the language model in 4 bits by bitsandbytes, on a GPU.
+        trainer: `trl` or `transformers`.
+        mixture: parts {dataset | phantoms, tasks, weight, batch_size …}, see `data.parts`.
+        evaluation: one such part, with `batches` (how many are scored).
+        cache: folder of prepared patches, and of tokens.
+        keep_tokens: with a frozen tower: its tokens are computed once, for samples without masks.
+        group_by_length: batches of texts of like length.
+        padding_side, max_length, max_skipped: see `InstructionCollator`; `max_tokens` is its max_length.
+        batch_norm: `local`, `synchronised` over processes, or `frozen`.
+        positive_voxels: {weight, steps, end}, see `PretrainSettings`.
+        learning_rates: {prefix of weights: rate} where it is not `learning_rate`.
+    """
+
+    vision: str | None = None
+    language_model: str = "tiny"
+    model: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    disease_lists: dict[str, list[str]] = field(default_factory=dict)
+    only_these_lists: bool = False
+    freeze: list[str] = field(default_factory=list)
+    lora: dict[str, Any] | None = None
+    load_in_4bit: bool = False
+    trainer: str = "trl"
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    cache: str | None = None
+    keep_tokens: bool = False
+    group_by_length: bool = False
+    padding_side: str = "right"
+    max_tokens: int = 4096
+    max_skipped: int = 100
+    batch_norm: str = "frozen"
+    positive_voxels: dict[str, float] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.mixture:
+            raise CTInstructError("The recipe has an empty mixture: name at least one part to train on.")
+        for part in [*self.mixture, *([self.evaluation_part] if self.evaluation else [])]:
+            check_part(part, "instructions", TASKS)
+        if (self.vision is None) == (self.model is None):
+            raise CTInstructError("The recipe needs either vision (a stage-one folder) or model (a whole one).")
+        for name in ("vision", "model"):
+            value = getattr(self, name)
+            if (
+                value is not None
+                and not (Path(value) / "config.json").exists()
+                and (name == "vision" or "/" not in value)
+            ):
+                raise CTInstructError(f"{name}: {value} is no folder with a model.")
+        wrong = sorted(set(self.freeze) - set(PARTS))
+        if wrong:
+            raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
+        if self.trainer not in TRAINERS:
+            raise CTInstructError(f"trainer is '{self.trainer}': use {' or '.join(TRAINERS)}.")
+        if self.keep_tokens and "vision_tower" not in self.freeze:
+            raise CTInstructError("keep_tokens needs a frozen tower: add vision_tower to freeze.")
+        if self.load_in_4bit and self.lora is None:
+            raise CTInstructError("load_in_4bit needs lora: weights of 4 bits are not trained themselves.")
+
+    @property
+    def evaluation_part(self) -> dict[str, Any]:
+        part = {"split": "validation", **(self.evaluation or {})}
+        return {name: value for name, value in part.items() if name != "batches"}
+
+
+def build_model(settings: InstructSettings) -> tuple[Any, CTInstructProcessor]:
+    """The model of a recipe and its processor; frozen parts are frozen, adapters are on.
+
+    Raises:
+        CTInstructError: where the parts do not fit each other or the tokenizer.
+    """
+    loading: dict[str, Any] = {}
+    if settings.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    if settings.model is not None:
+        from ..study import load_processor
+
+        processor = load_processor(settings.model)
+        model = CTInstructForConditionalGeneration.from_pretrained(settings.model, dtype=torch.float32, **loading)
+    else:
+        model, processor = _from_parts(settings, loading)
+    set_batch_norm(model, settings.batch_norm)
+    if settings.lora is not None:
+        return _with_adapters(model, processor, settings), processor
+    for name in settings.freeze:
+        set_batch_norm(model.get_submodule(PARTS[name]).requires_grad_(False), "frozen")
+    return model, processor
+
+
+def _from_parts(settings: InstructSettings, loading: dict[str, Any]) -> tuple[Any, CTInstructProcessor]:
+    assert settings.vision is not None
+    language_model, tokenizer = load_language_model(settings.language_model, **loading)
+    if getattr(tokenizer, "chat_template", None) is not None:
+        tokenizer.chat_template = None  # the processor's own writes images
+    from ..modeling.configuration_ctinstruct import CTInstructConfig
+
+    own = {} if settings.only_these_lists else CTInstructConfig.preset("tiny").disease_lists
+    lists = dict(sorted({**own, **settings.disease_lists}.items()))
+    try:
+        model = CTInstructForConditionalGeneration.from_parts(
+            settings.vision, language_model, tokenizer, disease_lists=lists, **settings.config
+        )
+        image_processor = CTInstructImageProcessor.from_pretrained(settings.vision)
+    except CTInstructError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise CTInstructError(f"The parts of the recipe do not fit: {str(error).strip().splitlines()[0]}") from error
+    processor = CTInstructProcessor(image_processor, tokenizer, disease_lists=lists)
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    known = ends is not None and ends != tokenizer.unk_token_id
+    model.generation_config.eos_token_id = ends if known else tokenizer.eos_token_id
+    model.generation_config.pad_token_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    return model, processor
+
+
+def _with_adapters(model: Any, processor: CTInstructProcessor, settings: InstructSettings) -> Any:
+    """LoRA on the language model. Bridger and heads start fresh and are trained whole, and so are the rows of the new
+    tokens in the embeddings: adapters do not reach them, and what is not trained stays noise."""
+    from peft import LoraConfig, get_peft_model
+
+    new = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()]
+    whole = [
+        PARTS[name] for name in PARTS if name not in ("language_model", "vision_tower") and name not in settings.freeze
+    ]
+    if "vision_tower" not in settings.freeze:
+        whole.append(PARTS["vision_tower"])
+    targets = settings.lora.get("target_modules", ["q_proj", "v_proj"])  # type: ignore[union-attr]
+    if not isinstance(targets, str):
+        targets = rf"model\.language_model\..*\.({'|'.join(targets)})"
+    try:
+        config = LoraConfig(**{
+            "r": 8, "lora_alpha": 32, "lora_dropout": 0.1, **settings.lora,  # type: ignore[dict-item]
+            "target_modules": targets,
+            "modules_to_save": whole,
+            "trainable_token_indices": {"embed_tokens": new},
+        })  # fmt: skip
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise CTInstructError(f"lora does not fit: {str(error).strip().splitlines()[0]}") from error
+
+
+def placeholder(entries: Sequence[MixtureEntry]) -> Any:
+    """A `datasets.Dataset` of one row: TRL looks at it, batches come from the mixture."""
+    from datasets import Dataset
+
+    row = dict(next(iter(entries[0].rows)))
+    return Dataset.from_list([{"images": [image["path"] for image in row["images"]], "id": row["id"]}])
+
+
+class _Instructs(MixtureLoop):
+    """What both trainers of stage two share."""
+
+    held_out: list[list[Item]]
+    positive_voxels: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        start, end, steps = self.positive_voxels
+        done = min(self.state.global_step / steps, 1.0) if steps else 1.0
+        _base_of(self.accelerator.unwrap_model(model)).positive_voxel_weight = start ** (1 - done) * end**done
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
+        """Each loss on the held-out batches, shared out over the processes."""
+        model = self.model
+        model.eval()
+        sums: dict[str, list[float]] = {}
+        for number, items in enumerate(self.held_out):
+            if number % self.args.world_size != self.args.process_index:
+                continue
+            batch = send_to_device(self.data_collator(items), self.args.device)
+            with self.compute_loss_context_manager():
+                outputs = model(**batch)
+            for name in ("loss", *LOSSES):
+                if outputs.get(name) is not None:
+                    total = sums.setdefault(f"{metric_key_prefix}_{name}", [0.0, 0.0])
+                    total[0] += float(outputs[name])
+                    total[1] += 1
+        model.train()
+        if self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            gathered = gather_object([sums])
+            sums = {}
+            for one in gathered:
+                for name, (value, count) in one.items():
+                    total = sums.setdefault(name, [0.0, 0.0])
+                    total[0] += value
+                    total[1] += count
+        metrics = {name: total / count for name, (total, count) in sums.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class InstructionTrainer(_Instructs, MixtureTrainer):
+    """Stage two with Transformers' Trainer."""
+
+
+def sft_trainer(
+    model: Any, args: Any, mixture: Any, collator: InstructionCollator, entries: Sequence[MixtureEntry], **kwargs: Any
+) -> Any:
+    """Stage two with TRL's SFTTrainer: its arguments, logs and callbacks; the loss is the model's own, since TRL's would
+    leave masks and diagnoses out."""
+    from trl import SFTTrainer
+
+    class InstructionSFTTrainer(_Instructs, SFTTrainer):
+        pass
+
+    prepare_arguments(args)
+    args.max_length = None  # nothing is cut: images would be torn apart
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    trainer = InstructionSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=placeholder(entries),
+        data_collator=collator,
+        processing_class=collator.processor,
+        **kwargs,
+    )
+    trainer.begin(mixture)
+    return trainer
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def instruct(
+    recipe: dict[str, Any],
+    resume: str | None = None,
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda step: None,
+) -> dict[str, float]:
+    """Tune on instructions; a run that was interrupted goes on from its last whole checkpoint.
+
+    Args:
+        recipe: from `read_recipe`.
+        resume: a checkpoint to go on from, instead of the last whole one in `output_dir`.
+        restart: begin anew; what is in `output_dir` of an earlier run is removed.
+        tell: called with a sentence on progress.
+
+    Returns:
+        The losses on the held-out batches; empty without an evaluation. The model, adapters merged, and its processor are
+        in `output_dir/model`, which every command takes as `--model`.
+
+    Raises:
+        CTInstructError: for a bad recipe, before anything is trained.
+    """
+    kind = recipe.get("trainer", "trl")
+    arguments = None
+    if kind == "trl":
+        from trl import SFTConfig
+
+        arguments = SFTConfig
+    settings, args = parse_recipe(
+        recipe, InstructSettings, arguments, report_to="tensorboard", logging_steps=10, save_total_limit=2
+    )
+    folder = Path(args.output_dir)
+    start = place_to_start(folder, recipe, resume, restart, args.should_save)
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    model, processor = build_model(settings)
+    store = PatchStore(processor.image_processor, settings.cache)
+    with args.main_process_first(desc="data"):
+        entries = [load_part(part, "instructions", store) for part in settings.mixture]
+        held_out = load_part(settings.evaluation_part, "instructions", store) if settings.evaluation else None
+    for entry in entries if held_out is None else [*entries, held_out]:
+        check_rows(entry)
+    if settings.group_by_length:
+        for entry in entries:
+            if hasattr(entry.rows, "__len__"):
+                entry.lengths = [sum(len(text_of(turn)) for turn in row["messages"]) for row in entry.rows]
+    tokens = None
+    if settings.keep_tokens:
+        tower = _base_of(model).model.vision_tower
+        tokens = TokenStore(store, tower.to(args.device))
+        with args.main_process_first(desc="tokens"):
+            tokens.fill(_images_without_masks([*entries, *([held_out] if held_out else [])]), tell)
+    collator = InstructionCollator(
+        store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens
+    )
+    mixture = make_mixture(entries, args, start)
+    if settings.trainer == "trl":
+        trainer: Any = sft_trainer(model, args, mixture, collator, entries, eval_dataset=None)
+    else:
+        trainer = InstructionTrainer(model, args, mixture, collator)
+    trainer.learning_rates = check_rates(settings.learning_rates, _base_of(model))
+    voxels = {"weight": 1.0, "end": 1.0, "steps": float(args.max_steps), **settings.positive_voxels}
+    trainer.positive_voxels = (voxels["weight"], voxels["end"], voxels["steps"])
+    trainer.held_out = _held_out_batches(held_out, args, int((settings.evaluation or {}).get("batches", 8)))
+    tell("training" if start is None else f"going on from {Path(start).name}")
+    trainer.train(resume_from_checkpoint=start)
+    metrics = trainer.evaluate() if trainer.held_out else {}
+    if trainer.is_world_process_zero():
+        save_whole(folder / "model", trainer.accelerator.unwrap_model(trainer.model), processor)
+        (folder / "scores.json").write_text(json.dumps(metrics, indent=1))
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def check_rows(entry: MixtureEntry) -> None:
+    """Raises CTInstructError where a part has no rows, or its first one shows no image."""
+    row = next(iter(entry.rows), None)
+    if row is None:
+        raise CTInstructError(f"'{entry.name}' has no rows of the tasks {', '.join(entry.tasks) or 'asked for'}.")
+    if not row["images"]:
+        raise CTInstructError(f"'{entry.name}': sample '{row['id']}' has no image; every instruction is about a scan.")
+
+
+def _images_without_masks(entries: Sequence[MixtureEntry]) -> list[ImageRef]:
+    return [ImageRef(**image) for entry in entries for row in entry.rows if not row["masks"] for image in row["images"]]
+
+
+def _held_out_batches(entry: MixtureEntry | None, args: Any, count: int) -> list[list[Item]]:
+    if entry is None:
+        return []
+    size = args.per_device_eval_batch_size
+    mixture = Mixture([entry])
+    # of one kind each, since samples with masks bring their voxels along
+    places = MixtureBatches(mixture, size, count, seed=0)
+    return [[mixture[place] for place in batch] for batch in places]
+
+
+def save_whole(folder: Path, model: Any, processor: CTInstructProcessor) -> None:
+    """Model and processor in one folder, which appears when it is whole; adapters are merged into their weights."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    if folder.exists():
+        shutil.rmtree(folder)
+    with whole_folder(folder) as temporary:
+        model.config.trained = True
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)

