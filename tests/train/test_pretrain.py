@@ -337,9 +337,10 @@ def test_bad_recipes_are_told_before_the_first_step(recipe: dict[str, Any], chan
 
 
 def test_a_changed_recipe_does_not_go_on_with_another_run(recipe: dict[str, Any]) -> None:
-    folder = Path(recipe["output_dir"])
-    folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(CTInstructError, match="learning_rates names 'eyes'"):
+        pretrain({**recipe, "learning_rates": {"eyes": 1}})
+    recipe |= {"max_steps": 2}  # nothing was trained yet: a corrected recipe begins
+    pretrain(recipe)
     with pytest.raises(CTInstructError, match=r"another recipe \(different: seed\)"):
         pretrain({**recipe, "seed": 2})
 
