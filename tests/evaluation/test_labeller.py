@@ -236,6 +236,92 @@ SENTENCES = [
         "No evidence of thoracic lymphadenopathy or pleural effusion is seen. The esophagus shows a hiatal hernia.",
         "hiatal hernia",
     ),
+    (
+        "Trachea and both main bronchi are open. No occlusive pathology was observed in the trachea and both main bronchi. Mediastinal structures cannot be evaluated optimally because contrast material is not given. As far as can be observed: Heart size increased. There are calcific atheroma plaques in the aortic arch and coronary arteries. Pericardial effusion was not detected. Right upper paratracheal, prevascular lymph nodes with a short axis of 7 mm. Sliding type hiatal hernia at the lower end of the esophagus. When examined in the lung parenchyma window; Diffuse mosaic attenuation pattern was observed in both lungs (small airway disease? small vessel disease?). There is no pleural effusion or pneumothorax. A hypodense nodular lesion of the left adrenal gland compatible with adenoma.",
+        "cardiomegaly,arterial wall calcification,coronary artery wall calcification,hiatal hernia,mosaic attenuation pattern",
+    ),
+    (
+        "Mediastinal main vascular structures and heart examination IV were not evaluated optimally because there was no contrast. There are calcific plaque formations in the coronary artery walls.",
+        "coronary artery wall calcification",
+    ),
+    (
+        "Thickening of the bronchial walls in the central parts and minimal bronchiectatic changes are present in both lungs.",
+        "peribronchial thickening,bronchiectasis",
+    ),
+    (
+        "There are consolidation areas with air bronchograms accompanied by ground glass densities in both lungs and minimal effusion in the left hemithorax.",
+        "consolidation,lung opacity,pleural effusion",
+    ),
+    (
+        "Both hemithorax are symmetrical. Calibration of trachea and main bronchi is natural. Mediastinal and hilar lymphadenopathy is not observed.",
+        "",
+    ),
+    ("No mass, nodule or infiltration was detected in both lung parenchyma. No pleural effusion, pneumothorax.", ""),
+    (
+        "Post-op suture materials are seen at the sternum. Calcific atherosclerotic changes were observed in the wall of the thoracic aorta and coronary artery.",
+        "medical material,arterial wall calcification,coronary artery wall calcification",
+    ),
+    (
+        "Nodules previously described in the right lung are stable. New ground-glass opacity in the lingula.",
+        "lung nodule,lung opacity",
+    ),
+    (
+        "Regression was observed in the pleural effusion on the right compared to the previous examination.",
+        "pleural effusion",
+    ),
+    (
+        "Pleural effusion in the right hemithorax, which was 3 cm in the previous examination, has completely regressed.",
+        "",
+    ),
+    ("No significant difference was found in the sizes of the nodules.", "lung nodule"),
+    (
+        "There are several lymph nodes in the mediastinum, the largest measuring 9x6 mm, none of which is pathologically enlarged.",
+        "",
+    ),
+    ("There are lymph nodes in the mediastinum with a short diameter of 12 mm.", "lymphadenopathy"),
+    ("Atelectatic changes are observed in the basal segments, no consolidation.", "atelectasis"),
+    (
+        "Fibrotic recessions and calcifications are observed in the apex of both lungs, sequela.",
+        "pulmonary fibrotic sequela",
+    ),
+    (
+        "Nasogastric tube extending to the stomach, central venous catheter ending in the right atrium. Bilateral pleural effusion reaching 4 cm at its thickest point and adjacent compression atelectasis.",
+        "medical material,pleural effusion,atelectasis",
+    ),
+    ("The heart is normal in size. The pericardium is unremarkable. No effusion.", ""),
+    (
+        "There is no evidence of pulmonary embolism. Lungs: mild centrilobular emphysema. No suspicious nodules. Mild coronary calcification.",
+        "emphysema,coronary artery wall calcification",
+    ),
+    (
+        "A 5 mm nodule in the right lower lobe, without significant change since 2018. There is no lymphadenopathy.",
+        "lung nodule",
+    ),
+    ("Ill-defined ground glass nodules are noted.", "lung nodule,lung opacity"),
+    (
+        "Cardiac silhouette is enlarged with small pericardial effusion. Left-sided ICD.",
+        "cardiomegaly,pericardial effusion,medical material",
+    ),
+    ("The effusion seen previously is no longer present; emphysema persists.", "emphysema"),
+    (
+        "Smooth thickening of interlobular septa, bilateral effusions and cardiomegaly, suggestive of congestive heart failure.",
+        "interlobular septal thickening,pleural effusion,cardiomegaly",
+    ),
+    ("No consolidation, ground-glass opacity, or crazy-paving pattern. Minimal dependent atelectasis.", "atelectasis"),
+    (
+        "Aorta and its branches have calcified plaques; the coronary arteries are free of calcification.",
+        "arterial wall calcification",
+    ),
+    ("Previously noted consolidation is now replaced by fibrotic bands.", "pulmonary fibrotic sequela"),
+    (
+        "Bronchiectasis and peribronchial thickening, which were also present in 2017, continue.",
+        "bronchiectasis,peribronchial thickening",
+    ),
+    ("There is not any hiatal hernia. Emphysema or bullae are absent.", ""),
+    ("Increased cardiothoracic ratio. Pleural fluid is seen in both hemithoraces.", "cardiomegaly,pleural effusion"),
+    ("Small air cyst in the right upper lobe. Calcified lymph nodes in the hilum.", ""),
+    ("No pathological wall thickness increase was observed in the esophagus.", ""),
+    ("There is a 2 cm mass in the liver. Nodular liver contour. Splenic nodules.", ""),
 ]
 
 
@@ -253,6 +339,12 @@ def test_a_normal_report_has_no_finding_and_all_18_keys() -> None:
     assert len(FINDINGS) == 18
     assert present(NORMAL) == set()
     assert present("") == set()
+    labels = label_report("Emphysema.")
+    assert labels["Emphysema"] is labels["emphysema"] is True  # as the columns of CT-RATE are written too
+    assert "Lung nodule" in labels
+    assert labels.get("Lung nodule") is False
+    with pytest.raises(KeyError):
+        labels["gout"]
 
 
 def test_several_sentences_are_read_together() -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import CTInstructError
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES
@@ -179,7 +179,7 @@ _FORWARD = re.compile(
 )
 _BACKWARD = re.compile(
     r"\bnot\b|n't\b|\b(?:absent|negative|resolved|disappeared|no longer|excluded|ruled out|never|nonexistent|unremarkable|none|"
-    r"(?:completely|totally|entirely) (?:regressed|cleared|resorbed|resolved)|cleared|no finding|within normal limits|not present|regressed completely)\b"
+    r"(?:completely|totally|entirely) (?:regressed|cleared|resorbed|resolved)|cleared|replaced by|no finding|within normal limits|not present|regressed completely)\b"
     r"|:\s*(?:no|none|negative|absent|not)\b|\bno\s*[.]?$",
     re.I,
 )
@@ -204,7 +204,22 @@ class Mention:
     clause: str
 
 
-def label_report(text: str, uncertain: bool = True) -> dict[str, bool]:
+class ReportLabels(dict[str, bool]):
+    """{finding: there or not}; names are found in either case, as CT-RATE's columns write them too."""
+
+    def __missing__(self, name: str) -> bool:
+        if name.lower() == name:
+            raise KeyError(name)
+        return self[name.lower()]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name.lower() if isinstance(name, str) else name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401, `get` itself
+
+
+def label_report(text: str, uncertain: bool = True) -> ReportLabels:
     """Which of CT-RATE's 18 findings an English report says are there.
 
     Args:
@@ -222,7 +237,7 @@ def label_report(text: str, uncertain: bool = True) -> dict[str, bool]:
     for mention in find_mentions(text):
         found.setdefault(mention.finding, set()).add(mention.status)
     accepted: set[Status] = {"present", "uncertain"} if uncertain else {"present"}
-    return {name: bool(found.get(name, set()) & accepted) for name in FINDINGS}
+    return ReportLabels({name: bool(found.get(name, set()) & accepted) for name in FINDINGS})
 
 
 def find_mentions(text: str) -> list[Mention]:
@@ -389,7 +404,7 @@ def _negated_after(after: str) -> bool:
 
 
 def _negated_inside(inside: str) -> bool:
-    return bool(re.search(r"\b(?:no|not|without|n't)\b", inside, re.I))
+    return bool(re.search(r"\b(?:no|not|without|n't|free (?:of|from)|devoid of)\b", inside, re.I))
 
 
-__all__ = ["FINDINGS", "Mention", "find_mentions", "label_report"]
+__all__ = ["FINDINGS", "Mention", "ReportLabels", "find_mentions", "label_report"]

@@ -1,0 +1,40 @@
+"""Makes the bundled checkpoint from a trained stage-two model: half the size in bfloat16, with its code files.
+
+python scripts/bundle_tiny.py -i runs/tiny-stage-two/model
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ctinstruct_hf import CTInstructForConditionalGeneration, CTInstructProcessor
+from ctinstruct_hf.errors import CTInstructError
+
+BUNDLED = Path(__file__).parents[1] / "src" / "ctinstruct_hf" / "assets" / "ctinstruct-tiny"
+
+
+def bundle(source: Path, target: Path) -> None:
+    """Write the bundled folder; code files of an earlier one are replaced."""
+    model = CTInstructForConditionalGeneration.from_pretrained(source)
+    if not model.config.trained:
+        raise CTInstructError(f"{source} holds random weights: train it first (make tiny-trained).")
+    processor = CTInstructProcessor.from_pretrained(source)
+    for stale in target.glob("*_ctinstruct.py"):
+        stale.unlink()
+    model.to(torch.bfloat16).save_pretrained(target)
+    processor.save_pretrained(target)
+    for file in target.iterdir():
+        if file.is_file():
+            file.chmod(0o644)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-i", "--input", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, default=BUNDLED)
+    arguments = parser.parse_args()
+    bundle(arguments.input, arguments.output)
+    print(f"wrote {arguments.output}")
