@@ -222,3 +222,21 @@ def test_findings_are_asked_for_as_often_as_organs(tmp_path: Path) -> None:
     assert 130 < chosen["nodule"] < 240
     assert 10 < chosen["fluid"] < 110
     assert asdict(sample)["masks"][0]["name"] == "organ 0"
+
+
+def test_questions_about_one_scan_become_a_conversation() -> None:
+    from ctinstruct_hf.data.parts import join_turns
+    from ctinstruct_hf.data.samples import from_row
+    from ctinstruct_hf.data.sources.made_up import phantom_rows
+
+    rows = phantom_rows("slice", range(2), samples="instructions", workers=1)
+    joined = join_turns(rows, 4)
+    samples = [from_row(row, "instructions") for row in joined]  # each is whole: one image, masks and labels by token
+    asked = sorted(turn["content"][-1]["text"] for row in rows for turn in row["messages"] if turn["role"] == "user")
+    told = sorted(turn["content"][-1]["text"] for row in joined for turn in row["messages"] if turn["role"] == "user")
+    assert asked == told
+    assert max(len(sample.messages) for sample in samples) == 8  # type: ignore[union-attr]
+    assert len(samples) < len(rows) / 3
+    assert join_turns(rows, 4) == joined
+    with pytest.raises(CTInstructError, match="turns is 0"):
+        join_turns(rows, 0)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import CTInstructError
 from .mixture import MixtureEntry
 from .reading import PHANTOM_KINDS
@@ -24,6 +26,7 @@ KEYS = (
     "limit",
     "batch_size",
     "slices",
+    "turns",
 )
 GRAINS = ("contrastive", "category", "segmentation")
 
@@ -67,7 +70,7 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
 
     Args:
         part: {dataset: folder of `ctinstruct data prepare` | phantoms: {kind, seeds}, split, sources, tasks, weight,
-            limit, streaming, batch_size}.
+            limit, streaming, batch_size, turns: so many questions about the same images as one conversation}.
         kind: alignment or instructions.
         store: where the patches of made-up scans go.
     """
@@ -92,6 +95,47 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
             rows = [row for row in rows if row["task"] in tasks]
         else:
             rows = rows.filter(lambda row: row["task"] in tasks)
+    if part.get("turns") and kind == "instructions":
+        if not hasattr(rows, "__len__"):
+            raise CTInstructError(f"Part '{part_name(part)}' is streamed: turns needs stored rows.")
+        rows = join_turns(list(rows), int(part["turns"]))
     if part.get("limit"):
         rows = rows[: part["limit"]] if isinstance(rows, list) else rows.take(part["limit"])
     return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)), part.get("batch_size"))
+
+
+def join_turns(rows: Sequence[dict[str, Any]], turns: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows about the same images as conversations of up to so many turns, in random order: the images are read once for
+    all of them.
+
+    Args:
+        rows: of `InstructionSample`.
+        turns: at least 1.
+        seed: of the order.
+    """
+    if turns < 1:
+        raise CTInstructError(f"turns is {turns}: give at least 1.")
+    by_images: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_images.setdefault(repr(row["images"]), []).append(row)
+    rng = np.random.default_rng([seed, 109])
+    joined = []
+    for group in by_images.values():
+        order = [group[int(place)] for place in rng.permutation(len(group))]
+        for start in range(0, len(order), turns):
+            first, *rest = order[start : start + turns]
+            more = [{**turn, "content": _words_of(turn)} for row in rest for turn in row["messages"]]
+            joined.append(
+                {
+                    **first,
+                    "messages": [*first["messages"], *more],
+                    "masks": [mask for row in (first, *rest) for mask in row["masks"]],
+                    "labels": [label for row in (first, *rest) for label in row["labels"]],
+                }
+            )
+    return joined
+
+
+def _words_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """A turn without images, which the conversation has shown already."""
+    return [part for part in turn["content"] if part["type"] != "image"]
