@@ -447,6 +447,48 @@ def compare(
     typer.echo(f"Research use only. Open {(output / 'index.html').resolve()}")
 
 
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A saved model.")],
+    scores: Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="As on the Hub; the folder's name by default.")] = None,
+    datasets: Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="What it was made from.")] = None,
+    license: Annotated[str, typer.Option("--license", help="Of the weights.")] = "apache-2.0",
+    notes: Annotated[Path | None, typer.Option("--notes", help="A text of your own on data and limits.")] = None,
+) -> None:
+    """Write the model card of a folder, with the numbers of an evaluation."""
+    from .hub.card import make_card, write_card
+
+    own = "" if notes is None else _text_of(notes)
+    text = make_card(
+        folder, scores, name=name, datasets=_split(datasets), base_model=base_model, license=license, notes=own
+    )
+    typer.echo(str(write_card(folder, text)))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CTInstructError(f"{path} cannot be read as text.") from error
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, memory, optional parts, and a self-test; exit code 1 where something is broken."""
+    from .doctor import examine
+
+    _quiet()
+    broken = False
+    for finding in examine():
+        broken = broken or finding.fails
+        advice = f"   -> {finding.advice}" if finding.advice else ""
+        typer.echo(f"{finding.topic:26s} {finding.found}{advice}")
+    if broken:
+        raise typer.Exit(1)
+
+
 def spread(arguments: list[str]) -> list[str]:
     """`--output-type nifti dicom-seg` as two options, as radiology tools write it."""
     spread_out: list[str] = []
