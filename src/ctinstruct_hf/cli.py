@@ -475,6 +475,43 @@ def _text_of(path: Path) -> str:
 
 
 @app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A saved model.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub.")],
+    scores: Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")] = None,
+    datasets: Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="What it was made from.")] = None,
+    license: Annotated[str, typer.Option("--license", help="Of the weights.")] = "apache-2.0",
+    notes: Annotated[Path | None, typer.Option("--notes", help="A text of your own on data and limits.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it; private by default.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show exactly what would go, and send nothing.")] = False,
+) -> None:
+    """Put a model, its processor, code files and card on the Hub in one commit."""
+    from rich.console import Console
+
+    from .hub.card import make_card
+    from .hub.publish import check_repository, make_plan
+    from .hub.publish import publish as send
+
+    check_repository(repository)
+    own = "" if notes is None else _text_of(notes)
+    text = make_card(
+        folder, scores, name=repository, datasets=_split(datasets), base_model=base_model, license=license, notes=own
+    )
+    plan = make_plan(folder, text)
+    for name, size in plan.files:
+        typer.echo(f"{size:>14,}  {name}")
+    typer.echo(f"{plan.size:>14,}  bytes to {repository}, {'public' if public else 'private'}")
+    if plan.left:
+        typer.echo(f"stays here: {', '.join(plan.left)}")
+    if dry_run:
+        typer.echo(text)
+        return
+    with Console(stderr=True).status("starting") as status:
+        typer.echo(send(folder, repository, plan, private=not public, tell=status.update))
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices, memory, optional parts, and a self-test; exit code 1 where something is broken."""
     from .doctor import examine

@@ -1,0 +1,136 @@
+"""The Hub's endpoints that publishing and loading use, on this machine: what is sent is kept in memory and given back."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories as {name: {"private": bool, "files": {path: bytes}}}; `refuses` is answered to every commit."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, dict[str, Any]] = {}
+        self.refuses = 0
+        self.asked: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+    def _answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        self.server.asked.append(f"POST {self.path}")
+        parts = unquote(self.path.split("?")[0]).strip("/").split("/")
+        if parts == ["api", "repos", "create"]:
+            told = json.loads(body)
+            name = f"{told.get('organization') or 'someone'}/{told['name']}"
+            self.server.repositories.setdefault(
+                name, {"private": told.get("private", told.get("visibility") == "private"), "files": {}}
+            )
+            return self._answer({"url": f"{self.server.address}/{name}", "name": name, "id": name})
+        if parts == ["api", "validate-yaml"]:  # the client has the card's metadata checked
+            return self._answer({"errors": [], "warnings": []})
+        name = "/".join(parts[2:4])
+        if name not in self.server.repositories:
+            return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if parts[4] == "preupload":
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            return self._answer({"files": files})
+        if parts[4] == "commit":
+            if self.server.refuses:
+                return self._answer({"error": "no"}, self.server.refuses)
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    self.server.repositories[name]["files"][entry["value"]["path"]] = content
+            return self._answer(
+                {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.address}/{name}/commit/{COMMIT}"}
+            )
+        return self._answer({"error": "unknown"}, 404)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path}")
+        parts = unquote(self.path.split("?")[0]).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            name = "/".join(parts[2:4])
+            repository = self.server.repositories.get(name)
+            if repository is None:
+                return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            if "tree" in parts:
+                inside = "/".join([*parts[6:], ""]) if parts[6:] else ""
+                found = {path: one for path, one in repository["files"].items() if path.startswith(inside)}
+                if not found:
+                    return self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+                return self._answer(
+                    [
+                        {"type": "file", "path": path, "size": len(one), "oid": hashlib.sha1(one).hexdigest()}
+                        for path, one in found.items()
+                    ]
+                )
+            told = [{"rfilename": path} for path in repository["files"]]
+            return self._answer(
+                {"id": name, "modelId": name, "sha": COMMIT, "private": True, "siblings": told, "tags": []}
+            )
+        if "resolve" in parts:
+            name, path = "/".join(parts[:2]), "/".join(parts[4:])
+            content = self.server.repositories.get(name, {"files": {}})["files"].get(path)
+            if content is None:
+                return self._answer(
+                    {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+                )
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return self._answer(content, 200, {"ETag": etag, "X-Repo-Commit": COMMIT})
+        return self._answer({"error": "unknown"}, 404)
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
