@@ -77,8 +77,6 @@ def recipe(tmp_path: Path, stage_one: Path, cache: Path) -> dict[str, Any]:
         "use_cpu": True,
         "disable_tqdm": True,
         "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
     }
 
 

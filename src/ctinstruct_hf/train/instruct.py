@@ -316,9 +316,11 @@ def instruct(
         from trl import SFTConfig
 
         arguments = SFTConfig
+    gpu = torch.cuda.is_available()  # TRL's own defaults are a GPU's
     settings, args = parse_recipe(
-        recipe, InstructSettings, arguments, report_to="tensorboard", logging_steps=10, save_total_limit=2
-    )
+        recipe, InstructSettings, arguments, report_to="tensorboard", logging_steps=10, save_total_limit=2,
+        bf16=gpu and torch.cuda.is_bf16_supported(), gradient_checkpointing=False,
+    )  # fmt: skip
     folder = Path(args.output_dir)
     start = place_to_start(folder, recipe, resume, restart, args.should_save)
     from transformers import set_seed
