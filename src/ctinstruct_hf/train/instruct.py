@@ -27,7 +27,7 @@ from .language_models import load_language_model
 from .pretrain import check_rates, make_mixture, place_to_start
 from .recipe import parse_recipe
 from .token_store import TokenStore
-from .trainer import LOSSES, MixtureLoop, MixtureTrainer, data_seed, prepare_arguments
+from .trainer import LOSSES, MixtureLoop, MixtureTrainer, check_voxels, data_seed, prepare_arguments
 
 # part of a recipe -> where its weights are
 PARTS: dict[str, str] = {
@@ -104,6 +104,7 @@ class InstructSettings:
                 and (name == "vision" or "/" not in value)
             ):
                 raise CTInstructError(f"{name}: {value} is no folder with a model.")
+        check_voxels(self.positive_voxels)
         wrong = sorted(set(self.freeze) - set(PARTS))
         if wrong:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
@@ -212,15 +213,6 @@ class _Instructs(MixtureLoop):
     """What both trainers of stage two share."""
 
     held_out: list[list[Item]]
-    positive_voxels: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-    def compute_loss(
-        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        start, end, steps = self.positive_voxels
-        done = min(self.state.global_step / steps, 1.0) if steps else 1.0
-        _base_of(self.accelerator.unwrap_model(model)).positive_voxel_weight = start ** (1 - done) * end**done
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
 
     @torch.no_grad()
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -352,8 +344,7 @@ def instruct(
     else:
         trainer = InstructionTrainer(model, args, mixture, collator)
     trainer.learning_rates = check_rates(settings.learning_rates, _base_of(model))
-    voxels = {"weight": 1.0, "end": 1.0, "steps": float(args.max_steps), **settings.positive_voxels}
-    trainer.positive_voxels = (voxels["weight"], voxels["end"], voxels["steps"])
+    trainer.positive_voxels = settings.positive_voxels
     trainer.held_out = _held_out_batches(held_out, args, int((settings.evaluation or {}).get("batches", 8)))
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)

@@ -29,7 +29,7 @@ from .checkpoints import newest_complete, require_complete
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
 from .text_encoders import load_text_encoder
-from .trainer import MixtureTrainer, data_seed
+from .trainer import MixtureTrainer, check_voxels, data_seed
 
 logger = logging.getLogger(__name__)
 PARTS = ("vision_tower", "segmentation_decoder", "text_encoder", "text_projection", "image_projection", "category_projection")  # fmt: skip
@@ -89,9 +89,7 @@ class PretrainSettings:
             check_part(self.evaluation_part, "alignment", GRAINS)
         if self.early_stopping_patience is not None and self.evaluation is None:
             raise CTInstructError("early_stopping_patience needs an evaluation in the recipe.")
-        wrong = sorted(set(self.positive_voxels) - {"weight", "steps", "end"})
-        if wrong:
-            raise CTInstructError(f"positive_voxels has unknown {', '.join(wrong)}: known are weight, steps, end.")
+        check_voxels(self.positive_voxels)
         wrong = sorted(set(self.freeze) - set(PARTS))
         if wrong:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
@@ -186,7 +184,6 @@ class AlignmentTrainer(MixtureTrainer):
         pool: int | None = 200, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.held_out, self.masks, self.pool = held_out, masks, pool
-        self.positive_voxels = (1.0, 1.0, 1.0)  # weight at the start, at the end, steps between
         super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
 
     def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
@@ -197,14 +194,6 @@ class AlignmentTrainer(MixtureTrainer):
         return score_alignment(
             model, collator.store, collator.words, self.held_out, self.masks, self.pool, share=share, tell=tell
         )
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        start, end, steps = self.positive_voxels
-        done = min(self.state.global_step / steps, 1.0) if steps else 1.0
-        self.accelerator.unwrap_model(model).positive_voxel_weight = start ** (1 - done) * end**done
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
         from .pictures import log_scores
@@ -286,8 +275,7 @@ def pretrain(
         callbacks=callbacks,
     )
     trainer.learning_rates = check_rates(settings.learning_rates, model)
-    voxels = {"weight": 1.0, "end": 1.0, "steps": float(args.max_steps), **settings.positive_voxels}
-    trainer.positive_voxels = (voxels["weight"], voxels["end"], voxels["steps"])
+    trainer.positive_voxels = settings.positive_voxels
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()

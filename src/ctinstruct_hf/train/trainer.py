@@ -37,11 +37,22 @@ def prepare_arguments(args: TrainingArguments) -> None:
         args.ddp_find_unused_parameters = True  # a step of one task leaves the heads of the others alone
 
 
+VOXELS = ("weight", "end", "steps")
+
+
+def check_voxels(positive_voxels: dict[str, float]) -> None:
+    """Raises CTInstructError for keys that `positive_voxels` of a recipe does not have."""
+    wrong = sorted(set(positive_voxels) - set(VOXELS))
+    if wrong:
+        raise CTInstructError(f"positive_voxels has unknown {', '.join(wrong)}: known are {', '.join(VOXELS)}.")
+
+
 class MixtureLoop:
     """For a Trainer of Transformers or TRL: batches from a mixture, the model's own loss, each part of it logged.
 
     The number of steps is `max_steps`; a mixture has no epochs. `learning_rates` gives the weights under a prefix of their
-    names another rate than `args.learning_rate`; the longest prefix counts.
+    names another rate than `args.learning_rate`; the longest prefix counts. `positive_voxels` {weight, end, steps} is how
+    much voxels inside a mask weigh in the cross entropy, from the first step to the last.
     """
 
     loss_is_scaled_for_ga = False  # the loss is a mean: it must be divided by the accumulation steps
@@ -51,6 +62,7 @@ class MixtureLoop:
         self.model_accepts_loss_kwargs = False
         self.mixture = mixture
         self.learning_rates: dict[str, float] = {}
+        self.positive_voxels: dict[str, float] = {}
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def get_train_dataloader(self: Any) -> DataLoader:
@@ -92,6 +104,11 @@ class MixtureLoop:
     def compute_loss(
         self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        voxels = {"weight": 1.0, "end": 1.0, "steps": self.args.max_steps, **self.positive_voxels}
+        done = min(self.state.global_step / voxels["steps"], 1.0) if voxels["steps"] else 1.0
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base.positive_voxel_weight = voxels["weight"] ** (1 - done) * voxels["end"] ** done
         outputs = model(**inputs)
         if outputs.loss is None:
             raise CTInstructError("A batch has nothing to learn from: check the tasks of the mixture.")
