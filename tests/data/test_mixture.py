@@ -192,6 +192,9 @@ def test_the_collator_puts_together_whatever_labels_there_are(tmp_path: Path) ->
     collate.absent_share = 0.0  # then only what is there
     present = collate(items(rows[:1], ("segmentation",)))["mask_labels"]
     assert [int((mask > 0).any()) for mask in present] == [1]
+    collate.absent_share, collate.balance_masks = 1.0, True
+    weights = collate(items([rows[0], rows[0], rows[1]], ("segmentation",)))["mask_weights"]
+    assert weights.tolist() == [0.5, 0.5, 0.5, 0.5]  # each name twice
     padding = collate(items(rows[1:], ("segmentation",)))["mask_labels"]
     assert [set(mask.unique().tolist()) for mask in padding] == [
         {-1}

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctinstruct_hf import CTInstructError, CTInstructForPretraining
-from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss
+from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining
+from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss, masks_loss
 from ctinstruct_hf.modeling.pretraining_ctinstruct import contrastive_loss
 
 
@@ -34,6 +34,27 @@ def test_the_contrastive_loss_by_hand() -> None:
     image = -(math.log(math.e**2 / (math.e**2 + 1)) + math.log(math.e**3 / (math.e + math.e**3))) / 2
     text = -(math.log(math.e**2 / (math.e**2 + math.e)) + math.log(math.e**3 / (1 + math.e**3))) / 2
     assert contrastive_loss(scores, scores.T).item() == pytest.approx(image + text, rel=1e-5)
+
+
+def test_many_small_masks_are_scored_like_each_alone() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(1, 9, 7, requires_grad=True) for _ in range(5)]
+    labels = [torch.randint(-1, 2, (1, 9, 7)).to(torch.int8) for _ in range(4)] + [
+        torch.full((1, 9, 7), -1, dtype=torch.int8)
+    ]
+    together = masks_loss(logits, labels, positive_weight=3.0)
+    each = torch.stack([mask_loss(one, truth, positive_weight=3.0) for one, truth in zip(logits, labels, strict=True)])
+    assert together.item() == pytest.approx(each.mean().item(), rel=1e-5)
+    first = torch.autograd.grad(together, logits)
+    second = torch.autograd.grad(each.mean(), logits)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    weights = torch.tensor([1.0, 0.0, 3.0, 0.0, 0.0])
+    assert masks_loss(logits, labels, 3.0, weights).item() == pytest.approx(
+        ((each[0] + 3 * each[2]) / 4).item(), rel=1e-5
+    )
+    with pytest.raises(ValueError, match="has shape"):
+        masks_loss(logits, [*labels[:4], labels[0][:, :3]])
 
 
 def test_the_mask_loss_by_hand() -> None:
@@ -144,3 +165,20 @@ def test_two_processes_contrast_like_one_with_the_joined_batch(tmp_path: Path) -
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(script), str(conformance)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_unet_runs_once_over_a_batch_and_paints_each_image_like_alone() -> None:
+    """In evaluation the images are painted one by one, while training together: equal, as batch norm is frozen here."""
+    config = CTInstructConfig.preset("tiny")
+    model = CTInstructForPretraining(config).eval()
+    pixels = torch.randn(10, 64, 64)
+    grid = torch.tensor([[1, 1, 1, 4], [1, 1, 1, 1], [1, 1, 1, 5]])
+    queries = torch.randn(3, config.segmentation_config.hidden_size)
+    owners = torch.tensor([2, 0, 2])  # the second image is not asked about
+    with torch.no_grad():
+        features = model.get_image_features(pixels, grid, return_dict=True)
+        alone = model.segment(features, queries, owners)
+    together = model.segment(features, queries, owners)
+    assert [tuple(mask.shape) for mask in together] == [(5, 64, 64), (4, 64, 64), (5, 64, 64)]
+    for one, two in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, two.detach(), atol=1e-4, rtol=1e-4)

@@ -302,6 +302,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         mask_attention_mask: torch.Tensor | None = None,
         mask_images: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
+        mask_weights: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -318,6 +319,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_input_ids, mask_attention_mask: [masks, L], names of structures.
             mask_images: [masks], the image in which each is looked for; 0 by default.
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
+            mask_weights: [masks], how much each counts in the mean; alike by default, as in the paper.
         """
         features = self.get_image_features(
             pixel_values,
@@ -349,7 +351,9 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             queries = self.embed_texts(mask_input_ids, mask_attention_mask)
             output.mask_logits = self.segment(features, queries, mask_images)
             if mask_labels is not None:
-                output.segmentation_loss = masks_loss(output.mask_logits, mask_labels, self.positive_voxel_weight)
+                output.segmentation_loss = masks_loss(
+                    output.mask_logits, mask_labels, self.positive_voxel_weight, mask_weights
+                )
                 losses.append(output.segmentation_loss)
         output.loss = sum(losses[1:], losses[0]) if losses else None
         use_dict = return_dict if return_dict is not None else self.config.return_dict

@@ -61,7 +61,7 @@ class _Reduced:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(images)  # type: ignore[misc]
         axes = [axis for axis in range(images.ndim) if axis != 1]
-        values = images.float()
+        values = images.double()  # sums over processes in double: they are added in another order than in one
         count = values.new_tensor([values.numel() / values.shape[1]])
         total = _SumOverProcesses.apply(count)
         mean = _SumOverProcesses.apply(values.sum(axes)) / total
@@ -74,7 +74,7 @@ class _Reduced:
             unbiased = variance * total / (total - 1).clamp(min=1)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         normal = centred * torch.rsqrt(variance.view(shape) + self.eps)
-        return (normal * self.weight.view(shape) + self.bias.view(shape)).to(images.dtype)
+        return (normal.to(images.dtype) * self.weight.view(shape) + self.bias.view(shape)).to(images.dtype)
 
 
 class ReducedBatchNorm2d(_Reduced, nn.BatchNorm2d):

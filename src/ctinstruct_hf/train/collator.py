@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ class AlignmentCollator(_Collator):
         max_length: tokens of a text; longer ones are cut.
         seed: of what is drawn: one text an image, the structures.
         max_skipped: unreadable samples that are passed over before training ends.
+        balance_masks: every name counts alike in a batch, however many of its images have it; else every mask does.
     """
 
     kind = "alignment"
@@ -99,8 +101,10 @@ class AlignmentCollator(_Collator):
         max_length: int = 256,
         seed: int = 0,
         max_skipped: int = 100,
+        balance_masks: bool = False,
     ) -> None:
         super().__init__(store, tokenizer, max_length, seed, max_skipped)
+        self.balance_masks = balance_masks
         tokenizer.padding_side = "right"  # encoders count positions from the left: padding there would shift them
         self.masks_per_image, self.absent_share = masks_per_image, absent_share
 
@@ -192,6 +196,10 @@ class AlignmentCollator(_Collator):
         batch["mask_input_ids"], batch["mask_attention_mask"] = self.words(names)
         batch["mask_images"] = torch.tensor(owners)
         batch["mask_labels"] = labels
+        if self.balance_masks:
+            kinds = [(name, bool((canvas > 0).any())) for name, canvas in zip(names, labels, strict=True)]
+            counts = Counter(kinds)
+            batch["mask_weights"] = torch.tensor([1.0 / counts[kind] for kind in kinds])
 
 
 class InstructionCollator(_Collator):

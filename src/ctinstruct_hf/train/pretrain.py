@@ -52,6 +52,8 @@ class PretrainSettings:
         cache: folder of prepared patches; none prepares them every time.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
+        masks_per_image, absent_share, balance_masks: which structures a batch asks for and how they count, see
+            `AlignmentCollator`.
         positive_voxels: {weight, steps, end}: voxels inside a mask weigh so much in the cross entropy at first and
             `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
@@ -72,6 +74,7 @@ class PretrainSettings:
     cache: str | None = None
     masks_per_image: int = 6
     absent_share: float = 0.15
+    balance_masks: bool = False
     max_text_length: int = 256
     max_skipped: int = 100
     batch_norm: str = "local"
@@ -255,6 +258,7 @@ def pretrain(
         settings.max_text_length,
         data_seed(args),
         settings.max_skipped,
+        settings.balance_masks,
     )
     if settings.model is None and start is None and settings.spread_texts:
         spread_texts(model, collator.words, entries)

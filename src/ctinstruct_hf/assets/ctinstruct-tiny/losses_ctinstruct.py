@@ -93,15 +93,23 @@ def mask_loss(
 
 
 def masks_loss(
-    logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], positive_weight: float = 1.0
+    logits: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    positive_weight: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean of `mask_loss` over the masks of a batch."""
+    """Mean of `mask_loss` over the masks of a batch, or their mean by `weights` [masks]."""
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
     if len({one.shape for one in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
-        return _small_masks_loss(logits, labels, positive_weight).mean()
-    losses = [mask_loss(one, truth, positive_weight=positive_weight) for one, truth in zip(logits, labels, strict=True)]
-    return torch.stack(losses).mean()
+        losses = _small_masks_loss(logits, labels, positive_weight)
+    else:
+        pairs = zip(logits, labels, strict=True)
+        losses = torch.stack([mask_loss(one, truth, positive_weight=positive_weight) for one, truth in pairs])
+    if weights is None:
+        return losses.mean()
+    weights = weights.to(losses.device, losses.dtype)
+    return (losses * weights).sum() / weights.sum()
 
 
 def _small_masks_loss(

@@ -188,13 +188,16 @@ class CTInstructModel(CTInstructPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        grids = grid_rows(features.patch_grid)
-        bridged = self.bridger(features.last_hidden_state)
-        parts = bridged.split([z * y * x * s for z, y, x, s in grids])
-        order = self.config.image_token_order
-        features.pooler_output = [to_token_order(part, grid, order) for part, grid in zip(parts, grids, strict=True)]
+        features.pooler_output = self.bridge(features)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return features if use_dict else features.to_tuple()
+
+    def bridge(self, features: CTInstructVisionOutput) -> list[torch.Tensor]:
+        """Image tokens [tokens, D_text] of each image from the tower's, in the order in which they are read."""
+        grids = grid_rows(features.patch_grid)
+        parts = self.bridger(features.last_hidden_state).split([z * y * x * s for z, y, x, s in grids])
+        order = self.config.image_token_order
+        return [to_token_order(part, grid, order) for part, grid in zip(parts, grids, strict=True)]
 
     def embed(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, images: list[torch.Tensor] | None
@@ -289,7 +292,8 @@ class CTInstructModel(CTInstructPreTrainedModel):
             input_ids: [B, L] with one `<|image_pad|>` per row of `pixel_values`.
             pixel_values, patch_grid, slice_mask: see `CTInstructVisionModel.forward`; or instead
             vision_features: what `get_image_features` returned (`mm_encoder_outputs={"image": ...}` is the same, the
-                name under which `generate` passes it).
+                name under which `generate` passes it). Without a `pooler_output` the tower's tokens go through the
+                bridger here: a frozen tower needs to run once only, however long the training.
             attention_mask, position_ids, past_key_values (or `cache`), inputs_embeds, use_cache: as in Transformers.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -298,7 +302,10 @@ class CTInstructModel(CTInstructPreTrainedModel):
             vision_features = mm_encoder_outputs.get("image")
         if vision_features is None and pixel_values is not None:
             vision_features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
-        images = vision_features.pooler_output if vision_features is not None else None
+        images = None
+        if vision_features is not None:
+            images = vision_features.pooler_output
+            images = self.bridge(vision_features) if images is None else images
         cache = cache if cache is not None else past_key_values
 
         if position_ids is None and self.config.uses_three_axis_rope:
@@ -367,6 +374,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         self.segmentation_decoder = CTInstructSegmentationDecoder._from_config(config.segmentation_config)
         heads = len(config.disease_names) if config.disease_head == "per_disease" else 1
         self.disease_head = nn.Linear(text_width, heads)
+        self.positive_voxel_weight = 1.0  # a trainer may raise it, see `mask_loss`
         self.post_init()
 
     @classmethod
@@ -532,7 +540,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             names = self.disease_rows(input_ids, disease_ids)
             disease_logits = self.answer_diseases(input_ids, states, names)
         if mask_labels is not None and mask_logits is not None:
-            segmentation_loss = masks_loss(mask_logits, mask_labels)
+            segmentation_loss = masks_loss(mask_logits, mask_labels, self.positive_voxel_weight)
         if disease_labels is not None and disease_logits is not None:
             dtype = getattr(torch, self.config.disease_loss_dtype)
             disease_loss = label_loss(disease_logits, disease_labels, self.positive_weights(names), dtype)
@@ -576,7 +584,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         `seen_before` counts the image tokens before `input_ids`, where these continue a cached prompt.
         """
         asked = input_ids == self.config.seg_token_id
-        if vision_features is None or not bool(asked.any()):
+        if vision_features is None or vision_features.feature_maps is None or not bool(asked.any()):
             return None
         grids = grid_rows(vision_features.patch_grid)
         ends = torch.tensor(list(accumulate(z * y * x * s for z, y, x, s in grids)), device=input_ids.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,7 +200,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             sizes = [math.prod(one) for one in grids]
             spans = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         else:
-            each, grids = [queries], [grid]
+            each, grids = [cast(torch.Tensor, queries)], [grid]
             spans = [rows if rows is not None else slice(0, tokens.shape[0])]
         asked = [index for index, one in enumerate(each) if len(one)]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
