@@ -7,10 +7,11 @@ command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { echo "This 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-apt-get download -qq wordnet-base wordnet-sense-index >/dev/null 2>&1 \
+apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=0 download -qq wordnet-base wordnet-sense-index >/dev/null 2>&1 \
   || { echo "The packages wordnet-base and wordnet-sense-index cannot be downloaded." >&2; exit 2; }
 for package in *.deb; do dpkg-deb -x "$package" unpacked; done
 mkdir -p "$(dirname "$goal")"
 rm -rf "$goal.part"
+chmod -R go-w unpacked/usr/share/wordnet
 mv unpacked/usr/share/wordnet "$goal.part"
 mv "$goal.part" "$goal"
