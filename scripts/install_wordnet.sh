@@ -7,7 +7,12 @@ command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { echo "This 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=0 download -qq wordnet-base wordnet-sense-index >/dev/null 2>&1 \
+fetch() {
+  apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=0 "$@" -qq >/dev/null 2>&1
+}
+# where the lists of packages were never read, root may read them
+fetch download wordnet-base wordnet-sense-index \
+  || { [ "$(id -u)" = 0 ] && fetch update && fetch download wordnet-base wordnet-sense-index; } \
   || { echo "The packages wordnet-base and wordnet-sense-index cannot be downloaded." >&2; exit 2; }
 for package in *.deb; do dpkg-deb -x "$package" unpacked; done
 mkdir -p "$(dirname "$goal")"
