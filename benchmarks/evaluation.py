@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from ctinstruct_hf.data.phantom_text import write_report
 from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.evaluation.segmentation import volume_dice
-from ctinstruct_hf.evaluation.significance import bootstrap_auc, resample
+from ctinstruct_hf.evaluation.significance import bootstrap_auc
 from ctinstruct_hf.evaluation.text import _words, score_texts
 from ctinstruct_hf.evaluation.wordnet import find_wordnet
 
@@ -69,7 +69,6 @@ def main() -> int:
     labels = (rng.random((cases, diseases)) < 0.3).astype(int)
     scores = np.clip(labels * 0.2 + rng.random((cases, diseases)) * 0.8, 0, 1)
     times, some = (20, 10) if quick else (1000, 100)
-    assert resample(cases, 2).shape == (2, cases)
     shape, classes = ((20, 30, 30), 5) if quick else ((300, 512, 512), 117)
     truth = rng.integers(0, classes + 1, shape, dtype=np.uint8)
     said = np.where(rng.random(shape, dtype=np.float32) < 0.8, truth, 0).astype(np.uint8)

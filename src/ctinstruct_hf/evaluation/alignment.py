@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 
 from ..data.descriptions import describe_category
-from ..data.samples import AlignmentSample, from_row
-from ..data.store import PatchStore
+from ..data.samples import AlignmentSample, Label, MaskRef, from_row
+from ..data.store import PatchStore, Prepared
 from ..modeling.segmentation_ctinstruct import assemble
 from .diagnosis import best_thresholds, multilabel_scores
 from .retrieval import recall_at_k
@@ -102,16 +102,8 @@ def _score_one(
     with_picture: bool,
 ) -> tuple[dict[str, Any], Any]:
     prepared = store.image(sample.image)
-    batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
-    if sample.texts:
-        batch["input_ids"], batch["attention_mask"] = words(sample.texts[:1])
-    if sample.labels:
-        names = [describe_category(label.name) for label in sample.labels]
-        batch["class_input_ids"], batch["class_attention_mask"] = words(names)
     wanted = sample.masks if with_masks else []
-    if wanted:
-        batch["mask_input_ids"], batch["mask_attention_mask"] = words([mask.name for mask in wanted])
-        batch["mask_images"] = torch.zeros(len(wanted), dtype=torch.long)
+    batch = questions_of(prepared, words, sample.texts[:1], sample.labels, wanted)
     outputs = model(**send_to_device(batch, device))
     one: dict[str, Any] = {}
     if sample.texts:
@@ -134,6 +126,21 @@ def _score_one(
             one["empty"][mask.name] = float(not marked.any())
     picture = (_on_canvas(prepared), shown) if shown else None
     return one, picture
+
+
+def questions_of(
+    prepared: Prepared, words: Any, texts: Sequence[str], labels: Sequence[Label], masks: Sequence[MaskRef]
+) -> dict[str, Any]:
+    """The arguments of `CTInstructForPretraining.forward` for one image and what is asked about it; empty: not asked."""
+    batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
+    for start, asked in (
+        ("", list(texts)),
+        ("class_", [describe_category(label.name) for label in labels]),
+        ("mask_", [mask.name for mask in masks]),
+    ):
+        if asked:
+            batch[f"{start}input_ids"], batch[f"{start}attention_mask"] = words(asked)
+    return batch
 
 
 def _on_canvas(prepared: dict[str, torch.Tensor]) -> np.ndarray:

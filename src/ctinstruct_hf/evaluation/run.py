@@ -12,17 +12,18 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
-from ..data.descriptions import describe_category
 from ..data.reading import PHANTOM_KINDS, open_volume
 from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
 from ..errors import CTInstructError
-from .predictions import TASKS, TEXT_TASKS, Predictions, Record, lines_of, parse_record, to_json
+from .alignment import questions_of
+from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
 
 STAGE_ONE_TASKS = ("retrieval", "diagnosis", "segmentation")
 
@@ -57,7 +58,6 @@ class _Job:
     task: str
     turn: int = 0
     row: int = 0
-    labels: list[Any] = field(default_factory=list)
 
 
 def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
@@ -158,14 +158,9 @@ def run_model(
             tell(f"{answered}/{len(mine)} questions")
     state.wait_for_everyone()
     if state.is_main_process:
-        from ..files import whole_file
-
         made = _read_parts(parts)
-        header = {**settings, "format": 1}
         records = [made[job.task, job.id] for job in jobs]
-        with whole_file(final) as temporary, temporary.open("w", encoding="utf-8") as whole:
-            for line in lines_of(Predictions(str(settings["model"]), records, output, header)):
-                whole.write(line + "\n")
+        write_predictions(Predictions(str(settings["model"]), records, output, {**settings, "format": 1}), final)
         shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
     return final
@@ -258,18 +253,19 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
     return StageTwo(model, device, dtype)
 
 
-def _mask_file(output: Path, job: _Job, place: int, mask: Any, volume: Any) -> str:
-    """Write a mask on the scan's own grid; its name relative to the output."""
+def _masks_of(job: _Job, logits: Sequence[torch.Tensor], image_processor: Any, volume: Any, output: Path) -> list[Any]:
+    """A record's masks: each is written on the scan's own grid and named relative to the output."""
     from ..output.nifti import save_mask
 
     name = hashlib.sha256(f"{job.task}/{job.id}".encode()).hexdigest()[:16]
     (output / "masks").mkdir(exist_ok=True)
-    save_mask(volume, mask, output / "masks" / f"{name}-{place}.nii.gz")
-    return f"masks/{name}-{place}.nii.gz"
-
-
-def _reference(mask: Any) -> dict[str, Any]:
-    return {"path": mask.path, "values": list(mask.values)}
+    masks = []
+    for place, (mask, canvas) in enumerate(zip(job.sample.masks, logits, strict=True)):
+        file = f"masks/{name}-{place}.nii.gz"
+        save_mask(volume, image_processor.mask_from_canvas(canvas, volume), output / file)
+        reference = {"path": mask.path, "values": list(mask.values)}
+        masks.append({"name": mask.name, "prediction": file, "reference": reference})
+    return masks
 
 
 def _base(job: _Job, **values: Any) -> Record:
@@ -356,11 +352,7 @@ class StageTwo:
             probabilities = {label.name: value for label, value in zip(sample.labels, scores, strict=True)}
             labels = {label.name: label.value for label in sample.labels}
             return _base(job, question=question, probabilities=probabilities, labels=labels)
-        masks = []
-        for place, (mask, logits) in enumerate(zip(sample.masks, outputs.mask_logits, strict=True)):
-            said = self.processor.image_processor.mask_from_canvas(logits, volumes[-1])
-            file = _mask_file(output, job, place, said, volumes[-1])
-            masks.append({"name": mask.name, "prediction": file, "reference": _reference(mask)})
+        masks = _masks_of(job, outputs.mask_logits, self.processor.image_processor, volumes[-1], output)
         return _base(job, question=question, masks=masks)
 
     @torch.inference_mode()
@@ -426,20 +418,18 @@ class StageOne:
         from ..data.store import PatchStore
         from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
         from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+        from ..train.collator import AlignmentCollator
 
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             network: Any = CTInstructForPretraining.from_pretrained(model)
             self.model: Any = network.to(place).eval()
             self.processor = CTInstructImageProcessor.from_pretrained(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
+            tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError, RuntimeError) as error:
             raise CTInstructError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         self.store = PatchStore(self.processor, None)
-
-    def words(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=256)
-        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        self.words = AlignmentCollator(self.store, tokenizer).words
 
     def jobs_of(self, sample: AlignmentSample) -> Iterator[_Job]:
         if sample.texts:
@@ -462,19 +452,15 @@ class StageOne:
     @torch.inference_mode()
     def _one(self, jobs: Sequence[_Job], output: Path) -> list[Record]:
         sample: AlignmentSample = jobs[0].sample
-        device = self.model.device
-        prepared = {name: part.to(device) for name, part in self.store.image(sample.image).items()}
-        batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
         tasks = [job.task for job in jobs]
-        if "retrieval" in tasks:
-            batch |= self.words(sample.texts[:1])
-        if "diagnosis" in tasks:
-            told = self.words([describe_category(label.name) for label in sample.labels])
-            batch |= {f"class_{name}": part for name, part in told.items()}
-        if "segmentation" in tasks:
-            told = self.words([mask.name for mask in sample.masks])
-            batch |= {f"mask_{name}": part for name, part in told.items()}
-        outputs = self.model(**batch)
+        batch = questions_of(
+            self.store.image(sample.image),
+            self.words,
+            sample.texts[:1] if "retrieval" in tasks else [],
+            sample.labels if "diagnosis" in tasks else [],
+            sample.masks if "segmentation" in tasks else [],
+        )
+        outputs = self.model(**send_to_device(batch, self.model.device))
         records = []
         for job in jobs:
             if job.task == "retrieval":
@@ -490,12 +476,7 @@ class StageOne:
                 }
             else:
                 volume = open_volume(sample.image)
-                masks = []
-                for place, (mask, logits) in enumerate(zip(sample.masks, outputs.mask_logits, strict=True)):
-                    said = self.processor.mask_from_canvas(logits, volume)
-                    file = _mask_file(output, job, place, said, volume)
-                    masks.append({"name": mask.name, "prediction": file, "reference": _reference(mask)})
-                values = {"masks": masks}
+                values = {"masks": _masks_of(job, outputs.mask_logits, self.processor, volume, output)}
             records.append(_base(job, **values))
         return records
 

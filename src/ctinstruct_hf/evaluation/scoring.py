@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import CTInstructError
-from .diagnosis import best_thresholds, calibration, multilabel_scores
+from .diagnosis import METRICS, best_thresholds, calibration, multilabel_scores
 from .predictions import TEXT_TASKS, Predictions, Record
 from .retrieval import recall_at_k
 from .segmentation import read_mask_pair, released_dice, surface_scores, volume_dice
-from .significance import Interval, bootstrap_auc, bootstrap_mean, by_group
+from .significance import Interval, bootstrap_auc, bootstrap_mean, by_group, group_rows
 from .text import TEXT_METRICS, choice_accuracy, clinical_efficacy, precision_recall_f1, score_texts
 
 THRESHOLDS = ("validation", "test_set")
@@ -99,9 +99,12 @@ def score_predictions(
         raise CTInstructError(f"thresholds is '{thresholds}': use a number, {' or '.join(THRESHOLDS)}.")
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     aside: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    # a data set that has nothing but its validation split is scored on that
+    tested = {(one.task, one.dataset) for one in predictions.records if one.split != "validation"}
     for record in predictions.records:
-        chosen = aside if record.split == "validation" and _has_test(predictions, record) else groups
-        chosen[record.task, record.dataset].append(record)
+        key = (record.task, record.dataset)
+        chosen = aside if record.split == "validation" and key in tested else groups
+        chosen[key].append(record)
     found = []
     for (task, dataset), records in sorted(groups.items()):
         tell(f"{task} {dataset}".strip())
@@ -140,14 +143,6 @@ def parse_thresholds(text: str) -> str | float:
     if not 0 <= value <= 1:
         raise CTInstructError(f"thresholds is '{text}': use {', '.join(THRESHOLDS)} or a number between 0 and 1.")
     return value
-
-
-def _has_test(predictions: Predictions, record: Record) -> bool:
-    """Whether a data set has other records than those of its validation split, which are scored themselves if not."""
-    return any(
-        other.split != "validation" and (other.task, other.dataset) == (record.task, record.dataset)
-        for other in predictions.records
-    )
 
 
 def _score_groups(scores: TaskScores, records: Sequence[Record], bootstraps: int) -> None:
@@ -235,17 +230,13 @@ def _score_diagnosis(
     per_disease = found["per_disease"]
     for name, interval in zip(names, each, strict=True):
         per_disease[name] |= {"auc_low": interval.low, "auc_high": interval.high}
-    scores.metrics["auc"] = mean
-    for metric in ("auc", "accuracy", "f1", "precision"):
+    for metric in METRICS:
         values = {name: per_disease[name][metric] for name in names}
         scores.per_sample[metric] = values
-        if metric != "auc":
-            kept = [value for value in values.values() if not np.isnan(value)]
-            spread = float(np.std(kept)) if kept else float("nan")
-            scores.metrics[metric] = Interval(found[metric], spread, float("nan"), float("nan"), len(records))
-    areas = [value for value in scores.per_sample["auc"].values() if not np.isnan(value)]
-    if areas:  # as the paper's: over diseases
-        scores.metrics["auc"] = Interval(mean.mean, float(np.std(areas)), mean.low, mean.high, mean.count)
+        kept = [value for value in values.values() if not np.isnan(value)]
+        spread = float(np.std(kept)) if kept else float("nan")  # over diseases, as in the paper's tables
+        scores.metrics[metric] = replace(_point(found[metric], len(records)), sd=spread)
+    scores.metrics["auc"] = replace(mean, sd=scores.metrics["auc"].sd)
     calibrated = calibration(probabilities, labels)
     scores.metrics["ece"] = _point(calibrated["ece"], len(records))
     scores.details |= {
@@ -258,17 +249,12 @@ def _score_diagnosis(
     }
     if found["undefined_auc"]:
         scores.notes.append(f"no AUC for {', '.join(found['undefined_auc'])}: one class only; left out of the mean")
-    meta = [record.meta for record in records]
-    for key in {name for one in meta for name in one}:
-        groups: dict[str, list[int]] = defaultdict(list)
-        from .significance import GROUPINGS
-
-        for index, one in enumerate(meta):
-            if key in GROUPINGS:
-                groups[GROUPINGS[key](one[key]) if key in one else "unknown"].append(index)
-        for name, rows in sorted(groups.items()):
-            interval = bootstrap_auc(probabilities[rows], labels[rows], bootstraps)[1]
-            scores.groups.setdefault("auc", {}).setdefault(key, {})[name] = interval
+    groups = group_rows([record.meta for record in records])
+    if groups:
+        scores.groups["auc"] = {
+            key: {name: bootstrap_auc(probabilities[rows], labels[rows], bootstraps)[1] for name, rows in one.items()}
+            for key, one in groups.items()
+        }
 
 
 def _score_masks(

@@ -130,6 +130,8 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     Raises:
         CTInstructError: where a file cannot be read, or the two lie on different grids.
     """
+    from ..data.reading import is_phantom
+
     reference = mask["reference"]
     told = reference if isinstance(reference, dict) else {"path": str(reference)}
     values = [int(value) for value in told.get("values") or []]
@@ -137,7 +139,7 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     path = str(told.get("path") or "")
     if not path:  # known to be absent
         truth, other = np.zeros(said.shape, bool), affine
-    elif path.startswith("phantom:"):
+    elif is_phantom(path):
         truth, other = _phantom_mask(path, str(mask["name"]))
     else:
         labels, other = _read_labels(path, folder)
@@ -171,7 +173,8 @@ def _read_labels(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray | None
 
 
 def _phantom_mask(path: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    from ..data.reading import MaskRef, open_mask, phantom_of
+    from ..data.reading import open_mask, phantom_of
+    from ..data.samples import MaskRef
 
     volume = phantom_of(path).volume
     image = volume.to_source(open_mask(MaskRef(name, path), volume))

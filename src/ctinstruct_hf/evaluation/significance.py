@@ -191,16 +191,35 @@ def by_group(
     Returns:
         {"sex": {"female": interval, …}, …}; a grouping that no sample has is left out.
     """
-    found: dict[str, dict[str, Interval]] = {}
+    kept = [index for index, value in enumerate(values) if not np.isnan(value)]
+    scores, known = np.asarray(values, dtype=float)[kept], [meta[index] for index in kept]
+    return {
+        key: {name: bootstrap_mean(scores[rows], times) for name, rows in groups.items()}
+        for key, groups in group_rows(known).items()
+    }
+
+
+def group_rows(meta: Sequence[Mapping[str, str]]) -> dict[str, dict[str, list[int]]]:
+    """{"sex": {"female": rows, …}, …}; a grouping that no sample has is left out."""
+    found: dict[str, dict[str, list[int]]] = {}
     for key, name_of in GROUPINGS.items():
         if not any(key in one for one in meta):
             continue
-        groups: dict[str, list[float]] = {}
-        for value, one in zip(values, meta, strict=True):
-            if not np.isnan(value):
-                groups.setdefault(name_of(one[key]) if key in one else "unknown", []).append(value)
-        found[key] = {name: bootstrap_mean(scores, times) for name, scores in sorted(groups.items())}
+        groups: dict[str, list[int]] = {}
+        for row, one in enumerate(meta):
+            groups.setdefault(name_of(one[key]) if key in one else "unknown", []).append(row)
+        found[key] = dict(sorted(groups.items()))
     return found
 
 
-__all__ = ["GROUPINGS", "Interval", "bootstrap_auc", "bootstrap_mean", "by_group", "paired_test", "resample", "stars"]
+__all__ = [
+    "GROUPINGS",
+    "Interval",
+    "bootstrap_auc",
+    "bootstrap_mean",
+    "by_group",
+    "group_rows",
+    "paired_test",
+    "resample",
+    "stars",
+]

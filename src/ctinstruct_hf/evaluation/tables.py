@@ -31,22 +31,19 @@ _NAMES = {
 }
 
 
-def _stage_one_columns() -> list[Column]:
-    columns: list[Column] = []
-    for dataset in ("rp3d_cap", "ct_rate"):
-        columns += [(f"{_NAMES[dataset]} {metric.upper()}", "retrieval", dataset, metric) for metric in ("ir@5", "ir@10", "tr@5", "tr@10")]  # fmt: skip
-    columns += [(f"Rad-ChestCT {name}", "diagnosis", "rad_chestct", metric) for name, metric in
-                (("AUC", "auc"), ("ACC", "accuracy"), ("F1", "f1"), ("Pre.", "precision"))]  # fmt: skip
-    columns += [(f"{_NAMES[name]} DSC", "segmentation", name, "dice") for name in ("covid_19", "totalsegmentator", "ct_org", "abdomen_1k")]  # fmt: skip
-    return columns
-
-
 def _many(task: str, datasets: Sequence[str], metrics: Sequence[tuple[str, str]]) -> list[Column]:
     return [(f"{_NAMES[name]} {header}", task, name, metric) for name in datasets for header, metric in metrics]
 
 
 _DIAGNOSIS = (("AUC", "auc"), ("ACC", "accuracy"), ("F1", "f1"), ("Precision", "precision"))
 _TEXT = (("ROUGE-1", "rouge1"), ("BLEU-1", "bleu1"), ("METEOR", "meteor"))
+_RETRIEVAL = (("IR@5", "ir@5"), ("IR@10", "ir@10"), ("TR@5", "tr@5"), ("TR@10", "tr@10"))
+_DICE = (("DSC", "dice"),)
+_STAGE_ONE = [
+    *_many("retrieval", ("rp3d_cap", "ct_rate"), _RETRIEVAL),
+    *_many("diagnosis", ("rad_chestct",), (*_DIAGNOSIS[:3], ("Pre.", "precision"))),
+    *_many("segmentation", ("covid_19", "totalsegmentator", "ct_org", "abdomen_1k"), _DICE),
+]
 _HYBRID_3D = "4.50 8.00 5.00 7.50 5.00 10.00 4.50 9.00 57.44 62.89 44.75 35.62 92.33 98.58 93.38 93.72"
 
 
@@ -71,18 +68,18 @@ def _cells(text: str) -> list[str]:
 
 
 PAPER_TABLES: dict[int, PaperTable] = {
-    3: PaperTable(3, "Vision encoder pretraining strategy", _stage_one_columns(), {
+    3: PaperTable(3, "Vision encoder pretraining strategy", _STAGE_ONE, {
         "ITC": _cells("3.50 6.00 3.50 7.00 3.50 6.50 4.50 7.00 54.73 55.88 44.10 35.27 68.83 98.04 85.56 91.36"),
         "ITC + Clas.": _cells("3.00 7.00 4.00 8.50 6.50 9.50 3.50 8.00 55.07 56.73 43.78 39.02 87.08 98.32 90.78 93.14"),
         "ITC + Seg.": _cells("6.00 9.00 4.50 7.50 5.00 9.00 5.50 9.00 56.82 57.79 43.95 33.20 91.56 98.44 93.30 93.69"),
         "ITC + Seg. + Clas.": _cells(_HYBRID_3D),
     }),
-    4: PaperTable(4, "Vision encoder architecture", _stage_one_columns(), {
+    4: PaperTable(4, "Vision encoder architecture", _STAGE_ONE, {
         "ResNet3D": _cells("4.00 6.00 2.00 7.00 5.00 10.50 4.50 9.00 54.76 57.60 43.67 33.03 77.46 98.00 83.84 89.10"),
         "ViT3D": _cells("1.50 6.50 2.00 5.50 6.50 14.00 6.50 12.50 56.73 57.51 43.26 33.80 80.18 98.41 88.17 93.16"),
         "Hybrid ResNet-ViT": _cells(_HYBRID_3D),
     }),
-    5: PaperTable(5, "Data dimensionality", _stage_one_columns(), {
+    5: PaperTable(5, "Data dimensionality", _STAGE_ONE, {
         "3D": _cells(_HYBRID_3D),
         "2D + 3D": _cells("5.00 9.00 4.50 9.00 4.50 11.00 5.50 10.00 57.22 61.33 46.09 38.46 93.35 99.00 94.74 95.07"),
     }),
@@ -101,8 +98,7 @@ PAPER_TABLES: dict[int, PaperTable] = {
         "M3D": _cells("17.12±15.24** 10.15±9.46** 11.60±8.84** 37.40±33.88* 33.64±30.82** 25.36±21.55 19.51±13.64 14.90±12.80 14.32±13.15"),
         "CTInstruct": _cells("59.11±34.98 54.01±35.87 55.87±34.82 40.66±34.68 37.36±24.63 26.58±21.89 18.65±7.07 15.89±7.63 15.33±5.65"),
     }),
-    8: PaperTable(8, "Medical segmentation", [
-        (f"{_NAMES[name]} DSC", "segmentation", name, "dice") for name in ("totalsegmentator", "abdomen_1k", "ct_org")], {
+    8: PaperTable(8, "Medical segmentation", _many("segmentation", ("totalsegmentator", "abdomen_1k", "ct_org"), _DICE), {
         "SegVol": _cells("44.28 79.06 77.78"),
         "M3D": _cells("59.70 73.37 81.01"),
         "CTInstruct": _cells("98.07±4.40 96.39±3.47 93.03±8.16"),
@@ -218,16 +214,19 @@ _SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "multiple_choice": (("Accuracy", "accuracy"),),
     "diagnosis": (*_DIAGNOSIS, ("ECE", "ece")),
     "segmentation": (("Dice", "dice"), ("Released Dice", "released_dice"), ("NSD", "nsd"), ("Absent left empty", "absent_left_empty"), ("Dice as given", "dice_as_given")),
-    "retrieval": (("IR@5", "ir@5"), ("IR@10", "ir@10"), ("TR@5", "tr@5"), ("TR@10", "tr@10")),
+    "retrieval": _RETRIEVAL,
 }  # fmt: skip
+
+
+def _title(task: str, dataset: str, what: str = "") -> str:
+    return f"{task.replace('_', ' ').capitalize()}{what}: {_NAMES.get(dataset, dataset or 'all data')}"
 
 
 def own_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table:
     """All systems on one task of one data set, with 95 % intervals."""
     having = [(one, scores) for one in systems if (scores := one.find(task, dataset))]
     metrics = [(header, name) for header, name in _SHOWN[task] if any(name in scores.metrics for _, scores in having)]
-    table = Table(f"{task.replace('_', ' ').capitalize()}: {_NAMES.get(dataset, dataset or 'all data')}",
-                  ["", "samples", "failed", *(header for header, _ in metrics)])  # fmt: skip
+    table = Table(_title(task, dataset), ["", "samples", "failed", *(header for header, _ in metrics)])
     first = having[0][1]
     for system, scores in having:
         cells = []
@@ -265,9 +264,7 @@ def per_item_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> 
     if not names:
         return None
     header = ["", *(f"{system} {label}" if len(found) > 1 else label for system, _ in found for label, _ in shown)]
-    table = Table(
-        f"{task.replace('_', ' ').capitalize()} by item: {_NAMES.get(dataset, dataset or 'all data')}", header
-    )
+    table = Table(_title(task, dataset, " by item"), header)
     for name in names:
         cells = [rows[name].get(metric) if name in rows else None for _, rows in found for _, metric in shown]
         table.rows.append(
@@ -299,8 +296,11 @@ def group_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Tab
                     )
     if not rows:
         return None
-    title = f"{task.replace('_', ' ').capitalize()} by group: {_NAMES.get(dataset, dataset or 'all data')}"
-    return Table(title, ["system", "metric", "group", "", "samples", "mean ± sd", "95 % interval"], rows)
+    return Table(
+        _title(task, dataset, " by group"),
+        ["system", "metric", "group", "", "samples", "mean ± sd", "95 % interval"],
+        rows,
+    )
 
 
 def all_tables(systems: Sequence[SystemScores]) -> list[Table]:
