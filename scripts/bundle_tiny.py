@@ -8,27 +8,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from ctinstruct_hf import CTInstructForConditionalGeneration, CTInstructProcessor
+from ctinstruct_hf.data.tiny import write_bundled
 from ctinstruct_hf.errors import CTInstructError
 
 BUNDLED = Path(__file__).parents[1] / "src" / "ctinstruct_hf" / "assets" / "ctinstruct-tiny"
 
 
 def bundle(source: Path, target: Path) -> None:
-    """Write the bundled folder; code files of an earlier one are replaced."""
+    """Write the bundled folder from a trained model's."""
     model = CTInstructForConditionalGeneration.from_pretrained(source)
     if not model.config.trained:
-        raise CTInstructError(f"{source} holds random weights: train it first (make tiny-trained).")
+        raise CTInstructError(f"{source} holds random weights: train it first (ctinstruct instruct tiny).")
     processor = CTInstructProcessor.from_pretrained(source)
-    for stale in target.glob("*_ctinstruct.py"):
-        stale.unlink()
-    model.to(torch.bfloat16).save_pretrained(target)
-    processor.save_pretrained(target)
-    for file in target.iterdir():
-        if file.is_file():
-            file.chmod(0o644)
+    write_bundled(target, model, processor)
 
 
 if __name__ == "__main__":

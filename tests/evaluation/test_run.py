@@ -114,12 +114,12 @@ def test_a_stage_one_model_is_asked_for_what_it_can(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
-    from ctinstruct_hf.train.pretrain import save_stage_one
+    from ctinstruct_hf.train.checkpoints import save_trained
 
     folder = tmp_path / "model"
     model = CTInstructForPretraining(CTInstructConfig.preset("tiny"))
     processor = CTInstructImageProcessor(patch_size=TINY_PATCH, max_patches=4)
-    save_stage_one(folder, model, AutoTokenizer.from_pretrained(BUNDLED_MODEL), processor)
+    save_trained(folder, model, AutoTokenizer.from_pretrained(BUNDLED_MODEL), processor)
     file = run_model(str(folder), "phantoms:slice:0-8", tmp_path / "out", RunOptions())
     found = read_predictions(file)
     assert {record.task for record in found.good} == {"retrieval", "diagnosis", "segmentation"}

@@ -25,9 +25,9 @@ from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ctinstruct_hf.processing.volume import read_volume
+from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
 from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct
-from ctinstruct_hf.train.pretrain import save_stage_one
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
 from tests.train.test_pretrain import losses
 
@@ -44,7 +44,7 @@ def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.text_encoder_config.vocab_size = 3000
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("stage_one") / "model"
-    save_stage_one(folder, CTInstructForPretraining(config), train_tokenizer(), CTInstructImageProcessor(**SMALL))
+    save_trained(folder, CTInstructForPretraining(config), train_tokenizer(), CTInstructImageProcessor(**SMALL))
     return folder
 
 
@@ -215,11 +215,18 @@ def test_every_part_learns_under_both_trainers(recipe: dict[str, Any], tmp_path:
     assert study.segment("body").shape == study.volume.shape
 
 
-def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe |= {"freeze": ["vision_tower"], "mixture": recipe["mixture"][::2], "max_steps": 3, "trainer": "transformers"}
     instruct({**recipe, "output_dir": str(tmp_path / "plain")})
     instruct({**recipe, "output_dir": str(tmp_path / "kept"), "keep_tokens": True})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    instruct({**recipe, "output_dir": str(tmp_path / "memory"), "keep_tokens": True, "cache": None})
+    assert not list((tmp_path / "here").iterdir())  # without a cache nothing is left in the working folder
     plain, kept = losses(tmp_path / "plain"), losses(tmp_path / "kept")
+    assert losses(tmp_path / "memory") == kept
     assert [one["lm_loss"] for one in plain if "lm_loss" in one] == pytest.approx(
         [one["lm_loss"] for one in kept if "lm_loss" in one], abs=2e-3
     )

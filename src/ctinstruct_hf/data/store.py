@@ -45,7 +45,7 @@ class PatchStore:
 
     def image(self, image: ImageRef) -> Prepared:
         """pixel_values float16 [N, patch height, patch width], patch_grid int64 [1, 4], slice_mask bool [N]."""
-        return self._entry(self._key(image), lambda: self._prepare(image), ("pixel_values", "patch_grid", "slice_mask"))
+        return self._entry(self.key(image), lambda: self._prepare(image), ("pixel_values", "patch_grid", "slice_mask"))
 
     def mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
         """One structure on the image's canvas: int8 [D, H, W], 1 inside, 0 outside, −1 padding."""
@@ -60,10 +60,10 @@ class PatchStore:
             labels = open_labels(path, volume) if path else np.zeros(volume.shape, np.int16)
             return {"labels": self.image_processor.labels_to_canvas(labels, volume)}
 
-        return self._entry(self._key(image, path or "none"), prepare, ("labels",))["labels"]
+        return self._entry(self.key(image, path or "none"), prepare, ("labels",))["labels"]
 
     def _phantom_mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
-        prepared = self._entry(self._key(image), lambda: self._prepare(image), ("organs", "findings"))
+        prepared = self._entry(self.key(image), lambda: self._prepare(image), ("organs", "findings"))
         organs = prepared["organs"]
         if not mask.path:
             return _relabelled(organs, ())
@@ -93,7 +93,8 @@ class PatchStore:
             prepared["findings"] = bits
         return prepared
 
-    def _key(self, image: ImageRef, *more: str) -> str:
+    def key(self, image: ImageRef, *more: str) -> str:
+        """What changes when the image, another file of it, or the settings do."""
         state = [self._settings, asdict(image), [file_state(path) for path in (image.path, *more)]]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -105,15 +106,23 @@ class PatchStore:
         return {name: kept[name] for name in names}
 
     def _read(self, key: str, prepare: Callable[[], Prepared]) -> Prepared:
-        """The file of a key, made where it is not there yet."""
         assert self.folder is not None
-        path = self.folder / key[:2] / f"{key}.safetensors"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        return read_or_make(place_of(self.folder, key), prepare)
+
+
+def place_of(folder: Path, key: str) -> Path:
+    """Where a store keeps what has this key."""
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def read_or_make(path: Path, prepare: Callable[[], Prepared]) -> Prepared:
+    """The tensors of a file, made where it is not there yet."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
 
 
 def _relabelled(labels: torch.Tensor, values: Iterable[int]) -> torch.Tensor:

@@ -30,9 +30,7 @@ def tiny_config() -> CTInstructConfig:
 
 
 def build_tiny(folder: Path, seed: int = 0) -> None:
-    """Write the untrained checkpoint; code files of an earlier one in the folder are replaced."""
-    for stale in folder.glob("*_ctinstruct.py"):
-        stale.unlink()
+    """Write the untrained checkpoint."""
     torch.manual_seed(seed)
     processor = tiny_processor()
     config = tiny_config()
@@ -41,5 +39,15 @@ def build_tiny(folder: Path, seed: int = 0) -> None:
     model = CTInstructForConditionalGeneration(config)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)  # half the size; loaded as float32 on a CPU
+    write_bundled(folder, model, processor)
+
+
+def write_bundled(folder: Path, model: CTInstructForConditionalGeneration, processor: CTInstructProcessor) -> None:
+    """A model as it is bundled: in bfloat16, half the size; code files of an earlier one in the folder are replaced."""
+    for stale in folder.glob("*_ctinstruct.py"):
+        stale.unlink()
+    model.to(torch.bfloat16).save_pretrained(folder)  # loaded as float32 on a CPU
     processor.save_pretrained(folder)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o644)

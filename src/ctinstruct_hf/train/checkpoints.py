@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 from ..errors import CTInstructError
 from ..files import whole_file
+from ..output.folder import whole_folder
 
 logger = logging.getLogger(__name__)
 MARK = "complete.json"
@@ -65,3 +68,45 @@ def require_complete(checkpoint: Path) -> Path:
     if lost:
         raise CTInstructError(f"{checkpoint} cannot be resumed: {', '.join(lost)} is missing or cut short.")
     return checkpoint
+
+
+def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool) -> str | None:
+    """The checkpoint to go on from; the recipe is kept beside it, and another one is refused."""
+    kept = folder / "recipe.json"
+    told = json.dumps(recipe, indent=1, sort_keys=True, default=str)
+    if restart and writes and kept.exists():
+        shutil.rmtree(folder)
+    if resume is not None:
+        return str(require_complete(Path(resume)))
+    found = newest_complete(folder) if folder.is_dir() else None
+    if kept.exists() and found is not None and not restart:  # else nothing was trained yet
+        before = json.loads(kept.read_text())
+        now = json.loads(told)
+        changed = sorted(
+            name for name in {*before, *now} if before.get(name) != now.get(name) and name not in FREE_KEYS
+        )
+        if changed:
+            raise CTInstructError(
+                f"{folder} holds a run of another recipe (different: {', '.join(changed)}): "
+                "choose another output_dir, or --restart."
+            )
+        return str(found)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(told)
+    return None
+
+
+# settings that change where and how often a run looks, not what it computes
+FREE_KEYS = ("output_dir", "cache", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "report_to",
+             "dataloader_num_workers", "disable_tqdm", "log_level", "eval_strategy", "save_strategy")  # fmt: skip
+
+
+def save_trained(folder: Path, model: Any, *parts: Any) -> None:
+    """A trained model and what belongs to it (tokenizer, processor) in one folder, which appears when it is whole."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    with whole_folder(folder) as temporary:
+        model.config.trained = True
+        for part in (model, *parts):
+            part.save_pretrained(temporary)

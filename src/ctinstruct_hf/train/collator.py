@@ -76,6 +76,12 @@ class _Collator:
         return found
 
 
+def join_images(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """`pixel_values`, `patch_grid` and `slice_mask` of several images."""
+    joined = {name: torch.cat([one[name] for one in prepared]) for name in ("pixel_values", "patch_grid", "slice_mask")}
+    return {**joined, "pixel_values": joined["pixel_values"].float()}
+
+
 class AlignmentCollator(_Collator):
     """Stage one: `AlignmentSample` rows to the arguments of `CTInstructForPretraining.forward`.
 
@@ -120,11 +126,7 @@ class AlignmentCollator(_Collator):
         read: list[tuple[AlignmentSample, Prepared, list[MaskRef], list[torch.Tensor], np.random.Generator]]
         read = self.read_all(items, lambda sample, rng: self._read(sample, tasks, rng))
         samples = [one[0] for one in read]
-        batch: dict[str, Any] = {
-            "pixel_values": torch.cat([one[1]["pixel_values"] for one in read]).float(),
-            "patch_grid": torch.cat([one[1]["patch_grid"] for one in read]),
-            "slice_mask": torch.cat([one[1]["slice_mask"] for one in read]),
-        }
+        batch = join_images([one[1] for one in read])
         if "contrastive" in tasks:
             self._add_texts(batch, samples, [one[4] for one in read])
         if "category" in tasks:
@@ -251,9 +253,7 @@ class InstructionCollator(_Collator):
                 patch_grid=torch.cat([image["patch_grid"] for image in images]),
             )
         else:
-            batch["pixel_values"] = torch.cat([image["pixel_values"] for image in images]).float()
-            batch["patch_grid"] = torch.cat([image["patch_grid"] for image in images])
-            batch["slice_mask"] = torch.cat([image["slice_mask"] for image in images])
+            batch |= join_images(images)
         masks = [mask for one in read for mask in one["masks"]]
         if masks:
             batch["mask_labels"] = masks
@@ -277,7 +277,7 @@ class InstructionCollator(_Collator):
         images = [self.tokens.image(image) if light else self.store.image(image) for image in sample.images]
         counts = [int(np.prod(row)) for image in images for row in image["patch_grid"].tolist()]
         input_ids, labels = self.words(sample, counts)
-        read: dict[str, Any] = {
+        return {
             "input_ids": input_ids,
             "labels": labels,
             "attention_mask": torch.ones_like(input_ids),
@@ -286,7 +286,6 @@ class InstructionCollator(_Collator):
             "disease_labels": [float(label.value) for label in sample.labels],
             "disease_ids": self._diseases(sample),
         }
-        return read
 
     def words(self, sample: InstructionSample, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels [L] of a conversation.

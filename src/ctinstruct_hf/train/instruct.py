@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 
 from ..data.mixture import Item, Mixture, MixtureBatches, MixtureEntry
 from ..data.parts import check_part, load_part
@@ -18,16 +18,25 @@ from ..data.samples import TASKS, ImageRef, text_of
 from ..data.store import PatchStore
 from ..errors import CTInstructError
 from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
-from ..output.folder import whole_folder
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .batch_norm import set_batch_norm
+from .checkpoints import place_to_start, save_trained
 from .collator import InstructionCollator
 from .language_models import load_language_model
-from .pretrain import check_rates, make_mixture, place_to_start
 from .recipe import parse_recipe
 from .token_store import TokenStore
-from .trainer import LOSSES, MixtureLoop, MixtureTrainer, check_voxels, data_seed, prepare_arguments
+from .trainer import (
+    LOSSES,
+    MixtureLoop,
+    MixtureTrainer,
+    base_of,
+    check_rates,
+    check_voxels,
+    data_seed,
+    make_mixture,
+    prepare_arguments,
+)
 
 # part of a recipe -> where its weights are
 PARTS: dict[str, str] = {
@@ -140,11 +149,9 @@ def build_model(settings: InstructSettings) -> tuple[Any, CTInstructProcessor]:
     else:
         model, processor = _from_parts(settings, loading)
     set_batch_norm(model, settings.batch_norm)
-    if settings.lora is not None:
-        return _with_adapters(model, processor, settings), processor
     for name in settings.freeze:
         set_batch_norm(model.get_submodule(PARTS[name]).requires_grad_(False), "frozen")
-    return model, processor
+    return (model if settings.lora is None else _with_adapters(model, processor, settings)), processor
 
 
 def _from_parts(settings: InstructSettings, loading: dict[str, Any]) -> tuple[Any, CTInstructProcessor]:
@@ -181,11 +188,7 @@ def _with_adapters(model: Any, processor: CTInstructProcessor, settings: Instruc
     from peft import LoraConfig, get_peft_model
 
     new = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()]
-    whole = [
-        PARTS[name] for name in PARTS if name not in ("language_model", "vision_tower") and name not in settings.freeze
-    ]
-    if "vision_tower" not in settings.freeze:
-        whole.append(PARTS["vision_tower"])
+    whole = [place for name, place in PARTS.items() if name not in ("language_model", *settings.freeze)]
     targets = settings.lora.get("target_modules", ["q_proj", "v_proj"])  # type: ignore[union-attr]
     if not isinstance(targets, str):
         targets = rf"model\.language_model\..*\.({'|'.join(targets)})"
@@ -219,30 +222,17 @@ class _Instructs(MixtureLoop):
         """Each loss on the held-out batches, shared out over the processes."""
         model = self.model
         model.eval()
-        sums: dict[str, list[float]] = {}
-        for number, items in enumerate(self.held_out):
-            if number % self.args.world_size != self.args.process_index:
-                continue
+        values: list[tuple[str, float]] = []
+        for items in self.held_out[self.args.process_index :: self.args.world_size]:
             batch = send_to_device(self.data_collator(items), self.args.device)
             with self.compute_loss_context_manager():
                 outputs = model(**batch)
-            for name in ("loss", *LOSSES):
-                if outputs.get(name) is not None:
-                    total = sums.setdefault(f"{metric_key_prefix}_{name}", [0.0, 0.0])
-                    total[0] += float(outputs[name])
-                    total[1] += 1
+            values += [(name, float(outputs[name])) for name in ("loss", *LOSSES) if outputs.get(name) is not None]
         model.train()
-        if self.args.world_size > 1:
-            from accelerate.utils import gather_object
-
-            gathered = gather_object([sums])
-            sums = {}
-            for one in gathered:
-                for name, (value, count) in one.items():
-                    total = sums.setdefault(name, [0.0, 0.0])
-                    total[0] += value
-                    total[1] += count
-        metrics = {name: total / count for name, (total, count) in sums.items()}
+        by_loss: dict[str, list[float]] = defaultdict(list)
+        for name, value in gather_object(values) if self.args.world_size > 1 else values:
+            by_loss[f"{metric_key_prefix}_{name}"].append(value)
+        metrics = {name: sum(each) / len(each) for name, each in by_loss.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -275,10 +265,6 @@ def sft_trainer(
     )
     trainer.begin(mixture)
     return trainer
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def instruct(
@@ -331,7 +317,7 @@ def instruct(
                 entry.lengths = [sum(len(text_of(turn)) for turn in row["messages"]) for row in entry.rows]
     tokens = None
     if settings.keep_tokens:
-        tower = _base_of(model).model.vision_tower
+        tower = base_of(model).model.vision_tower
         tokens = TokenStore(store, tower.to(args.device))
         with args.main_process_first(desc="tokens"):
             tokens.fill(_images_without_masks([*entries, *([held_out] if held_out else [])]), tell)
@@ -343,14 +329,17 @@ def instruct(
         trainer: Any = sft_trainer(model, args, mixture, collator, entries, eval_dataset=None)
     else:
         trainer = InstructionTrainer(model, args, mixture, collator)
-    trainer.learning_rates = check_rates(settings.learning_rates, _base_of(model))
+    trainer.learning_rates = check_rates(settings.learning_rates, base_of(model))
     trainer.positive_voxels = settings.positive_voxels
     trainer.held_out = _held_out_batches(held_out, args, int((settings.evaluation or {}).get("batches", 8)))
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     metrics = trainer.evaluate() if trainer.held_out else {}
     if trainer.is_world_process_zero():
-        save_whole(folder / "model", trainer.accelerator.unwrap_model(trainer.model), processor)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(trained, "merge_and_unload"):  # adapters go into the weights
+            trained = trained.merge_and_unload()
+        save_trained(folder / "model", trained, processor)
         (folder / "scores.json").write_text(json.dumps(metrics, indent=1))
     trainer.accelerator.wait_for_everyone()
     return metrics
@@ -377,15 +366,3 @@ def _held_out_batches(entry: MixtureEntry | None, args: Any, count: int) -> list
     # of one kind each, since samples with masks bring their voxels along
     places = MixtureBatches(mixture, size, count, seed=0)
     return [[mixture[place] for place in batch] for batch in places]
-
-
-def save_whole(folder: Path, model: Any, processor: CTInstructProcessor) -> None:
-    """Model and processor in one folder, which appears when it is whole; adapters are merged into their weights."""
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    if folder.exists():
-        shutil.rmtree(folder)
-    with whole_folder(folder) as temporary:
-        model.config.trained = True
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from ..data.descriptions import describe_category
-from ..data.mixture import Mixture, MixtureEntry, StreamedMixture
+from ..data.mixture import MixtureEntry
 from ..data.parts import GRAINS, check_part, load_part
 from ..data.store import PatchStore
 from ..data.tiny import TINY_PATCH
@@ -22,14 +21,13 @@ from ..errors import CTInstructError
 from ..evaluation.alignment import AlignmentScores, score_alignment
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
-from ..output.folder import whole_folder
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from .batch_norm import set_batch_norm
-from .checkpoints import newest_complete, require_complete
+from .checkpoints import place_to_start, save_trained
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
 from .text_encoders import load_text_encoder
-from .trainer import MixtureTrainer, check_voxels, data_seed
+from .trainer import MixtureTrainer, check_rates, check_voxels, data_seed, make_mixture
 
 logger = logging.getLogger(__name__)
 PARTS = ("vision_tower", "segmentation_decoder", "text_encoder", "text_projection", "image_projection", "category_projection")  # fmt: skip
@@ -130,15 +128,6 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
     for name in settings.freeze:  # a frozen part keeps its running statistics too
         set_batch_norm(getattr(model, name).requires_grad_(False), "frozen")
     return model, tokenizer
-
-
-def check_rates(rates: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
-    """The rates as numbers. Raises CTInstructError for a prefix that no weight has."""
-    names = [name for name, _ in model.named_parameters()]
-    for prefix in rates:
-        if not any(name.startswith(prefix) for name in names):
-            raise CTInstructError(f"learning_rates names '{prefix}', but no weight begins so.")
-    return {prefix: float(rate) for prefix, rate in rates.items()}
 
 
 def _set_fields(config: Any, changes: dict[str, Any]) -> None:
@@ -284,67 +273,10 @@ def pretrain(
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()
     if trainer.is_world_process_zero():
-        save_stage_one(folder / "model", trainer.accelerator.unwrap_model(trainer.model), tokenizer, processor)
+        save_trained(folder / "model", trainer.accelerator.unwrap_model(trainer.model), tokenizer, processor)
         write_scores(folder / "scores.json", scores)
     trainer.accelerator.wait_for_everyone()
     return scores.metrics
-
-
-def make_mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> Mixture | StreamedMixture:
-    """The parts together; streamed ones know by themselves where a resumed run goes on."""
-    streamed = [not hasattr(entry.rows, "__len__") for entry in entries]
-    if not any(streamed):
-        return Mixture(entries)
-    if not all(streamed):
-        raise CTInstructError("The mixture has streamed and stored parts: stream all of them or none.")
-    args.ignore_data_skip = True
-    done = int(Path(start).name.rpartition("-")[2]) if start else 0
-    return StreamedMixture(
-        entries, args.per_device_train_batch_size, data_seed(args), start=done * args.gradient_accumulation_steps
-    )
-
-
-def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool) -> str | None:
-    """The checkpoint to go on from; the recipe is kept beside it, and another one is refused."""
-    kept = folder / "recipe.json"
-    told = json.dumps(recipe, indent=1, sort_keys=True, default=str)
-    if restart and writes and kept.exists():
-        shutil.rmtree(folder)
-    if resume is not None:
-        return str(require_complete(Path(resume)))
-    found = newest_complete(folder) if folder.is_dir() else None
-    if kept.exists() and found is not None and not restart:  # else nothing was trained yet
-        before = json.loads(kept.read_text())
-        now = json.loads(told)
-        changed = sorted(
-            name for name in {*before, *now} if before.get(name) != now.get(name) and name not in FREE_KEYS
-        )
-        if changed:
-            raise CTInstructError(
-                f"{folder} holds a run of another recipe (different: {', '.join(changed)}): "
-                "choose another output_dir, or --restart."
-            )
-        return str(found)
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(told)
-    return None
-
-
-# settings that change where and how often a run looks, not what it computes
-FREE_KEYS = ("output_dir", "cache", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "report_to",
-             "dataloader_num_workers", "disable_tqdm", "log_level", "eval_strategy", "save_strategy")  # fmt: skip
-
-
-def save_stage_one(folder: Path, model: Any, tokenizer: Any, processor: Any) -> None:
-    """Model, tokenizer of its text encoder and image processor in one folder, which appears when it is whole."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    with whole_folder(folder) as temporary:
-        model.config.trained = True
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
 
 
 def write_scores(path: Path, scores: AlignmentScores) -> None:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..data.samples import ImageRef
-from ..data.store import PatchStore, Prepared
-from ..files import whole_file
+from ..data.store import PatchStore, Prepared, place_of, read_or_make
 
 
 class TokenStore:
     """The tower's tokens of images: {tokens float16 [N, D], patch_grid int64 [1, 4]}.
 
     Args:
-        store: gives the patches, and the folder.
+        store: gives the patches, and the folder; without one, tokens are kept in memory.
         tower: the frozen tower; its weights are part of every file's key.
     """
 
@@ -30,33 +26,36 @@ class TokenStore:
         for name, weight in sorted(tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().float().numpy().tobytes())
-        self.folder = Path(store.folder or ".") / f"tokens-{digest.hexdigest()[:16]}"
+        self.folder = None if store.folder is None else store.folder / f"tokens-{digest.hexdigest()[:16]}"
         self._kept: dict[str, Prepared] = {}
 
     def image(self, image: ImageRef) -> Prepared:
         """Tokens of an image that `fill` has seen; of another one they are computed now."""
-        key = self.store._key(image)
+        key = self.store.key(image)
         if key not in self._kept:
-            path = self._path(key)
-            if not path.exists():
-                self._make(image, path)
-            with safe_open(path, framework="pt") as file:
-                self._kept[key] = {name: file.get_tensor(name) for name in ("tokens", "patch_grid")}
+            self._kept[key] = self._read(key, image)
         return self._kept[key]
 
     def fill(self, images: Iterable[ImageRef], tell: Callable[[str], None] = lambda step: None) -> None:
         """Compute what is missing, before workers are started that have no tower."""
-        unique = {self.store._key(image): image for image in images}
-        missing = [(key, image) for key, image in unique.items() if not self._path(key).exists()]
-        for number, (key, image) in enumerate(missing, start=1):
+        unique = {self.store.key(image): image for image in images}
+        missing = {key: image for key, image in unique.items() if not self._has(key)}
+        for number, (key, image) in enumerate(missing.items(), start=1):
             tell(f"tower {number}/{len(missing)}")
-            self._make(image, self._path(key))
+            made = self._read(key, image)
+            if self.folder is None:
+                self._kept[key] = made
 
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def _has(self, key: str) -> bool:
+        return key in self._kept or (self.folder is not None and place_of(self.folder, key).exists())
 
-    @torch.inference_mode()
-    def _make(self, image: ImageRef, path: Path) -> None:
+    def _read(self, key: str, image: ImageRef) -> Prepared:
+        if self.folder is None:
+            return self._make(image)
+        return read_or_make(place_of(self.folder, key), lambda: self._make(image))
+
+    @torch.no_grad()
+    def _make(self, image: ImageRef) -> Prepared:
         prepared = self.store.image(image)
         device = next(self.tower.parameters()).device
         training = self.tower.training
@@ -68,7 +67,4 @@ class TokenStore:
             return_dict=True,
         )
         self.tower.train(training)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"tokens": features.last_hidden_state.half().cpu().contiguous(), "patch_grid": prepared["patch_grid"]}
-        with whole_file(path) as temporary:
-            save_file(kept, temporary)
+        return {"tokens": features.last_hidden_state.half().cpu(), "patch_grid": prepared["patch_grid"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.mixture import Mixture, MixtureBatches, StreamedMixture
+from ..data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
 from ..errors import CTInstructError
 from .checkpoints import mark_complete
 
@@ -35,6 +36,34 @@ def prepare_arguments(args: TrainingArguments) -> None:
     args.logging_nan_inf_filter = False  # it hides bad losses
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True  # a step of one task leaves the heads of the others alone
+
+
+def check_rates(rates: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
+    """The rates as numbers. Raises CTInstructError for a prefix that no weight has."""
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in rates:
+        if not any(name.startswith(prefix) for name in names):
+            raise CTInstructError(f"learning_rates names '{prefix}', but no weight begins so.")
+    return {prefix: float(rate) for prefix, rate in rates.items()}
+
+
+def make_mixture(entries: Sequence[MixtureEntry], args: Any, start: str | None) -> Mixture | StreamedMixture:
+    """The parts together; streamed ones know by themselves where a resumed run goes on."""
+    streamed = [not hasattr(entry.rows, "__len__") for entry in entries]
+    if not any(streamed):
+        return Mixture(entries)
+    if not all(streamed):
+        raise CTInstructError("The mixture has streamed and stored parts: stream all of them or none.")
+    args.ignore_data_skip = True
+    done = int(Path(start).name.rpartition("-")[2]) if start else 0
+    return StreamedMixture(
+        entries, args.per_device_train_batch_size, data_seed(args), start=done * args.gradient_accumulation_steps
+    )
+
+
+def base_of(model: Any) -> Any:
+    """The model without adapters around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 VOXELS = ("weight", "end", "steps")
@@ -106,8 +135,7 @@ class MixtureLoop:
     ) -> Any:
         voxels = {"weight": 1.0, "end": 1.0, "steps": self.args.max_steps, **self.positive_voxels}
         done = min(self.state.global_step / voxels["steps"], 1.0) if voxels["steps"] else 1.0
-        base = self.accelerator.unwrap_model(model)
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base = base_of(self.accelerator.unwrap_model(model))
         base.positive_voxel_weight = voxels["weight"] ** (1 - done) * voxels["end"] ** done
         outputs = model(**inputs)
         if outputs.loss is None:
