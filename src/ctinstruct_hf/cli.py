@@ -23,6 +23,22 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+ChangesOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")
+]
+OutputDirOption = Annotated[Path | None, typer.Option("-o", "--output", help="output_dir instead of the recipe's.")]
+ResumeOption = Annotated[str | None, typer.Option("--resume", help="A checkpoint; the last whole one by default.")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew and remove the earlier run.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")]
+ScoresOption = Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")]
+DatasetsOption = Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")]
+BaseModelOption = Annotated[str | None, typer.Option("--base-model", help="What it was made from.")]
+LicenseOption = Annotated[str, typer.Option("--license", help="Of the weights.")]
+NotesOption = Annotated[Path | None, typer.Option("--notes", help="A text of your own on data and limits.")]
+ThresholdsOption = Annotated[
+    str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
+]
+SurfaceOption = Annotated[bool, typer.Option("--surface", help="Also NSD and HD95, which take long.")]
 
 
 def _quiet() -> None:
@@ -262,13 +278,11 @@ def _kind(kind: str) -> str:
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")] = "tiny",
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="output_dir instead of the recipe's.")] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="A checkpoint; the last whole one by default.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew and remove the earlier run.")] = False,
+    recipe: RecipeArgument = "tiny",
+    changes: ChangesOption = None,
+    output: OutputDirOption = None,
+    resume: ResumeOption = None,
+    restart: RestartOption = False,
     table: Annotated[
         int | None, typer.Option("--table", help="3, 4 or 5: the paper's ablation in miniature instead of one run.")
     ] = None,
@@ -300,16 +314,14 @@ def pretrain(
 
 @app.command()
 def instruct(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")] = "tiny",
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")
-    ] = None,
+    recipe: RecipeArgument = "tiny",
+    changes: ChangesOption = None,
     vision: Annotated[
         Path | None, typer.Option("--vision", help="Folder of a stage-one model instead of the recipe's.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="output_dir instead of the recipe's.")] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="A checkpoint; the last whole one by default.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew and remove the earlier run.")] = False,
+    output: OutputDirOption = None,
+    resume: ResumeOption = None,
+    restart: RestartOption = False,
 ) -> None:
     """Stage two: tune on instructions. Goes on where an interrupted run stopped."""
     from rich.console import Console
@@ -353,10 +365,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", help="Samples of each task.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Questions answered at once.")] = 4,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of an answer.")] = 512,
-    thresholds: Annotated[
-        str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
-    ] = "validation",
-    surface: Annotated[bool, typer.Option("--surface", help="Also NSD and HD95, which take long.")] = False,
+    thresholds: ThresholdsOption = "validation",
+    surface: SurfaceOption = False,
     vlm3d: Annotated[Path | None, typer.Option("--vlm3d", help="Also write the reports as a VLM3D submission.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -417,10 +427,8 @@ def is_main_process() -> bool:
 def compare(
     files: Annotated[list[Path], typer.Argument(help="Files of predictions; the first is compared with the others.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("comparison"),
-    thresholds: Annotated[
-        str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
-    ] = "validation",
-    surface: Annotated[bool, typer.Option("--surface", help="Also NSD and HD95, which take long.")] = False,
+    thresholds: ThresholdsOption = "validation",
+    surface: SurfaceOption = False,
     pictures: Annotated[bool, typer.Option(help="Dice by structure, ROC curves, reliability.")] = True,
 ) -> None:
     """Tables 3 to 8 of the paper with these systems beside its rows: Markdown, LaTeX, CSV, pictures, one page."""
@@ -450,12 +458,12 @@ def compare(
 @app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="A saved model.")],
-    scores: Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")] = None,
+    scores: ScoresOption = None,
     name: Annotated[str | None, typer.Option("--name", help="As on the Hub; the folder's name by default.")] = None,
-    datasets: Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")] = None,
-    base_model: Annotated[str | None, typer.Option("--base-model", help="What it was made from.")] = None,
-    license: Annotated[str, typer.Option("--license", help="Of the weights.")] = "apache-2.0",
-    notes: Annotated[Path | None, typer.Option("--notes", help="A text of your own on data and limits.")] = None,
+    datasets: DatasetsOption = None,
+    base_model: BaseModelOption = None,
+    license: LicenseOption = "apache-2.0",
+    notes: NotesOption = None,
 ) -> None:
     """Write the model card of a folder, with the numbers of an evaluation."""
     from .hub.card import make_card, write_card
@@ -478,11 +486,11 @@ def _text_of(path: Path) -> str:
 def publish(
     folder: Annotated[Path, typer.Argument(help="A saved model.")],
     repository: Annotated[str, typer.Argument(help="user/name on the Hub.")],
-    scores: Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")] = None,
-    datasets: Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")] = None,
-    base_model: Annotated[str | None, typer.Option("--base-model", help="What it was made from.")] = None,
-    license: Annotated[str, typer.Option("--license", help="Of the weights.")] = "apache-2.0",
-    notes: Annotated[Path | None, typer.Option("--notes", help="A text of your own on data and limits.")] = None,
+    scores: ScoresOption = None,
+    datasets: DatasetsOption = None,
+    base_model: BaseModelOption = None,
+    license: LicenseOption = "apache-2.0",
+    notes: NotesOption = None,
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; private by default.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show exactly what would go, and send nothing.")] = False,
 ) -> None:

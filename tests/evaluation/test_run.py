@@ -147,6 +147,15 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_question_without_choices_fails_alone(tmp_path: Path) -> None:
+    rows = phantom_rows("slice", range(1), "test", samples="instructions", workers=1)
+    asked = from_row(next(row for row in rows if row["task"] == "question"), "instructions")
+    odd = from_row({**to_row(asked), "id": "odd", "task": "multiple_choice"}, "instructions")
+    write_jsonl([odd, asked], tmp_path / "rows.jsonl")
+    found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", QUICK))
+    assert [(one.id, "lists no choices" in one.error) for one in found.records] == [("odd", True), (asked.id, False)]
+
+
 def test_choices_are_read_from_a_question() -> None:
     assert options_of("Which? (A) one (B) two, (C) three") == ["one", "two", "three"]
     assert options_of("Which? Choices: A. one B. two") == ["one", "two"]

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class _Job:
     task: str
     turn: int = 0
     row: int = 0
+    options: list[str] = field(default_factory=list)
 
 
 def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
@@ -300,6 +301,8 @@ class StageTwo:
             for job in batch:
                 try:
                     self._look(job.sample.images)
+                    if job.task == "multiple_choice":
+                        job.options = options_of(text_of(job.sample.messages[job.turn - 1]))
                     if job.task in ("segmentation", "diagnosis"):
                         records.append(self._heads(job, output))
                     else:
@@ -385,11 +388,8 @@ class StageTwo:
         for job, row in zip(jobs, made, strict=True):
             said = self.processor.write_out(self.processor.tokenizer.decode(row[longest:]))
             question = text_of(job.sample.messages[job.turn - 1])
-            values: dict[str, Any] = {"question": question, "prediction": said}
-            values["reference"] = text_of(job.sample.messages[job.turn])
-            if job.task == "multiple_choice":
-                values["options"] = options_of(question)
-            records.append(_base(job, **values))
+            right = text_of(job.sample.messages[job.turn])
+            records.append(_base(job, question=question, prediction=said, reference=right, options=job.options))
         return records
 
 

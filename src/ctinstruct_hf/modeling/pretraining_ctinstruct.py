@@ -377,15 +377,9 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         """Mask logits [D, H, W] of each query in its image."""
         grids = grid_rows(features.patch_grid)
         owner_list = [0] * len(queries) if owners is None else owners.tolist()
-        rows = [[row for row, owner in enumerate(owner_list) if owner == image] for image in range(len(grids))]
-        painted = self.segmentation_decoder(
-            [queries[own] for own in rows], features.feature_maps, features.last_hidden_state, grids
+        return self.segmentation_decoder.paint_owned(
+            queries, owner_list, features.feature_maps, features.last_hidden_state, grids
         )
-        masks: list[torch.Tensor | None] = [None] * len(queries)
-        for own, parts in zip(rows, painted, strict=True):
-            for row, mask in zip(own, parts, strict=True):
-                masks[row] = mask
-        return masks  # type: ignore[return-value]
 
     def contrast(
         self,

@@ -214,6 +214,28 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             return painted[0]
         return [painted[index] if index in painted else tokens.new_zeros(0, 0, 0, 0) for index in range(len(each))]
 
+    def paint_owned(
+        self,
+        queries: torch.Tensor,
+        owners: Sequence[int],
+        feature_maps: tuple[torch.Tensor, ...],
+        tokens: torch.Tensor,
+        grids: Sequence[tuple[int, int, int, int]],
+    ) -> list[torch.Tensor]:
+        """Mask logits [D, H, W] of each query in the image that owns it, in the order of the queries.
+
+        Args:
+            queries: [masks, D_text].
+            owners: the image of each query.
+            feature_maps, tokens, grids: of all images, see `forward`.
+        """
+        rows = [[row for row, owner in enumerate(owners) if owner == image] for image in range(len(grids))]
+        painted = self([queries[own] for own in rows], feature_maps, tokens, grids)
+        masks = {
+            row: mask for own, parts in zip(rows, painted, strict=True) for row, mask in zip(own, parts, strict=True)
+        }
+        return [masks[row] for row in range(len(queries))]
+
     def paint_together(
         self,
         queries: Sequence[torch.Tensor],

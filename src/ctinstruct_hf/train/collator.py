@@ -355,12 +355,9 @@ class InstructionCollator(_Collator):
         names = [label.name.lower() for label in sample.labels]
         if not names:
             return []
-        start = 0
-        for listed in self.processor.disease_lists.values():
-            known = {disease.lower(): start + place for place, disease in enumerate(listed)}
-            if all(name in known for name in names):
-                return [known[name] for name in names]
-            start += len(listed)
+        rows = self.processor.disease_rows_of(names)
+        if rows is not None:
+            return rows
         raise CTInstructError(
             f"sample '{sample.id}' asks about {', '.join(names[:3])} …: no disease list has them all."
         )

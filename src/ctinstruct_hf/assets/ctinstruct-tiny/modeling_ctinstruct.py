@@ -592,15 +592,9 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         seen = seen + seen_before
         owners = torch.searchsorted(ends, seen[asked])  # the image whose last token came at or after this count
         queries = self.segmentation_query(states[asked])
-        rows = [(owners == image).nonzero().flatten() for image in range(len(grids))]
-        painted = self.segmentation_decoder(
-            [queries[own] for own in rows], vision_features.feature_maps, vision_features.last_hidden_state, grids
+        return self.segmentation_decoder.paint_owned(
+            queries, owners.tolist(), vision_features.feature_maps, vision_features.last_hidden_state, grids
         )
-        masks: list[torch.Tensor | None] = [None] * len(queries)
-        for own, parts in zip(rows, painted, strict=True):
-            for row, mask in zip(own.tolist(), parts, strict=True):
-                masks[row] = mask
-        return masks
 
     def disease_rows(self, input_ids: torch.Tensor, disease_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Which row of the disease head answers each `<disease_confidence>`; all 0 with a shared head."""

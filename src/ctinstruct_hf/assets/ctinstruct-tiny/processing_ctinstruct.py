@@ -161,12 +161,18 @@ class CTInstructProcessor(ProcessorMixin):
         matches = list(_NAMED.finditer(text))
         if not matches:
             return None
-        names = [part.strip().lower() for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", matches[-1]["names"])]
+        return self.disease_rows_of(
+            [part.strip() for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", matches[-1]["names"])]
+        )
+
+    def disease_rows_of(self, names: Sequence[str]) -> list[int] | None:
+        """Ids of diseases, from the first list that has them all; None where no list does."""
+        wanted = [name.lower() for name in names]
         start = 0
         for diseases in self.disease_lists.values():
             known = {disease.lower(): start + index for index, disease in enumerate(diseases)}
-            if names and all(name in known for name in names):
-                return [known[name] for name in names]
+            if wanted and all(name in known for name in wanted):
+                return [known[name] for name in wanted]
             start += len(diseases)
         return None
 
