@@ -57,6 +57,23 @@ def test_many_small_masks_are_scored_like_each_alone() -> None:
         masks_loss(logits, [*labels[:4], labels[0][:, :3]])
 
 
+def test_voxels_of_small_structures_weigh_more_up_to_the_limit() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(1, 10, 10), torch.randn(1, 10, 10)]
+    small, large = torch.zeros(1, 10, 10, dtype=torch.int8), torch.zeros(1, 10, 10, dtype=torch.int8)
+    small[0, 0, :4], large[0, :5] = 1, 1  # 96 voxels outside of 4 inside; as many as inside
+    small[0, 9] = -1
+    weights = ((86 / 4) ** 0.5, 1.0)
+    each = [
+        mask_loss(one, truth, positive_weight=weight)
+        for one, truth, weight in zip(logits, (small, large), weights, strict=True)
+    ]
+    together = masks_loss(logits, [small, large], positive_weight=50.0, positive_power=0.5)
+    assert together.item() == pytest.approx(((each[0] + each[1]) / 2).item(), rel=1e-5)
+    limited = masks_loss(logits[:1], [small], positive_weight=2.0, positive_power=0.5)
+    assert limited.item() == pytest.approx(mask_loss(logits[0], small, positive_weight=2.0).item(), rel=1e-5)
+
+
 def test_the_mask_loss_by_hand() -> None:
     logits = torch.tensor([[[0.0, 2.0, -1.0, 9.0]]])
     labels = torch.tensor([[[1, 1, 0, -1]]])

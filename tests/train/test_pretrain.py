@@ -89,7 +89,8 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
         "metric_for_best_model": "eval_dice",
         "save_steps": 3,
         "learning_rates": {"vision_tower.attention": 1e-4},
-        "positive_voxels": {"weight": 5, "steps": 4},
+        "positive_voxels": {"weight": 5, "steps": 4, "power": 0.5},
+        "loss_weights": {"contrastive": 0.1},
     }
     scores = pretrain(recipe)
     run = tmp_path / "run"
@@ -118,6 +119,14 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
     written = EventAccumulator(str(events[0].parent)).Reload().Tags()
     assert "evaluation/masks" in written["images"]
     assert {"train/segmentation_loss", "train/contrastive_loss", "eval/dice"} <= set(written["scalars"])
+
+
+def test_losses_count_as_the_recipe_says(recipe: dict[str, Any]) -> None:
+    recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 1, "save_steps": 1}
+    pretrain({**recipe, "loss_weights": {"contrastive": 0.5, "category": 3}})
+    (step,) = losses(Path(recipe["output_dir"]))
+    weighted = 0.5 * step["contrastive_loss"] + 3 * step["category_loss"] + step["segmentation_loss"]
+    assert step["loss"] == pytest.approx(weighted, rel=1e-4)
 
 
 def test_a_prepared_data_set_is_streamed_and_resumed(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -322,6 +331,8 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
     ({"mixture": [{"phantoms": {"seeds": [0, 1]}, "wait": 1}]}, "unknown keys wait"),
     ({"freeze": ["vision"]}, "freeze names vision"),
     ({"vision": {"width": 3}}, "no field 'width'"),
+    ({"loss_weights": {"voxels": 2}}, "loss_weights names voxels"),
+    ({"positive_voxels": {"heavy": 2}}, "positive_voxels has unknown heavy"),
     ({"batch_norm": "none"}, "batch_norm is 'none'"),
     ({"text_encoder": "/nowhere/at/all"}, "text_encoder '/nowhere/at/all' cannot be loaded"),
     ({"learning_rate": "fast"}, "learning_rate: fast"),

@@ -374,7 +374,8 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         self.segmentation_decoder = CTInstructSegmentationDecoder._from_config(config.segmentation_config)
         heads = len(config.disease_names) if config.disease_head == "per_disease" else 1
         self.disease_head = nn.Linear(text_width, heads)
-        self.positive_voxel_weight = 1.0  # a trainer may raise it, see `mask_loss`
+        self.positive_voxel_weight = 1.0  # a trainer may raise it, see `masks_loss`
+        self.positive_voxel_power: float | None = None
         self.post_init()
 
     @classmethod
@@ -540,7 +541,9 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             names = self.disease_rows(input_ids, disease_ids)
             disease_logits = self.answer_diseases(input_ids, states, names)
         if mask_labels is not None and mask_logits is not None:
-            segmentation_loss = masks_loss(mask_logits, mask_labels, self.positive_voxel_weight)
+            segmentation_loss = masks_loss(
+                mask_logits, mask_labels, self.positive_voxel_weight, positive_power=self.positive_voxel_power
+            )
         if disease_labels is not None and disease_logits is not None:
             dtype = getattr(torch, self.config.disease_loss_dtype)
             disease_loss = label_loss(disease_logits, disease_labels, self.positive_weights(names), dtype)

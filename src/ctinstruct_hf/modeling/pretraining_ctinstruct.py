@@ -170,7 +170,10 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             self.momentum_tower = copy.deepcopy(self.vision_tower).requires_grad_(False)
             self.momentum_image_projection = copy.deepcopy(self.image_projection).requires_grad_(False)
             self.momentum_text_projection = copy.deepcopy(self.text_projection).requires_grad_(False)
-        self.positive_voxel_weight = 1.0  # a trainer may raise it in the first steps, while masks are still empty
+        # a trainer may change these: how much voxels inside weigh, while masks are still empty, and each loss in the sum
+        self.positive_voxel_weight = 1.0
+        self.positive_voxel_power: float | None = None
+        self.loss_weights: dict[str, float] = {}
         self._text_cache: dict[tuple[int, ...], torch.Tensor] = {}
         self.post_init()
 
@@ -332,7 +335,6 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         images = features.pooler_output
         output = CTInstructPretrainingOutput(image_features=images, hidden_states=features.hidden_states)
         output.attentions = features.attentions
-        losses = []
         if input_ids is not None:
             texts = F.normalize(self.embed_texts(input_ids, attention_mask), dim=-1)
             output.text_features = texts
@@ -340,24 +342,35 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             batch = (pixel_values, features.patch_grid, slice_mask)
             words = (input_ids, attention_mask)
             output.contrastive_loss = self.contrast(images[owners], texts, batch, words, owners)
-            losses.append(output.contrastive_loss)
         if class_input_ids is not None:
             classes = F.normalize(self.embed_texts(class_input_ids, class_attention_mask), dim=-1)
             output.category_logits = self.categorise(features, slice_mask, classes)
             if class_labels is not None:
                 output.category_loss = label_loss(output.category_logits, class_labels)
-                losses.append(output.category_loss)
         if mask_input_ids is not None:
             queries = self.embed_texts(mask_input_ids, mask_attention_mask)
             output.mask_logits = self.segment(features, queries, mask_images)
             if mask_labels is not None:
                 output.segmentation_loss = masks_loss(
-                    output.mask_logits, mask_labels, self.positive_voxel_weight, mask_weights
+                    output.mask_logits,
+                    mask_labels,
+                    self.positive_voxel_weight,
+                    mask_weights,
+                    self.positive_voxel_power,
                 )
-                losses.append(output.segmentation_loss)
-        output.loss = sum(losses[1:], losses[0]) if losses else None
+        output.loss = self.sum_of_losses(output)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
+
+    def sum_of_losses(self, output: CTInstructPretrainingOutput) -> torch.Tensor | None:
+        """Equation 3 over the losses that a batch has; each counts once unless `loss_weights` says otherwise."""
+        parts = {
+            "contrastive": output.contrastive_loss,
+            "category": output.category_loss,
+            "segmentation": output.segmentation_loss,
+        }
+        losses = [loss * self.loss_weights.get(name, 1.0) for name, loss in parts.items() if loss is not None]
+        return sum(losses[1:], losses[0]) if losses else None
 
     def categorise(
         self, features: CTInstructVisionOutput, slice_mask: torch.Tensor | None, classes: torch.Tensor

@@ -72,7 +72,7 @@ class InstructSettings:
         group_by_length: batches of texts of like length.
         padding_side, max_length, max_skipped: see `InstructionCollator`; `max_tokens` is its max_length.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
-        positive_voxels: {weight, steps, end}, see `PretrainSettings`.
+        positive_voxels: {weight, steps, end, power}, see `PretrainSettings`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`.
     """
 

@@ -52,8 +52,10 @@ class PretrainSettings:
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
         masks_per_image, absent_share, balance_masks: which structures a batch asks for and how they count, see
             `AlignmentCollator`.
-        positive_voxels: {weight, steps, end}: voxels inside a mask weigh so much in the cross entropy at first and
+        positive_voxels: {weight, steps, end, power}: voxels inside a mask weigh so much in the cross entropy at first and
             `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
+            With `power` that is the most, and large structures get less, see `masks_loss`.
+        loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 3.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
             convolutions with batch norm like.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
@@ -78,6 +80,7 @@ class PretrainSettings:
     batch_norm: str = "local"
     spread_texts: bool = True
     positive_voxels: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
     early_stopping_patience: int | None = None
 
@@ -91,6 +94,9 @@ class PretrainSettings:
         if self.early_stopping_patience is not None and self.evaluation is None:
             raise CTInstructError("early_stopping_patience needs an evaluation in the recipe.")
         check_voxels(self.positive_voxels)
+        unknown = sorted(set(self.loss_weights) - set(GRAINS))
+        if unknown:
+            raise CTInstructError(f"loss_weights names {', '.join(unknown)}: known are {', '.join(GRAINS)}.")
         wrong = sorted(set(self.freeze) - set(PARTS))
         if wrong:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
@@ -124,6 +130,7 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
         config.text_encoder_config = encoder.config
         model = CTInstructForPretraining(config)
         model.text_encoder.load_state_dict(encoder.state_dict())
+    model.loss_weights = {name: float(weight) for name, weight in settings.loss_weights.items()}
     set_batch_norm(model, settings.batch_norm)
     for name in settings.freeze:  # a frozen part keeps its running statistics too
         set_batch_norm(getattr(model, name).requires_grad_(False), "frozen")

@@ -66,7 +66,7 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-VOXELS = ("weight", "end", "steps")
+VOXELS = ("weight", "end", "steps", "power")
 
 
 def check_voxels(positive_voxels: dict[str, float]) -> None:
@@ -80,8 +80,8 @@ class MixtureLoop:
     """For a Trainer of Transformers or TRL: batches from a mixture, the model's own loss, each part of it logged.
 
     The number of steps is `max_steps`; a mixture has no epochs. `learning_rates` gives the weights under a prefix of their
-    names another rate than `args.learning_rate`; the longest prefix counts. `positive_voxels` {weight, end, steps} is how
-    much voxels inside a mask weigh in the cross entropy, from the first step to the last.
+    names another rate than `args.learning_rate`; the longest prefix counts. `positive_voxels` {weight, end,
+    steps, power} is how much voxels inside a mask weigh in the cross entropy, from the first step to the last.
     """
 
     loss_is_scaled_for_ga = False  # the loss is a mean: it must be divided by the accumulation steps
@@ -137,6 +137,7 @@ class MixtureLoop:
         done = min(self.state.global_step / voxels["steps"], 1.0) if voxels["steps"] else 1.0
         base = base_of(self.accelerator.unwrap_model(model))
         base.positive_voxel_weight = voxels["weight"] ** (1 - done) * voxels["end"] ** done
+        base.positive_voxel_power = voxels.get("power")
         outputs = model(**inputs)
         if outputs.loss is None:
             raise CTInstructError("A batch has nothing to learn from: check the tasks of the mixture.")
