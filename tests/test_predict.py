@@ -137,7 +137,7 @@ def test_a_folder_of_scans_goes_on_after_a_bad_one(small_scan: Path, tmp_path: P
     assert done.returncode == 2
     assert "1 of 3 scans failed" in done.stderr
     assert "b.nii.gz" in done.stderr
-    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["a", "c"]
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["a", "c", "failures.csv", "results.csv"]
     assert (tmp_path / "out" / "a" / "masks" / "labels.nii.gz").exists()
 
 

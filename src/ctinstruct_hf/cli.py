@@ -97,50 +97,85 @@ def predict(
         str | None, typer.Option("--series", help="SeriesInstanceUID, where a folder has several.")
     ] = None,
     spacing: Annotated[str | None, typer.Option("--spacing", help="mm depth,height,width, for files without.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes over many scans.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray for several machines.")] = "local",
+    restart: Annotated[bool, typer.Option("--restart", help="Answer anew what an earlier run has finished.")] = False,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written."""
+    """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written.
+
+    Of many, those that an earlier run has finished are kept; results.csv and failures.csv tell about all.
+    """
     from rich.console import Console
 
-    from .predict import Request, find_scans, predict_study, scan_name
+    from .predict import Request, find_scans, predict_study
 
     _quiet()
     request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
     request.report = request.report or request.empty
-    mm = None
-    if spacing is not None:
-        try:
-            depth, height, width = (float(value) for value in spacing.split(","))
-        except ValueError as error:
-            raise CTInstructError(f"--spacing is '{spacing}': give three numbers in mm, as 2.5,0.7,0.7.") from error
-        mm = (depth, height, width)
+    reading = {"model": model, "dtype": dtype, "series": series, "spacing": _millimetres(spacing)}
     scans = find_scans(inputs)
     console = Console(stderr=True)
-    failed: list[str] = []
-    for number, scan in enumerate(scans, start=1):
-        folder = output if len(scans) == 1 else output / scan_name(scan)
+    if scans == inputs and len(scans) == 1:
         with console.status("starting") as status:
-
-            def tell(step: str, scan: Path = scan, number: int = number) -> None:
-                status.update(f"{scan.name} ({number}/{len(scans)}): {step}")
-
-            try:
-                study = predict_study(
-                    scan, folder, request, model=model, device=device, dtype=dtype, series=series, spacing=mm, tell=tell
-                )
-            except CTInstructError as error:
-                if len(scans) == 1:
-                    raise
-                failed.append(f"{scan.name}: {error}")
-                continue
+            study = predict_study(
+                scans[0],
+                output,
+                request,
+                device=device,
+                tell=lambda step: status.update(f"{scans[0].name}: {step}"),
+                **reading,  # type: ignore[arg-type]
+            )
         for note in study.warnings:
-            console.print(f"[yellow]Note:[/] {scan.name}: {note}", highlight=False, markup=True)
-        typer.echo(f"{folder / 'report.html'}")
-    if failed:
-        raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed))
+            console.print(f"[yellow]Note:[/] {scans[0].name}: {note}", highlight=False, markup=True)
+        typer.echo(f"{output / 'report.html'}")
+        console.print("Research use only. Not a diagnosis.")
+        return
+
+    from rich.progress import Progress
+
+    from .batch import predict_studies
+
+    with Progress(console=console) as bar:
+        task = bar.add_task("scans", total=len(scans))
+        outcomes = predict_studies(
+            scans,
+            output,
+            request,
+            workers=workers,
+            devices=_devices(device),
+            engine=engine,
+            restart=restart,
+            tell=lambda done, total, name: bar.update(task, completed=done, description=name),
+            **reading,
+        )
+    counts = {status: sum(one.status == status for one in outcomes) for status in ("done", "kept", "failed")}
+    typer.echo(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    typer.echo(f"{output / 'results.csv'}")
     console.print("Research use only. Not a diagnosis.")
+    failed = [f"{one.study}: {one.error}" for one in outcomes if one.status == "failed"]
+    if failed:
+        more = f" And {len(failed) - 5} more, see {output / 'failures.csv'}." if len(failed) > 5 else ""
+        raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed[:5]) + more)
+
+
+def _millimetres(spacing: str | None) -> tuple[float, float, float] | None:
+    if spacing is None:
+        return None
+    try:
+        depth, height, width = (float(value) for value in spacing.split(","))
+    except ValueError as error:
+        raise CTInstructError(f"--spacing is '{spacing}': give three numbers in mm, as 2.5,0.7,0.7.") from error
+    return depth, height, width
+
+
+def _devices(text: str | None) -> list[str]:
+    """cuda:0,1 -> cuda:0, cuda:1."""
+    names = _split(text)
+    kind = names[0].split(":")[0] if names else ""
+    return [f"{kind}:{name}" if name.isdigit() else name for name in names]
 
 
 @app.command()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import CTInstructError
 from .study import Study
@@ -36,6 +37,15 @@ class Request:
     @property
     def empty(self) -> bool:
         return not (self.report or self.questions or self.structures or self.diagnose)
+
+
+def settings_of(request: Request, reading: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of which model, for `findings.json`: the same again need not be computed."""
+    model = reading.get("model")
+    folder = Path(model) if model else None
+    name = folder.name if folder is not None and folder.is_dir() else model
+    kept = {key: value for key, value in reading.items() if key != "model" and value is not None}
+    return {**asdict(request), **kept, "model": name or "the bundled model"}
 
 
 def find_scans(inputs: Sequence[Path]) -> list[Path]:
@@ -119,5 +129,6 @@ def predict_study(
         tell("probabilities")
         study.diagnose(diseases)
     tell("writing")
-    study.save(output, output_types=request.output_types, multi_label=request.multi_label)
+    asked = settings_of(request, {"model": model, "dtype": dtype, "series": series, "spacing": spacing})
+    study.save(output, output_types=request.output_types, multi_label=request.multi_label, asked=asked)
     return study

@@ -57,7 +57,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def save_study(
-    study: Study, folder: Path, *, output_types: tuple[str, ...] = ("nifti",), multi_label: bool = False
+    study: Study,
+    folder: Path,
+    *,
+    output_types: tuple[str, ...] = ("nifti",),
+    multi_label: bool = False,
+    asked: dict[str, Any] | None = None,
 ) -> Path:
     """Write what a study was asked so far.
 
@@ -66,6 +71,7 @@ def save_study(
         folder: where; existing files of the same names are replaced.
         output_types: nifti, dicom-seg or both.
         multi_label: one NIfTI with all structures and a label table instead of one file each.
+        asked: the request as settings, kept in `findings.json` beside the answers.
 
     Returns:
         The folder.
@@ -100,6 +106,7 @@ def save_study(
             "source": volume.source.name,
             "model": model_name(study),
             "research_use_only": True,
+            "asked": asked,
             "report": results.report,
             "answers": [{"question": question, "answer": answer} for question, answer in results.answers],
             "diagnosis": {name: round(value, 4) for name, value in results.diagnosis.items()},

@@ -1,0 +1,307 @@
+"""`ctinstruct predict` over many scans: goes on after a bad one and after an interruption, on several processes or Ray.
+
+Each scan gets a folder of results; `results.csv` has a line per scan and `failures.csv` what went wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from .errors import CTInstructError
+from .files import whole_file
+from .predict import Request, predict_study, scan_name, settings_of
+
+ENGINES = ("local", "ray")
+
+
+@dataclass
+class Task:
+    """One scan and everything that is needed to answer about it, in any process or machine."""
+
+    scan: str
+    folder: str
+    request: Request
+    reading: dict[str, Any] = field(default_factory=dict)  # model, dtype, series, spacing of `predict_study`
+
+
+@dataclass
+class Outcome:
+    """What became of one scan.
+
+    Attributes:
+        study: the name of its folder.
+        status: done, kept (was there from an earlier run) or failed.
+        seconds: that it took.
+        error: a sentence, where it failed.
+    """
+
+    study: str
+    status: str
+    seconds: float = 0.0
+    error: str = ""
+
+
+def plan(scans: Sequence[Path], output: Path, request: Request, reading: dict[str, Any]) -> list[Task]:
+    """A task a scan; scans of the same name get folders `name`, `name-2` …"""
+    taken: dict[str, int] = {}
+    tasks = []
+    for scan in scans:
+        name = scan_name(scan) or "scan"
+        taken[name] = taken.get(name, 0) + 1
+        folder = name if taken[name] == 1 else f"{name}-{taken[name]}"
+        tasks.append(Task(str(scan), str(output / folder), request, reading))
+    return tasks
+
+
+def predict_studies(
+    scans: Sequence[Path],
+    output: Path,
+    request: Request,
+    *,
+    workers: int | None = None,
+    devices: Sequence[str] = (),
+    engine: str = "local",
+    restart: bool = False,
+    tell: Callable[[int, int, str], None] = lambda done, total, name: None,
+    **reading: Any,
+) -> list[Outcome]:
+    """Ask many scans the same; what an earlier run with the same request has finished is kept.
+
+    Args:
+        scans: what `find_scans` found.
+        output: a folder with one of results a scan, `results.csv` and `failures.csv`.
+        request: what to ask.
+        workers: processes, one a device by default; on a CPU they share its cores.
+        devices: cpu, cuda:0 …, given to the workers in turn.
+        engine: local, or ray for Ray Data on one machine or many, which must all see the files.
+        restart: answer anew what is there.
+        tell: called with (scans done, all of them, the name of the last).
+        reading: model, dtype, series, spacing, see `predict_study`.
+
+    Returns:
+        An outcome a scan, in their order.
+
+    Raises:
+        CTInstructError: for an engine or a model that is not there, or an output folder that cannot be written.
+    """
+    if engine not in ENGINES:
+        raise CTInstructError(f"engine is '{engine}': use {' or '.join(ENGINES)}.")
+    count = workers or max(len(devices), 1)
+    if count < 1:
+        raise CTInstructError(f"workers is {workers}: give at least 1.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CTInstructError(f"{output} cannot be written: {error.strerror or error}.") from error
+    tasks = plan(scans, output, request, reading)
+    outcomes: dict[int, Outcome] = {}
+    for place, task in enumerate(tasks):
+        if not restart and is_answered(task):
+            outcomes[place] = Outcome(Path(task.folder).name, "kept")
+    todo = [place for place in range(len(tasks)) if place not in outcomes]
+    if outcomes:
+        tell(len(outcomes), len(tasks), "kept from before")
+    run = {"local": _on_this_machine, "ray": _on_ray}[engine]
+    for place, outcome in run(tasks, todo, count, list(devices)):
+        outcomes[place] = outcome
+        tell(len(outcomes), len(tasks), outcome.study)
+        if outcome.status == "failed":  # written as it goes: a long run may be read while it works
+            write_failures(output / "failures.csv", tasks, outcomes)
+    ordered = [outcomes[place] for place in range(len(tasks))]
+    write_failures(output / "failures.csv", tasks, outcomes)
+    write_table(output / "results.csv", tasks, ordered)
+    return ordered
+
+
+def is_answered(task: Task) -> bool:
+    """Whether the folder holds whole results of the same request to the same model."""
+    try:
+        found = json.loads((Path(task.folder) / "findings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return found.get("asked") == json.loads(json.dumps(settings_of(task.request, task.reading)))
+
+
+def answer(task: Task, device: str | None) -> Outcome:
+    """Answer about one scan; whatever is wrong with it becomes a sentence."""
+    name = Path(task.folder).name
+    start = time.perf_counter()
+    try:
+        predict_study(Path(task.scan), Path(task.folder), task.request, device=device, **task.reading)
+    except CTInstructError as error:
+        return Outcome(name, "failed", round(time.perf_counter() - start, 2), str(error))
+    except Exception as error:  # one scan must not end the run of all
+        sentence = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return Outcome(name, "failed", round(time.perf_counter() - start, 2), sentence)
+    return Outcome(name, "done", round(time.perf_counter() - start, 2))
+
+
+# engines: each yields (place, outcome) as scans are finished
+
+
+def _on_this_machine(
+    tasks: list[Task], todo: list[int], workers: int, devices: list[str]
+) -> Iterator[tuple[int, Outcome]]:
+    if workers == 1 or len(todo) <= 1:
+        for place in todo:
+            yield place, answer(tasks[place], devices[0] if devices else None)
+        return
+    left = list(reversed(todo))
+    running: dict[Connection, tuple[Any, int | None, int]] = {}  # pipe -> process, its scan, its number
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, _cores() // workers)
+
+    def start(number: int) -> None:
+        ours, theirs = context.Pipe()
+        device = devices[number % len(devices)] if devices else None
+        process = context.Process(target=_work, args=(theirs, device, threads), daemon=True)
+        process.start()
+        theirs.close()
+        running[ours] = (process, None, number)
+        give(ours)
+
+    def give(pipe: Connection) -> None:
+        process, _, number = running[pipe]
+        place = left.pop() if left else None
+        running[pipe] = (process, place, number)
+        pipe.send(None if place is None else tasks[place])
+        if place is None:
+            del running[pipe]
+
+    for number in range(min(workers, len(todo))):
+        start(number)
+    try:
+        while running:
+            for pipe in wait(list(running)):
+                process, place, number = running[pipe]  # type: ignore[index]
+                try:
+                    outcome = pipe.recv()  # type: ignore[union-attr]
+                except (EOFError, OSError):  # killed, by the system's memory guard for instance
+                    process.join()
+                    del running[pipe]  # type: ignore[arg-type]
+                    if place is not None:
+                        name = Path(tasks[place].folder).name
+                        yield place, Outcome(name, "failed", 0.0, f"Its process ended with code {process.exitcode}.")
+                    if left:
+                        start(number)
+                    continue
+                yield place, outcome  # type: ignore[misc]
+                give(pipe)  # type: ignore[arg-type]
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
+
+
+def _work(pipe: Connection, device: str | None, threads: int) -> None:
+    """One worker: answers what it is given until it is given nothing."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    while (task := pipe.recv()) is not None:
+        pipe.send(answer(task, device))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class RayWorker:
+    """What Ray keeps on a worker: the model stays loaded from scan to scan."""
+
+    def __init__(self, devices: list[str]) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.device = devices[0].split(":")[0] if devices else None  # Ray shows each worker its own GPU
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        task = json.loads(row["task"])
+        request = Request(**{**task["request"], "output_types": tuple(task["request"]["output_types"])})
+        reading = task["reading"]
+        if reading.get("spacing") is not None:
+            reading["spacing"] = tuple(reading["spacing"])
+        outcome = answer(Task(task["scan"], task["folder"], request, reading), self.device)
+        return {"place": row["place"], **asdict(outcome)}
+
+
+def _on_ray(tasks: list[Task], todo: list[int], workers: int, devices: list[str]) -> Iterator[tuple[int, Outcome]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise CTInstructError("engine ray needs Ray: pip install 'ctinstruct-hf[ray]'.") from error
+    if not todo:
+        return
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)  # RAY_ADDRESS names a cluster
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"place": place, "task": json.dumps(asdict(tasks[place]))} for place in todo]
+    on_gpu = any(device.startswith("cuda") for device in devices)
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        RayWorker, fn_constructor_args=(devices,), concurrency=min(workers, len(todo)), num_gpus=1 if on_gpu else None
+    )
+    for row in rows.iter_rows():
+        yield int(row.pop("place")), Outcome(**row)
+
+
+# the tables
+
+
+def write_failures(path: Path, tasks: Sequence[Task], outcomes: dict[int, Outcome]) -> None:
+    """`failures.csv`: study, scan, error."""
+    rows = [
+        {"study": outcome.study, "scan": tasks[place].scan, "error": outcome.error}
+        for place, outcome in sorted(outcomes.items())
+        if outcome.status == "failed"
+    ]
+    _write_csv(path, ["study", "scan", "error"], rows)
+
+
+def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
+    """`results.csv`: a line per scan with status, time, probabilities, volumes in ml, answers, report and warnings."""
+    rows = []
+    columns = ["study", "status", "seconds"]
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        row: dict[str, Any] = {"study": outcome.study, "status": outcome.status, "seconds": outcome.seconds}
+        if outcome.status != "failed":
+            found = json.loads((Path(task.folder) / "findings.json").read_text(encoding="utf-8"))
+            row |= {f"probability {name}": value for name, value in found["diagnosis"].items()}
+            row |= {f"{name} (ml)": numbers["volume_ml"] for name, numbers in found["segmentation"].items()}
+            row |= {one["question"]: one["answer"] for one in found["answers"]}
+            if found["report"] is not None:
+                row["report"] = found["report"]
+            row["warnings"] = " ".join(found["warnings"])
+        else:
+            row["warnings"] = outcome.error
+        columns += [name for name in row if name not in columns]
+        rows.append(row)
+    columns.append(columns.pop(columns.index("warnings")) if "warnings" in columns else "warnings")
+    _write_csv(path, columns, rows)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    try:
+        with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows([{name: _cell(value) for name, value in row.items()} for row in rows])
+    except OSError as error:
+        raise CTInstructError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet does not take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
+
+
+__all__ = ["Outcome", "Task", "predict_studies"]
