@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,29 @@ def test_answers_masks_and_probabilities_equal_the_plain_api(model, scan: np.nda
     outputs = network(**plain(model, scan, ask_diagnosis(names), answer_diagnosis(names)))
     expected = processor.post_process_diagnosis(outputs, names)
     assert probabilities == pytest.approx(expected, abs=1e-4)
+
+
+def test_questions_in_a_batch_are_answered_as_if_alone(model, scan: np.ndarray) -> None:
+    network, processor = copy.deepcopy(model[0]), model[1]
+    for weights in network.model.language_model.parameters():  # so that the answers differ
+        weights.data.mul_(4)
+    model = network, processor
+    calls: list[int] = []
+    handle = network.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    study = Study.open(scan, model)
+    questions = ["What is seen?", "Is there a pleural effusion on the right side, and how large is it?", "Where?"]
+    together = study.ask_many(questions, max_new_tokens=12)
+    in_a_batch = len(calls)
+    alone = [Study.open(scan, model).ask(question, max_new_tokens=12) for question in questions]
+    handle.remove()
+    assert together == alone
+    assert len(set(together)) > 1
+    assert in_a_batch * 2 < len(calls) - in_a_batch
+    assert [question for question, _ in study.results.answers] == questions
+    with_masks = study.ask_many(questions[:2], max_new_tokens=6, num_beams=2)
+    assert [str(one) for one in with_masks] == [
+        str(study.ask(question, max_new_tokens=6, num_beams=2)) for question in questions[:2]
+    ]
 
 
 def test_choices_come_from_the_options(model, scan: np.ndarray) -> None:

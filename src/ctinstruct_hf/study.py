@@ -244,7 +244,6 @@ class Study:
 
     # the questions
 
-    @torch.inference_mode()
     def ask(self, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
         """Ask in words.
 
@@ -252,35 +251,81 @@ class Study:
             question: anything; a request for masks or probabilities is answered with them where the model does so.
             max_new_tokens, generation: as in `generate`; greedy by default.
         """
-        text, masks, probabilities = self._generate(question, max_new_tokens, generation)
-        answer = Answer(self.processor.write_out(text, probabilities), masks, probabilities)
-        self.results.answers.append((question, str(answer)))
-        return answer
+        return self.ask_many([question], max_new_tokens=max_new_tokens, **generation)[0]
+
+    @torch.inference_mode()
+    def ask_many(self, questions: Sequence[str], *, max_new_tokens: int = 256, **generation: Any) -> list[Answer]:
+        """Several questions in one batch over one reading of the images; each is answered as if alone.
+
+        Args:
+            questions: as in `ask`.
+            max_new_tokens, generation: as in `generate`; greedy by default.
+        """
+        answers = []
+        for question, (text, masks, probabilities) in zip(
+            questions, self._generate(questions, max_new_tokens, generation), strict=True
+        ):
+            answers.append(Answer(self.processor.write_out(text, probabilities), masks, probabilities))
+            self.results.answers.append((question, str(answers[-1])))
+        return answers
 
     @torch.inference_mode()
     def report(self, *, max_new_tokens: int = 512, **generation: Any) -> str:
         """A radiology report."""
-        text, _, probabilities = self._generate(REPORT[0], max_new_tokens, generation)
+        ((text, _, probabilities),) = self._generate([REPORT[0]], max_new_tokens, generation)
         self.results.report = self.processor.write_out(text, probabilities)
         return self.results.report
 
     def _generate(
-        self, question: str, max_new_tokens: int, generation: dict[str, Any]
-    ) -> tuple[str, list[np.ndarray], list[float]]:
-        input_ids = self._ids(question)
-        beams = generation.get("num_beams", 1) > 1 or generation.get("num_return_sequences", 1) > 1
-        shared: dict[str, Any] = {"vision_features": self.features}
-        if not beams:
-            _, cache = self._prefix(input_ids, plain=False)
-            shared = {CACHE_NAME: cache}
-            positions = self._positions(input_ids, plain=False)
-            if positions is not None:
-                shared["position_ids"] = positions
+        self, questions: Sequence[str], max_new_tokens: int, generation: dict[str, Any]
+    ) -> list[tuple[str, list[np.ndarray], list[float]]]:
+        """Text, masks and probabilities of each question."""
+        rows = [self._ids(question) for question in questions]
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
-        sequences = self.model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **shared, **options
-        )
-        new = sequences[0, input_ids.shape[1] :]
+        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+            sequences = [
+                self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), vision_features=self.features, **options
+                )[0, ids.shape[1] :]
+                for ids in rows
+            ]
+        else:
+            batch, start = self._beside_each_other(rows)
+            sequences = list(self.model.generate(**batch, **options)[:, start:])
+        return [self._read_answer(question, new) for question, new in zip(questions, sequences, strict=True)]
+
+    def _beside_each_other(self, rows: Sequence[torch.Tensor]) -> tuple[dict[str, Any], int]:
+        """What `generate` needs for prompts [1, L] about the same images, and where its new tokens begin.
+
+        The images' keys and values are repeated; the questions are padded on the left, behind the images.
+        """
+        length, cache = self._prefix(rows[0], plain=False)
+        if len(rows) > 1:
+            cache.batch_repeat_interleave(len(rows))
+        longest = max(ids.shape[1] for ids in rows)
+        filler = self.processor.tokenizer.pad_token_id or 0
+        positions = [self._positions(ids, plain=False) for ids in rows]
+        batch: dict[str, Any] = {CACHE_NAME: cache}
+
+        def pad(values: torch.Tensor, value: int) -> torch.Tensor:
+            missing = longest - values.shape[-1]
+            between = values.new_full((*values.shape[:-1], missing), value)
+            return torch.cat([values[..., :length], between, values[..., length:]], dim=-1)
+
+        batch["input_ids"] = torch.cat([pad(ids, filler) for ids in rows])
+        batch["attention_mask"] = torch.cat([pad(torch.ones_like(ids), 0) for ids in rows])
+        if positions[0] is not None:
+            batch["position_ids"] = torch.cat([pad(one, 0) for one in positions if one is not None], dim=1)
+        return batch, longest
+
+    def _read_answer(self, question: str, new: torch.Tensor) -> tuple[str, list[np.ndarray], list[float]]:
+        """The text of new tokens, with masks and probabilities for its special tokens."""
+        closing = self.model.generation_config.eos_token_id
+        closing = closing if isinstance(closing, list) else [closing]
+        closing = [*(one for one in closing if one is not None), self.processor.tokenizer.eos_token_id]
+        ends = torch.isin(new, torch.tensor(closing, device=new.device)).nonzero()
+        if len(ends):  # what follows fills the batch
+            new = new[: int(ends[0]) + 1]
         text = self.processor.tokenizer.decode(new)
         specials = (self.model.config.seg_token_id, self.model.config.disease_token_id)
         if not any(int(token) in specials for token in new):
