@@ -130,7 +130,10 @@ def _voxel_weight(labels: torch.Tensor, most: float, power: float) -> float:
 
 
 def _small_masks_loss(
-    logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], positive_weights: Sequence[float], smooth: float = 1e-7
+    logits: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    positive_weights: Sequence[float],
+    smooth: float = 1e-7,
 ) -> torch.Tensor:
     """`mask_loss` of many masks of one small shape at once, as slices have them: [masks]."""
     for one, truth in zip(logits, labels, strict=True):

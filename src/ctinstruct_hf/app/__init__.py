@@ -1,0 +1,1 @@
+"""`ctinstruct app`: a local web page, and the same as an HTTP interface."""
