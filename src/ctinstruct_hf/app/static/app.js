@@ -118,6 +118,7 @@ async function draw(url) {
       backColor: [0, 0, 0, 1],
       crosshairColor: [1, 0.85, 0, 0.6],
       crosshairWidth: 1,
+      crosshairWidthUnit: "mm",
       show3Dcrosshair: false,
       multiplanarShowRender: niivue.SHOW_RENDER ? niivue.SHOW_RENDER.NEVER : 0,
       dragAndDropEnabled: false,

@@ -1,0 +1,237 @@
+"""The page in a real browser. CTINSTRUCT_SCREENSHOTS=folder keeps the pictures that the documents show."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from app.test_server import Running
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from ctinstruct_hf.data.phantoms import make_phantom
+from ctinstruct_hf.study import BUNDLED_MODEL
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCREENSHOTS = os.environ.get("CTINSTRUCT_SCREENSHOTS")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        # WebGL 2 in software, as there may be no GPU
+        options = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
+        one = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    one = Running(str(BUNDLED_MODEL), new_tokens=160, idle_job=5.0)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1360, "height": 900}, accept_downloads=True)
+    context.route(lambda url: not url.startswith((server.address, "blob:", "data:")), lambda route: route.abort())
+    one = context.new_page()
+    one.faults = []
+    one.on("pageerror", lambda error: one.faults.append(str(error)))
+    one.on("requestfailed", lambda request: one.faults.append(f"{request.url}: {request.failure}") if "ABORTED" not in str(request.failure) else None)  # fmt: skip
+    one.goto(server.address)
+    expect(one.locator("body[data-ready]")).to_be_attached()
+    yield one
+    assert one.faults == []
+    context.close()
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    path = tmp_path / "chest.nii.gz"
+    volume = make_phantom(1000003, shape=(48, 96, 96)).volume
+    nib.save(volume.to_source(volume.hu), path)
+    return path
+
+
+def keep(page: Page, name: str) -> None:
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+
+
+def canvas(page: Page) -> np.ndarray:
+    """The pixels of the viewer as shown."""
+    page.mouse.move(5, 5)
+    page.wait_for_timeout(400)
+    image = Image.open(io.BytesIO(page.locator("#canvas").screenshot()))
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def open_scan(page: Page, path: Path) -> None:
+    page.locator("#files").set_input_files(path)
+    expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)
+
+
+def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, server: Running) -> None:
+    expect(page.locator("#notice")).to_contain_text("Research use only")
+    open_scan(page, scan)
+    expect(page.locator("#facts")).to_contain_text("96 × 96 × 48 voxels")
+    plain = canvas(page)
+    assert plain.std() > 10  # a picture is there
+    assert np.abs(plain - plain.mean(axis=2, keepdims=True)).max(axis=2).mean() < 20  # and grey
+    page.locator("#window").select_option("lung")
+    assert np.abs(canvas(page) - plain).mean() > 3
+    page.locator("#window").select_option("soft tissue")
+    # ask
+    page.locator("#question").fill("Is there a pleural effusion?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat .said")).not_to_have_text("…", timeout=60_000)
+    assert page.locator("#chat .said").inner_text() != "No answer."
+    # a mask
+    page.get_by_label("right lung", exact=True).check()
+    page.locator("#mark").click()
+    expect(page.locator("#masks li")).to_have_count(1, timeout=60_000)
+    (study,) = [one for one in server.engine.studies.values() if one.study.results.masks]
+    masks = study.study.results.masks
+    marked = canvas(page)
+    changed = np.abs(marked - plain).max(axis=2) > 12
+    assert all(mask.any() for mask in masks.values())
+    assert changed.mean() > 0.002
+    coloured = np.abs(marked - marked.mean(axis=2, keepdims=True)).max(axis=2) > 25
+    assert (coloured & changed).sum() > 0.5 * changed.sum()
+    page.locator("#opacity").fill("0")
+    assert (np.abs(canvas(page) - plain).max(axis=2) > 12).mean() < changed.mean() / 4
+    page.locator("#opacity").fill("0.5")
+    page.get_by_label("left lung", exact=True).check()
+    page.locator("#named").fill("heart, liver")
+    page.locator("#mark").click()
+    expect(page.locator("#masks li")).to_have_count(4, timeout=60_000)
+    # a mask's pixels lie where the server says it is: the cross goes to its largest slice
+    page.get_by_label("go to right lung").click()
+    # probabilities and report
+    page.locator("#diagnose").click()
+    expect(page.locator("#bars meter").first).to_be_visible(timeout=60_000)
+    page.locator("#report").click()
+    expect(page.locator("#text")).not_to_be_empty(timeout=60_000)
+    # hover
+    page.evaluate("scrollTo(0, 0)")
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    said = set()
+    for x in range(4, 10):
+        page.mouse.move(box["x"] + box["width"] * 0.05 * x, box["y"] + box["height"] * 0.25)
+        said.add(page.locator("#hover").inner_text())
+    assert any("HU at" in text for text in said)
+    keep(page, "app")
+    # take away
+    with page.expect_download() as download:
+        page.locator("#get-findings").click()
+    findings = json.loads(Path(download.value.path()).read_text())
+    assert set(findings["segmentation"]) == {"right lung", "left lung", "heart", "liver"}
+    assert findings["answers"][0]["question"] == "Is there a pleural effusion?"
+    with page.expect_download() as download:
+        page.get_by_label("download right lung as NIfTI").click()
+    assert download.value.suggested_filename == "right_lung.nii.gz"
+    taken = scan.parent / "taken.nii.gz"
+    download.value.save_as(taken)
+    assert int(np.asarray(nib.load(taken).dataobj).sum()) == int(masks["right lung"].sum())
+    # scrolling shows other slices
+    page.locator("#view").select_option("0")
+    before = canvas(page)
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    for _ in range(5):
+        page.mouse.wheel(0, 120)
+        page.wait_for_timeout(60)
+    assert np.abs(canvas(page) - before).mean() > 1
+    page.locator("#other").click()
+    expect(page.locator("#open")).to_be_visible()
+    assert study not in server.engine.studies.values()
+
+
+def test_the_hu_under_the_mouse_is_the_scans(page: Page, tmp_path: Path) -> None:
+    """Every axis has its own letters: HU that tell the place, and words that tell the same."""
+    depth, height, width = 20, 30, 40
+    z, y, x = np.meshgrid(np.arange(depth), np.arange(height), np.arange(width), indexing="ij")
+    hu = (x + 40 * y + 1200 * 0 + z * 0).astype(np.int16)
+    data = hu.transpose(2, 1, 0)  # i, j, k
+    affine = np.diag([-2.0, -2.0, 2.0, 1.0])
+    affine[:3, 3] = [40, 30, -20]
+    path = tmp_path / "ramp.nii.gz"
+    nib.save(nib.Nifti1Image(data, affine), path)
+    open_scan(page, path)
+    page.locator("#view").select_option("0")
+    page.wait_for_timeout(300)
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    seen = 0
+    for across in np.linspace(0.3, 0.7, 7):
+        for down in np.linspace(0.2, 0.8, 5):
+            page.mouse.move(box["x"] + box["width"] * across, box["y"] + box["height"] * down)
+            text = page.locator("#hover").inner_text()
+            if "HU at" not in text:
+                continue
+            value, place = text.split(" HU at ")
+            numbers = [part.split() for part in place.removesuffix(" mm").split(", ")]
+            right = float(numbers[0][0]) * (-1 if numbers[0][1] == "L" else 1)
+            front = float(numbers[1][0]) * (-1 if numbers[1][1] == "P" else 1)
+            i, j = (right - 40) / -2, (front - 30) / -2
+            assert int(value) % 40 == pytest.approx(i, abs=1.1)
+            assert int(value) // 40 == pytest.approx(j, abs=1.1)
+            seen += 1
+    assert seen > 10
+
+
+def test_a_wrong_file_is_a_clear_sentence(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "letter.txt"
+    path.write_text("Dear colleague")
+    page.locator("#files").set_input_files(path)
+    expect(page.locator("#error")).to_be_visible(timeout=30_000)
+    expect(page.locator("#error")).to_contain_text("letter.txt")
+    expect(page.locator("#open")).to_be_visible()
+    keep(page, "app-error")
+
+
+def test_work_can_be_cancelled_and_text_is_never_markup(page: Page, scan: Path, server: Running) -> None:
+    evil = scan.with_name("<img src=x onerror=document.title='owned'>.nii.gz".replace("/", ""))
+    scan.rename(evil)
+    open_scan(page, evil)
+    server.engine.limits.new_tokens = 4000
+    try:
+        page.locator("#question").fill("<img src=x onerror=\"document.title='owned'\">")
+        page.keyboard.press("Enter")
+        expect(page.locator("#cancel")).to_be_visible()
+        page.locator("#cancel").click()
+        expect(page.locator("#cancel")).to_be_hidden(timeout=20_000)
+    finally:
+        server.engine.limits.new_tokens = 160
+    assert page.title() == "CTInstruct"
+    assert page.locator("#chat img").count() == 0
+
+
+def test_it_is_usable_on_a_phone_and_by_keyboard(page: Page, scan: Path) -> None:
+    page.set_viewport_size({"width": 375, "height": 800})
+    open_scan(page, scan)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('button, input, select, a[href]')].filter(
+            e => !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length))).length"""
+    )
+    assert unnamed == 0
+    page.locator("#question").focus()
+    page.keyboard.type("Where?")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Ask"
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat .said")).not_to_have_text("…", timeout=60_000)
+    keep(page, "app-phone")
