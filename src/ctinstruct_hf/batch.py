@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -174,7 +175,8 @@ def _on_this_machine(
         process, _, number = running[pipe]
         place = left.pop() if left else None
         running[pipe] = (process, place, number)
-        pipe.send(None if place is None else tasks[place])
+        with suppress(OSError):  # one that died meanwhile is found out by `wait`
+            pipe.send(None if place is None else tasks[place])
         if place is None:
             del running[pipe]
 
