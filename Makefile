@@ -1,11 +1,15 @@
 # make demo, make test: on a fresh machine with Python >= 3.11 and git each sets up what it needs.
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check conformance benchmarks tiny clean
+.PHONY: demo docs test test-slow check conformance benchmarks tiny clean
 
 demo: ## run the main job on a made-up scan and write a page to look at
 	@scripts/install.sh
 	@$(BIN)/ctinstruct demo -o demo_output
+
+docs: ## the documents as a site, in site/; fails on a dead link
+	@scripts/install.sh dev
+	@$(BIN)/mkdocs build
 
 test: ## all tests but those marked slow
 	@scripts/install.sh dev
@@ -37,4 +41,4 @@ tiny: ## make the bundled checkpoint again
 	@$(BIN)/python scripts/build_tiny.py
 
 clean:
-	rm -rf .venv .conformance demo_output build dist
+	rm -rf .venv .conformance demo_output build dist site
