@@ -20,7 +20,7 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     api = (tmp_path / "site" / "api" / "index.html").read_text()
     for name in ("read_volume", "ask_many", "CTInstructForConditionalGeneration", "predict_studies", "sft_trainer"):
-        assert f"{name}</span>" in api or f'id="ctinstruct_hf' in api and name in api
+        assert f"{name}</span>" in api or ('id="ctinstruct_hf' in api and name in api)
     for page in (tmp_path / "site").rglob("*.html"):  # nothing is loaded from elsewhere
         loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]+)\"", page.read_text())
         assert [one for one in loaded if "canonical" not in one] == [], page
@@ -80,5 +80,7 @@ def test_the_notebook_teaches_the_model(tmp_path: Path) -> None:
             cell.source += '\nassert scores["eval_loss"] < 1.0, scores'
         if cell.source.startswith("after = "):
             cell.source += "\nassert all(words.startswith('Phase') for words in after.values()), after"
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert (tmp_path / "tuning" / "run" / "model" / "config.json").exists()

@@ -34,6 +34,7 @@ ScoresOption = Annotated[Path | None, typer.Option("--scores", help="scores.json
 DatasetsOption = Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")]
 BaseModelOption = Annotated[str | None, typer.Option("--base-model", help="What it was made from.")]
 LicenseOption = Annotated[str, typer.Option("--license", help="Of the weights.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show exactly what would go, and send nothing.")]
 NotesOption = Annotated[Path | None, typer.Option("--notes", help="A text of your own on data and limits.")]
 ThresholdsOption = Annotated[
     str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
@@ -267,8 +268,7 @@ def prepare(
             bar.update(task, completed=done, total=total)
 
         told = run(source, folder, output, options, workers, limit, show)
-    for kind, counts in told["rows"].items():
-        typer.echo(f"{kind}: " + (", ".join(f"{split} {count}" for split, count in sorted(counts.items())) or "none"))
+    _tell_rows(told["rows"])
     if told["problems"]:
         typer.echo(f"{told['problems']} cases could not be used: see {output / 'problems.jsonl'}")
 
@@ -341,6 +341,47 @@ def import_data(
     from .data.prepared import import_jsonl
 
     typer.echo(f"{import_jsonl(file, output, _kind(kind))} rows in {output}")
+
+
+@data_app.command("publish")
+def publish_data(
+    folder: Annotated[Path, typer.Argument(help="A prepared data set.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the scans, which the rows' paths become relative to.")
+    ] = None,
+    license: Annotated[str, typer.Option("--license", help="Of the rows.")] = "other",
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it; private by default.")] = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Put the rows of a data set on the Hub; scans and label files stay here, patients are numbered anew."""
+    from rich.console import Console
+
+    from .data.share import share
+
+    with Console(stderr=True).status("reading") as status:
+        counts = share(
+            folder, repository, root, private=not public, license=license, dry_run=dry_run, tell=status.update
+        )
+    _tell_rows(counts)
+    typer.echo(f"{'would go' if dry_run else 'sent'} to {repository}, {'public' if public else 'private'}")
+
+
+@data_app.command("fetch")
+def fetch_data(
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub, sent by ctinstruct data publish.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    root: Annotated[Path | None, typer.Option("--root", help="Folder of the scans here.")] = None,
+) -> None:
+    """Rows from the Hub as a prepared data set with the paths of this machine."""
+    from .data.share import fetch
+
+    _tell_rows(fetch(repository, output, root))
+
+
+def _tell_rows(counts: dict[str, dict[str, int]]) -> None:
+    for kind, splits in counts.items():
+        typer.echo(f"{kind}: " + (", ".join(f"{split} {count}" for split, count in sorted(splits.items())) or "none"))
 
 
 def _kind(kind: str) -> str:
@@ -565,7 +606,7 @@ def publish(
     license: LicenseOption = "apache-2.0",
     notes: NotesOption = None,
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; private by default.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show exactly what would go, and send nothing.")] = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Put a model, its processor, code files and card on the Hub in one commit."""
     from rich.console import Console

@@ -10,23 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories as {name: {"private": bool, "files": {path: bytes}}}; `refuses` is answered to every commit."""
+    """Repositories as {name: {"private": bool, "files": {path: bytes}}}, data sets as `datasets/user/name`; `refuses` is
+    answered to every commit."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, Any]] = {}
+        self.large: dict[str, bytes] = {}
         self.refuses = 0
         self.asked: list[str] = []
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -58,21 +64,37 @@ class _Handler(BaseHTTPRequestHandler):
         if parts == ["api", "repos", "create"]:
             told = json.loads(body)
             name = f"{told.get('organization') or 'someone'}/{told['name']}"
+            name = f"datasets/{name}" if told.get("type") == "dataset" else name
             self.server.repositories.setdefault(
                 name, {"private": told.get("private", told.get("visibility") == "private"), "files": {}}
             )
             return self._answer({"url": f"{self.server.address}/{name}", "name": name, "id": name})
+        if parts[-4:] == ["info", "lfs", "objects", "batch"]:
+            told = json.loads(body)
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.server.address}/lfs/{one['oid']}"}}}
+                for one in told["objects"]
+            ]
+            return self._answer({"transfer": "basic", "objects": objects})
         if parts == ["api", "validate-yaml"]:  # the client has the card's metadata checked
             return self._answer({"errors": [], "warnings": []})
-        name = "/".join(parts[2:4])
+        name = ("datasets/" if parts[1] == "datasets" else "") + "/".join(parts[2:4])
         if name not in self.server.repositories:
             return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         if parts[4] == "preupload":
             files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {
+                    "path": one["path"],
+                    "uploadMode": "lfs" if one["path"].endswith(".parquet") else "regular",
+                    "shouldIgnore": False,
+                }
                 for one in json.loads(body)["files"]
             ]
             return self._answer({"files": files})
+        if parts[4] == "paths-info":
+            wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
+            files = self.server.repositories[name]["files"]
+            return self._answer([_entry(path, files[path]) for path in wanted if path in files])
         if parts[4] == "commit":
             if self.server.refuses:
                 return self._answer({"error": "no"}, self.server.refuses)
@@ -81,10 +103,18 @@ class _Handler(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
                     self.server.repositories[name]["files"][entry["value"]["path"]] = content
+                if entry["key"] == "lfsFile":
+                    value = entry["value"]
+                    self.server.repositories[name]["files"][value["path"]] = self.server.large[value["oid"]]
             return self._answer(
                 {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.address}/{name}/commit/{COMMIT}"}
             )
         return self._answer({"error": "unknown"}, 404)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.large[self.path.rpartition("/")[2]] = content
+        self._answer({})
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -92,8 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
         parts = unquote(self.path.split("?")[0]).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            name = "/".join(parts[2:4])
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
+            name = ("datasets/" if parts[1] == "datasets" else "") + "/".join(parts[2:4])
             repository = self.server.repositories.get(name)
             if repository is None:
                 return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
@@ -102,18 +132,21 @@ class _Handler(BaseHTTPRequestHandler):
                 found = {path: one for path, one in repository["files"].items() if path.startswith(inside)}
                 if not found:
                     return self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-                return self._answer(
-                    [
-                        {"type": "file", "path": path, "size": len(one), "oid": hashlib.sha1(one).hexdigest()}
-                        for path, one in found.items()
-                    ]
-                )
+                entries = [_entry(path, one) for path, one in found.items() if "/" not in path[len(inside) :]]
+                deep = [path for path in found if "/" in path[len(inside) :]]
+                if "recursive=false" in self.path:
+                    folders = sorted({inside + path[len(inside) :].split("/")[0] for path in deep})
+                    entries += [{"type": "directory", "path": one, "size": 0, "oid": COMMIT} for one in folders]
+                else:
+                    entries += [_entry(path, found[path]) for path in deep]
+                return self._answer(entries)
             told = [{"rfilename": path} for path in repository["files"]]
             return self._answer(
                 {"id": name, "modelId": name, "sha": COMMIT, "private": True, "siblings": told, "tags": []}
             )
         if "resolve" in parts:
-            name, path = "/".join(parts[:2]), "/".join(parts[4:])
+            owner = parts.index("resolve")
+            name, path = "/".join(parts[:owner]), "/".join(parts[owner + 2 :])
             content = self.server.repositories.get(name, {"files": {}})["files"].get(path)
             if content is None:
                 return self._answer(

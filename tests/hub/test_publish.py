@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ctinstruct_hf import CTInstructError
+from ctinstruct_hf.data.prepared import import_jsonl, load_rows
 from ctinstruct_hf.hub.publish import check_repository, make_plan
 from tests.hub.stand_in import Hub, running
 
@@ -95,3 +97,62 @@ def test_what_is_no_whole_model_is_refused_before_anything_is_sent(folder: Path,
         make_plan(tmp_path / "none", "card")
     with pytest.raises(CTInstructError, match="write user/name"):
         check_repository("../../etc")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "a.nii.gz").write_bytes(b"0")
+    lines = [
+        {"id": f"a/{number}", "task": "question", "split": split, "source": "mine", "patient": "Jane Roe",
+         "images": [{"path": str(scans / "a.nii.gz")}],
+         "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "There."}]}]}
+        for number, split in enumerate(("train", "train", "test"))
+    ]  # fmt: skip
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    import_jsonl(file, tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_rows_go_to_the_hub_without_paths_and_patients_and_come_back(hub: Hub, rows: Path, tmp_path: Path) -> None:
+    scans = tmp_path / "scans"
+    done = ctinstruct(hub, tmp_path, "data", "publish", str(rows), "me/rows", "--root", str(scans), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "instructions: test 1, train 2" in done.stdout
+    assert not hub.asked
+    done = ctinstruct(hub, tmp_path, "data", "publish", str(rows), "me/rows", "--root", str(scans))
+    assert done.returncode == 0, (done.stderr, hub.asked)
+    kept = hub.repositories["datasets/me/rows"]
+    assert kept["private"] is True
+    card = kept["files"]["README.md"].decode()
+    assert card.startswith("---\n")
+    assert "config_name: instructions" in card
+    assert "never a diagnosis" in card
+    for content in kept["files"].values():
+        assert b"Jane Roe" not in content
+        assert str(tmp_path).encode() not in content
+    other = tmp_path / "elsewhere"
+    done = ctinstruct(hub, tmp_path, "data", "fetch", "me/rows", "--root", str(other), "-o", str(tmp_path / "back"))
+    assert done.returncode == 0, (done.stderr, hub.asked)
+    back = list(load_rows(tmp_path / "back", "instructions", "train"))
+    assert [row["images"][0]["path"] for row in back] == [str(other / "a.nii.gz")] * 2
+    assert len({row["patient"] for row in back}) == 1
+    assert [row["messages"] for row in back] == [row["messages"] for row in load_rows(rows, "instructions", "train")]
+
+
+def test_rows_of_files_elsewhere_are_refused(hub: Hub, rows: Path, tmp_path: Path) -> None:
+    for options, told in (
+        ([], "give the folder of the data"),
+        (["--root", str(tmp_path / "other")], "which is not in"),
+    ):
+        done = ctinstruct(hub, tmp_path, "data", "publish", str(rows), "me/rows", *options)
+        assert done.returncode == 2
+        assert told in done.stderr
+    assert not hub.asked
+    done = ctinstruct(hub, tmp_path, "data", "fetch", "me/nothing", "-o", str(tmp_path / "back"))
+    assert done.returncode == 2
+    assert "me/nothing cannot be fetched" in done.stderr
+    assert not (tmp_path / "back").exists()
