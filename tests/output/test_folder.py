@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -122,3 +123,27 @@ def test_an_unwritable_place_leaves_nothing_behind(tmp_path: Path, model) -> Non
     with pytest.raises(CTInstructError, match="no DICOM series"):
         study.save(tmp_path / "out", output_types=("dicom-seg",))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file"]
+
+
+def test_the_page_shows_the_finding_and_says_in_words_what_is_seen(tmp_path: Path, model) -> None:
+    nib.save(as_nifti(asymmetric((12, 40, 32)), "RAS"), tmp_path / "scan.nii.gz")
+    study = Study.open(tmp_path / "scan.nii.gz", model)
+    nodule, organ = np.zeros(study.volume.shape, bool), np.zeros(study.volume.shape, bool)
+    nodule[8:10, 10:14, 20:24] = True
+    nodule[8, 9:15, 19:25] = True  # largest in slice 9 from the feet
+    organ[2:7, 4:30, 4:30] = True
+    study.results.masks = {"liver": organ, "lung nodule": nodule}
+    asked = {"report": True, "questions": ["Where?"], "structures": ["liver"], "diagnose": "ct_rate", "model": "tiny"}
+    study.save(tmp_path / "out", asked=asked)
+    page = (tmp_path / "out" / "report.html").read_text()
+    captions = re.findall(r"<figcaption>(.*?)<br>", page)
+    assert captions[0] == "Axial through the lung nodule, soft tissue window"
+    assert captions[1].startswith("Coronal through the lung nodule")
+    assert captions[4].startswith("lung nodule, where it is largest: slice 9 of 12")
+    described = re.findall(r'<img alt="([^"]*)"', page)
+    assert len(described) == len(captions)
+    assert "outlined: lung nodule" in described[4]
+    assert "outlined: liver" in described[5]
+    for words in ("What was asked", "“Where?”", "masks of liver", "probabilities: ct rate"):
+        assert words in page
+    assert json.loads((tmp_path / "out" / "findings.json").read_text())["asked"] == asked

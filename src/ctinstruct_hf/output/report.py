@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1re
 dt { color: #57606a; } dd { margin: 0; overflow-wrap: anywhere; }
 .pictures { display: flex; flex-wrap: wrap; gap: .8rem; }
 figure { margin: 0; flex: 1 1 18rem; max-width: 26rem; } figure img { width: 100%; height: auto; background: #000; border-radius: .3rem; }
-figcaption { font-size: .88rem; color: #424a53; }
+figcaption { font-size: .88rem; color: #424a53; } .key { white-space: nowrap; margin-right: .5rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #d0d7de; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -40,7 +41,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .bar meter { width: 100%; height: 1rem; } blockquote { margin: .3rem 0 1rem; padding-left: .8rem; border-left: 3px solid #8c959f; }
 .text { white-space: pre-wrap; } footer { margin-top: 2rem; font-size: .85rem; color: #57606a; }
 a:focus-visible { outline: 3px solid #4f9dff; }
-@media print { body { max-width: none; } figure { break-inside: avoid; max-width: 45%; } .bar, tr { break-inside: avoid; } }
+@media print { body { max-width: none; } .notice { position: static; } h2 { break-after: avoid; } figure { break-inside: avoid; max-width: 45%; } .bar, tr { break-inside: avoid; } }
 """
 
 
@@ -57,6 +58,8 @@ def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
         f"<h1>{escape(findings['source'] or 'Scan')}</h1>",
         facts(study, findings),
     ]
+    if findings["asked"]:
+        parts += ["<h2>What was asked</h2>", asked(findings["asked"])]
     if findings["report"] is not None:
         parts += [
             "<h2>Report</h2>",
@@ -73,7 +76,8 @@ def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
         parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
     if findings["segmentation"]:
         parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"])]
-    parts += ["<h2>Pictures</h2>", pictures(volume, study.results.masks)]
+    diseases = [name for names in study.model.config.disease_lists.values() for name in names]
+    parts += ["<h2>Pictures</h2>", pictures(volume, study.results.masks, list(dict.fromkeys(diseases)))]
     parts.append(
         f"</main><footer>Made by ctinstruct-hf {__version__}. Left in the picture is the patient's right.</footer></body></html>"
     )
@@ -105,6 +109,17 @@ def facts(study: Study, findings: dict[str, Any]) -> str:
     )
 
 
+def asked(request: dict[str, Any]) -> str:
+    """The request in words."""
+    lines = ["a report"] if request.get("report") else []
+    lines += [f"\u201c{question}\u201d" for question in request.get("questions") or []]
+    if request.get("structures"):
+        lines.append("masks of " + ", ".join(request["structures"]))
+    if request.get("diagnose"):
+        lines.append(f"probabilities: {str(request['diagnose']).replace('_', ' ')}")
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
 def bars(probabilities: dict[str, float]) -> str:
     """Probabilities as bars, the likeliest first."""
     lines = []
@@ -123,44 +138,72 @@ def structure_table(segmentation: dict[str, dict[str, Any]]) -> str:
     for index, (name, numbers) in enumerate(segmentation.items()):
         mean = "–" if numbers["mean_hu"] is None else f"{numbers['mean_hu']:.0f}"
         file = f'<a href="{escape(numbers["file"])}">{escape(numbers["file"])}</a>' if numbers["file"] else ""
-        swatch = f'<span class="swatch" style="background:{COLOURS[index % len(COLOURS)]}"></span>'
         lines.append(
-            f'<tr><th scope="row">{swatch}{escape(name)}</th><td class="number">{numbers["volume_ml"]:.1f}</td>'
+            f'<tr><th scope="row">{swatch(index)}{escape(name)}</th><td class="number">{numbers["volume_ml"]:.1f}</td>'
             f'<td class="number">{mean}</td><td class="number">{numbers["voxels"]}</td><td>{file}</td></tr>'
         )
     head = '<tr><th scope="col">Structure</th><th scope="col" class="number">Volume (ml)</th><th scope="col" class="number">Mean HU</th><th scope="col" class="number">Voxels</th><th scope="col">File</th></tr>'
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def pictures(volume: CTVolume, masks: dict[str, np.ndarray]) -> str:
-    """The middle of the scan in three planes, and the axial slice where each structure is largest."""
+def pictures(volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[str] = ()) -> str:
+    """Key slices: three planes through the largest finding, or the middle of the scan, then each structure where it is
+    largest, findings first."""
     depth, height, width = volume.shape
     shown = list(masks.items())
+    marked = [name for name in findings if name in masks and masks[name].any()]
+    centre = (depth // 2, height // 2, width // 2)
+    where = "the middle of the scan"
+    if marked:
+        largest = max(marked, key=lambda name: int(masks[name].sum()))
+        centre = key_place(masks[largest])
+        where = f"the {largest}"
     figures = []
-    planes = [("Axial", 0, depth // 2)]
-    if depth > 1:
-        planes += [("Coronal", 1, height // 2), ("Sagittal", 2, width // 2)]
-    for title, axis, index in planes:
-        figures.append(
-            figure(picture(volume, shown, axis, index, "soft tissue"), f"{title}, soft tissue window", title)
-        )
-    figures.append(figure(picture(volume, shown, 0, depth // 2, "lung"), "Axial, lung window", "Axial, lung"))
-    for name, mask in shown:
-        if not mask.any():
+    planes = [("Axial", 0)] + ([("Coronal", 1), ("Sagittal", 2)] if depth > 1 else [])
+    for title, axis in planes:
+        figures.append(_figure(volume, shown, axis, centre[axis], "soft tissue", f"{title} through {where}"))
+    figures.append(_figure(volume, shown, 0, centre[0], "lung", f"Axial through {where}"))
+    for name in [*marked, *(name for name in masks if name not in marked)]:
+        if not masks[name].any():
             continue
-        best = int(mask.sum(axis=(1, 2)).argmax())
-        inside = float(volume.hu[best][mask[best]].mean())
+        best = key_place(masks[name])[0]
+        inside = float(volume.hu[best][masks[name][best]].mean())
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
-        caption = f"{name}: slice {best + 1} of {depth} from the feet, {window} window"
-        figures.append(figure(picture(volume, shown, 0, best, window), caption, name))
+        caption = f"{name}, where it is largest: slice {best + 1} of {depth} from the feet"
+        figures.append(_figure(volume, shown, 0, best, window, caption))
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
-def figure(image: Image.Image, caption: str, title: str) -> str:
+def key_place(mask: np.ndarray) -> tuple[int, int, int]:
+    """(depth, height, width): the middle of a mask in the slice where it is largest."""
+    level = int(mask.sum(axis=(1, 2)).argmax())
+    rows, columns = np.nonzero(mask[level])
+    return level, int(rows.mean()), int(columns.mean())
+
+
+def _figure(
+    volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str, caption: str
+) -> str:
+    """One picture with its legend; what is outlined is said in words too."""
+    seen = [(number, name) for number, (name, mask) in enumerate(masks) if np.take(mask, index, axis=axis).any()]
+    words = f"{caption}, {window} window"
+    outlined = f"; outlined: {', '.join(name for _, name in seen)}" if seen else ""
+    legend = "".join(f'<span class="key">{swatch(number)}{escape(name)}</span> ' for number, name in seen)
+    return figure(picture(volume, masks, axis, index, window), f"{words}{outlined}", words, legend)
+
+
+def swatch(number: int) -> str:
+    return f'<span class="swatch" style="background:{COLOURS[number % len(COLOURS)]}"></span>'
+
+
+def figure(image: Image.Image, description: str, caption: str, legend: str = "") -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{escape(title)}: CT slice with outlines of structures" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}<br>{legend}</figcaption></figure>"
+    )
 
 
 def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str) -> Image.Image:
