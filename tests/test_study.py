@@ -93,6 +93,23 @@ def test_questions_in_a_batch_are_answered_as_if_alone(model, scan: np.ndarray) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        (
+            "model.vision_tower.encoder.stem.conv.weight",
+            "The vision tower gives NaN or infinity: the weight model.vision",
+        ),
+        ("model.language_model.layers.1.mlp.up_proj.weight", "The language model gives NaN or infinity: the weight"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(model, scan: np.ndarray, weight: str, told: str) -> None:
+    network = copy.deepcopy(model[0])
+    network.get_parameter(weight).data.fill_(float("nan"))
+    with pytest.raises(CTInstructError, match=told):
+        Study.open(scan, (network, model[1])).ask("What is seen?")
+
+
 def test_choices_come_from_the_options(model, scan: np.ndarray) -> None:
     study = Study.open(scan, model)
     assert study.choose("Which organ is largest?", ["liver", "spleen", "heart"]) in ("liver", "spleen", "heart")

@@ -189,7 +189,18 @@ class Study:
     def features(self) -> Any:
         """The tower's features and image tokens."""
         with torch.inference_mode():
-            return self.model.get_image_features(**self.batch, return_dict=True)
+            features = self.model.get_image_features(**self.batch, return_dict=True)
+        self._check(features.last_hidden_state, "The vision tower")
+        return features
+
+    def _check(self, numbers: torch.Tensor, part: str) -> None:
+        """Raises CTInstructError where a part of the model gives NaN or infinity, and names the weight that does."""
+        if bool(torch.isfinite(numbers).all()):
+            return
+        values = [*self.model.named_parameters(), *self.model.named_buffers()]
+        bad = next((name for name, value in values if not bool(torch.isfinite(value).all())), None)
+        why = f"the weight {bad} does" if bad else f"its weights do not; in {self.model.dtype} it overflows"
+        raise CTInstructError(f"{part} gives NaN or infinity: {why}.")
 
     def _ids(self, question: str, answer: str | None = None) -> torch.Tensor:
         """Token ids [1, L] of the images, a question, and the beginning of an answer."""
@@ -220,6 +231,7 @@ class Study:
             outputs = self.model.model(
                 input_ids=input_ids[:, :length], vision_features=self.features, position_ids=positions, use_cache=True
             )
+            self._check(outputs.last_hidden_state, "The language model")
             self._prefixes[plain] = outputs[CACHE_NAME]
         return length, copy.deepcopy(self._prefixes[plain])
 

@@ -215,6 +215,23 @@ def test_every_part_learns_under_both_trainers(recipe: dict[str, Any], tmp_path:
     assert study.segment("body").shape == study.volume.shape
 
 
+@pytest.mark.parametrize("trainer", ["trl", "transformers"])
+def test_held_out_losses_are_told_on_the_way(recipe: dict[str, Any], tmp_path: Path, trainer: str) -> None:
+    recipe |= {
+        "trainer": trainer,
+        "max_steps": 2,
+        "evaluation": {"phantoms": {"kind": "slice", "seeds": [50, 52]}, "batches": 2},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 2,
+    }
+    scores = instruct(recipe)
+    history = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    told = [entry["eval_lm_loss"] for entry in history if "eval_lm_loss" in entry]
+    assert len(told) == 2
+    assert told[-1] == pytest.approx(scores["eval_lm_loss"], rel=1e-4)
+
+
 def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

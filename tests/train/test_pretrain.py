@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.data.vocabulary import train_tokenizer
+from ctinstruct_hf.modeling import pretraining_ctinstruct
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
 from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
@@ -424,3 +426,59 @@ def test_the_packaged_text_encoder_reads_like_a_sentence_encoder(
         read = torch.nn.functional.normalize(model.eval()(**words).last_hidden_state.mean(1), dim=-1)
     assert read[0] @ read[1] > read[0] @ read[2]
     assert find_text_encoder("biolord-2023") == "FremyCompany/BioLORD-2023"
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = float("nan")) -> None:
+    """The category loss is no number in these forward passes, and the running statistics of the tower are spoilt."""
+    calls = iter(range(10_000))
+    forward = pretraining_ctinstruct.CTInstructForPretraining.categorise
+
+    def categorise(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = forward(self, *args, **kwargs)
+        if self.training and next(calls) in steps:
+            self.vision_tower.encoder.stem.norm.running_mean.data.fill_(value)
+            return logits * value
+        return logits
+
+    monkeypatch.setattr(pretraining_ctinstruct.CTInstructForPretraining, "categorise", categorise)
+
+
+def category(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    part = {"phantoms": {"kind": "slice", "seeds": [0, 6]}, "tasks": ["category"]}
+    return {**recipe, "mixture": [part], "max_steps": 6, "save_steps": 100, **changes}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_is_left_out_named_and_counted(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    spoil(monkeypatch, {2}, value)
+    monkeypatch.setattr(logging.getLogger("ctinstruct_hf"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        pretrain(category(recipe))
+    (told,) = [one.message for one in caplog.records if "left out" in one.message]
+    assert told.startswith("Step 3 is left out: category_loss")
+    model = CTInstructForPretraining.from_pretrained(Path(recipe["output_dir"]) / "model")
+    assert all(bool(torch.isfinite(one).all()) for one in model.state_dict().values() if one.is_floating_point())
+
+
+def test_ten_bad_steps_in_a_row_end_with_a_checkpoint(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, set(range(1, 50)))
+    with pytest.raises(CTInstructError, match=r"10 steps in a row gave NaN or infinity \(category_loss"):
+        pretrain(category(recipe, max_steps=40))
+    checkpoint = newest_complete(Path(recipe["output_dir"]))
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-11"
+    monkeypatch.undo()
+    pretrain(category(recipe, max_steps=40, save_steps=100))  # goes on from there
+    assert (Path(recipe["output_dir"]) / "model" / "config.json").exists()
+
+
+def test_a_model_with_bad_weights_is_refused_by_name(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pretrain(category(recipe, max_steps=1))
+    folder = Path(recipe["output_dir"]) / "model"
+    model = CTInstructForPretraining.from_pretrained(folder)
+    model.text_projection.weight.data[0, 0] = float("inf")
+    model.save_pretrained(folder)
+    with pytest.raises(CTInstructError, match=r"text_projection\.weight holds NaN or infinity"):
+        pretrain(category(recipe, model=str(folder), output_dir=str(tmp_path / "second")))

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..errors import CTInstructError
 from ..files import whole_file
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from . import phantoms
@@ -78,8 +79,11 @@ class PatchStore:
     def _prepare(self, image: ImageRef) -> Prepared:
         volume = open_volume(image)
         rows, fit = self.image_processor.prepare(volume)
+        patches = rows.to(torch.float16)
+        if not bool(torch.isfinite(patches).all()):
+            raise CTInstructError(f"{image.path} has values that are NaN, infinite or far beyond HU once prepared.")
         prepared = {
-            "pixel_values": rows.to(torch.float16),
+            "pixel_values": patches,
             "patch_grid": torch.tensor([[*fit.grid, fit.patch[0]]]),
             "slice_mask": fit.slice_mask().flatten(),
         }

@@ -325,10 +325,11 @@ def instruct(
         store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens
     )
     mixture = make_mixture(entries, args, start)
+    looked_at = None if held_out is None else placeholder(entries)  # `evaluate` reads the held-out batches
     if settings.trainer == "trl":
-        trainer: Any = sft_trainer(model, args, mixture, collator, entries, eval_dataset=None)
+        trainer: Any = sft_trainer(model, args, mixture, collator, entries, eval_dataset=looked_at)
     else:
-        trainer = InstructionTrainer(model, args, mixture, collator)
+        trainer = InstructionTrainer(model, args, mixture, collator, eval_dataset=looked_at)
     trainer.learning_rates = check_rates(settings.learning_rates, base_of(model))
     trainer.positive_voxels = settings.positive_voxels
     trainer.held_out = _held_out_batches(held_out, args, int((settings.evaluation or {}).get("batches", 8)))

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
 from ..errors import CTInstructError
+from .bad_numbers import BadSteps, check_weights
 from .checkpoints import mark_complete
 
 LOSSES = ("contrastive_loss", "category_loss", "segmentation_loss", "lm_loss", "disease_loss")
@@ -93,6 +94,16 @@ class MixtureLoop:
         self.learning_rates: dict[str, float] = {}
         self.positive_voxels: dict[str, float] = {}
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.bad_steps = BadSteps()
+        self.add_callback(self.bad_steps)
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers. Raises CTInstructError for weights that are no numbers, and where ten steps in a row were."""
+        check_weights(base_of(self.accelerator.unwrap_model(self.model)))
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        if self.bad_steps.ended is not None:
+            raise CTInstructError(self.bad_steps.ended)
+        return result
 
     def get_train_dataloader(self: Any) -> DataLoader:
         args = self.args
@@ -141,6 +152,7 @@ class MixtureLoop:
         outputs = model(**inputs)
         if outputs.loss is None:
             raise CTInstructError("A batch has nothing to learn from: check the tasks of the mixture.")
+        self.bad_steps.note({name: outputs.get(name) for name in LOSSES} | {"loss": outputs.loss})
         for name in LOSSES:
             value = outputs.get(name)
             if value is not None:
@@ -155,6 +167,8 @@ class MixtureLoop:
             skipped = getattr(self.data_collator, "skipped", None)
             if skipped is not None and skipped.count:
                 logs["skipped_samples"] = float(skipped.count)
+            if self.bad_steps.count:
+                logs["skipped_steps"] = float(self.bad_steps.count)
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
