@@ -14,12 +14,15 @@ from ctinstruct_hf.errors import CTInstructError
 
 BUNDLED = Path(__file__).parents[1] / "src" / "ctinstruct_hf" / "assets" / "ctinstruct-tiny"
 
+NOTE = "The model was trained on made-up scans only: on a patient's scan its words mean little and its masks are rough."
+
 
 def bundle(source: Path, target: Path) -> None:
     """Write the bundled folder from a trained model's."""
     model = CTInstructForConditionalGeneration.from_pretrained(source)
     if not model.config.trained:
         raise CTInstructError(f"{source} holds random weights: train it first (ctinstruct instruct tiny).")
+    model.config.note = NOTE
     processor = CTInstructProcessor.from_pretrained(source)
     write_bundled(target, model, processor)
 

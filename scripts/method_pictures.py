@@ -25,7 +25,7 @@ def canvas_picture(path: Path) -> None:
     processor = CTInstructImageProcessor(patch_size={"depth": 32, "height": 128, "width": 128}, max_patches=4)
     fit = processor.fit_of(phantom.volume)
     batch = processor(phantom.volume, return_tensors="np")
-    depth, height, _ = phantom.volume.shape
+    height = phantom.volume.shape[1]
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
     aspect = phantom.volume.spacing[0] / phantom.volume.spacing[2]
     grey = {"cmap": "gray", "vmin": -250, "vmax": 250}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .data.phantoms import make_phantom
+from .data.reading import phantom_of
 from .predict import Request, predict_study
 from .study import Study
 
@@ -34,7 +34,7 @@ def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda s
     tell("making a scan")
     output.mkdir(parents=True, exist_ok=True)
     scan = output / "scan.nii.gz"
-    phantom = make_phantom(seed)
+    phantom = phantom_of(f"phantom:trunk:{seed}")
     phantom.volume.to_source(phantom.volume.hu, scan)
     request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom")
     return predict_study(scan, output / "results", request, tell=tell)

@@ -61,6 +61,11 @@ class Results:
     masks: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+def notes_on(config: Any) -> list[str]:
+    """What must be said of a model wherever its answers are shown."""
+    return [note for note in (None if config.trained else UNTRAINED, config.note) if note]
+
+
 @functools.lru_cache(maxsize=4)
 def load_processor(model: str | None = None) -> CTInstructProcessor:
     """The processor of a model, by folder or name; the bundled model's by default.
@@ -69,7 +74,7 @@ def load_processor(model: str | None = None) -> CTInstructProcessor:
         CTInstructError: where there is no such model.
     """
     if model is None and not (BUNDLED_MODEL / "config.json").exists():
-        raise CTInstructError("The bundled model is missing: run `python scripts/build_tiny.py`, or name a model.")
+        raise CTInstructError("The bundled model is missing: install the package again, or name a model.")
     folder = str(model or BUNDLED_MODEL)
     try:
         return CTInstructProcessor.from_pretrained(folder)
@@ -176,7 +181,7 @@ class Study:
     def warnings(self) -> list[str]:
         """What was odd about the scan, and whether the model is trained."""
         notes = [note for volume in self.volumes for note in volume.warnings]
-        return [*notes, UNTRAINED] if not self.model.config.trained else notes
+        return [*notes, *notes_on(self.model.config)]
 
     # the three things that are computed once
 

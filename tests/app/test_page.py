@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from ctinstruct_hf.data.phantoms import make_phantom
+from ctinstruct_hf.data.reading import phantom_of
 from ctinstruct_hf.study import BUNDLED_MODEL, Study, load_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,7 +62,7 @@ def page(browser: Any, server: Running) -> Iterator[Page]:
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
     path = tmp_path / "chest.nii.gz"
-    volume = make_phantom(1000003, shape=(48, 96, 96)).volume
+    volume = phantom_of("phantom:trunk:1000003").volume
     nib.save(volume.to_source(volume.hu), path)
     return path
 
@@ -87,7 +88,7 @@ def open_scan(page: Page, path: Path) -> None:
 def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, server: Running) -> None:
     expect(page.locator("#notice")).to_contain_text("Research use only")
     open_scan(page, scan)
-    expect(page.locator("#facts")).to_contain_text("96 × 96 × 48 voxels")
+    expect(page.locator("#facts")).to_contain_text("128 × 128 × 64 voxels")
     plain = canvas(page)
     assert plain.std() > 10  # a picture is there
     assert np.abs(plain - plain.mean(axis=2, keepdims=True)).max(axis=2).mean() < 20  # and grey

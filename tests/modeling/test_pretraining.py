@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining
-from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss, masks_loss
+from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss, masks_loss, prompt_loss
 from ctinstruct_hf.modeling.pretraining_ctinstruct import contrastive_loss
 
 
@@ -72,6 +72,13 @@ def test_voxels_of_small_structures_weigh_more_up_to_the_limit() -> None:
     assert together.item() == pytest.approx(((each[0] + each[1]) / 2).item(), rel=1e-5)
     limited = masks_loss(logits[:1], [small], positive_weight=2.0, positive_power=0.5)
     assert limited.item() == pytest.approx(mask_loss(logits[0], small, positive_weight=2.0).item(), rel=1e-5)
+
+
+def test_the_prompt_loss_is_the_share_of_the_spread_that_is_missed() -> None:
+    wanted = torch.tensor([[0.0, 2.0], [4.0, 2.0], [2.0, 8.0]])
+    assert prompt_loss(wanted.clone(), wanted).item() == 0
+    assert prompt_loss(wanted.mean(0).expand(3, 2), wanted).item() == pytest.approx(1.0)
+    assert prompt_loss(torch.zeros(1, 2), wanted[1:2]).item() == pytest.approx(1.0)  # one alone: against nothing
 
 
 def test_the_mask_loss_by_hand() -> None:

@@ -23,11 +23,12 @@ from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, to_row
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
+from ctinstruct_hf.data.templates import answer_segmentation, ask_segmentation
 from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ctinstruct_hf.processing.volume import read_volume
 from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
-from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct
+from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct, stage_one_prompts
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
 from tests.train.test_pretrain import losses
 
@@ -256,6 +257,34 @@ def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
         assert torch.equal(b.state_dict()[name], first[own])
 
 
+def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_one: Path, tmp_path: Path) -> None:
+    """No mask is painted, yet the decoder's prompt of a name comes near what stage one's text encoder gave."""
+    part = {"name": "masks", "phantoms": {"kind": "slice", "seeds": [0, 8]}, "tasks": ["segmentation"]}
+    recipe |= {
+        "mixture": [part],
+        "evaluation": part,
+        "freeze": ["vision_tower", "segmentation_decoder"],
+        "keep_tokens": True,
+        "align_prompts": True,
+        "max_steps": 60,
+        "save_steps": 100,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 16,
+    }
+    scores = instruct(recipe)
+    assert "eval_segmentation_loss" not in scores
+    assert scores["eval_query_loss"] < 0.8  # 1 is the mean of all prompts
+    prompts = stage_one_prompts(str(stage_one))
+    study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
+    names = ["liver", "right lung", "spine"]
+    made = []
+    for name in names:
+        ids, states = study._states(ask_segmentation([name]), answer_segmentation([name]))
+        made.append(study.model.segmentation_query(states[ids == study.model.config.seg_token_id][-1]))
+    distances = torch.cdist(torch.stack(made).detach(), prompts(names))
+    assert distances.argmin(1).tolist() == [0, 1, 2]
+
+
 def test_adapters_train_and_merge_with_the_new_tokens(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe |= {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "freeze": ["vision_tower"]}
     settings, _ = parse_recipe({**recipe, "trainer": "transformers"}, InstructSettings)
@@ -381,6 +410,7 @@ def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], sta
         ({"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 2]}, "tasks": ["poem"]}]}, "unknown tasks poem"),
         ({"keep_tokens": True}, "keep_tokens needs a frozen tower"),
         ({"load_in_4bit": True}, "load_in_4bit needs lora"),
+        ({"align_prompts": True}, "align_prompts needs vision"),
         ({"trainer": "mine"}, "trainer is 'mine'"),
         ({"padding_side": "up"}, "padding_side is 'up'"),
         ({"learning_rates": {"eyes": 1}}, "learning_rates names 'eyes'"),

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import CTInstructError
-from ..study import UNTRAINED
+from ..study import notes_on
 from .engine import Busy, Engine, OpenStudy, safe_name
 
 STATIC = Path(__file__).parent / "static"
@@ -288,11 +288,11 @@ async def _json(request: Request) -> dict[str, Any]:
 
 
 def _open_sample(engine: Engine, seed: Any) -> str:
-    from ..data.phantoms import make_phantom
+    from ..data.reading import phantom_of
 
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 10**9:
         raise CTInstructError("sample must be a whole number, the seed of a made-up scan.")
-    return engine.open_source(make_phantom(seed).volume)
+    return engine.open_source(phantom_of(f"phantom:trunk:{seed}").volume)
 
 
 def describe_study(one: OpenStudy) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     return {
         "model": Path(str(config.name_or_path or "model")).name,
         "trained": bool(config.trained),
-        "notice": NOTICE if config.trained else f"{NOTICE} {UNTRAINED}",
+        "notice": " ".join([NOTICE, *notes_on(config)]),
         "disease_lists": dict(config.disease_lists),
         "structures": [name for name in [*ORGANS, *UNIONS] if name != "body"],
         "findings": list(FINDINGS),

@@ -117,6 +117,8 @@ def _what(config: dict[str, Any]) -> str:
     vision, text = config.get("vision_config", {}), config.get("text_config", {})
     lists = ", ".join(f"{name} ({len(names)})" for name, names in (config.get("disease_lists") or {}).items())
     state = "" if config.get("trained", True) else "\n**The weights are random: its answers mean nothing.**\n"
+    if config.get("note"):
+        state += f"\n**{config['note']}**\n"
     return f"""A CTInstruct model (AAAI 2026): it reads 3D CT of any size and answers with text, masks and probabilities.
 {state}
 - Vision: {vision.get("architecture", "hybrid")} tower of width {_width(vision)}; language model: {text.get("model_type", "unknown")}, width {text.get("hidden_size", "unknown")}.

@@ -203,6 +203,8 @@ class CTInstructConfig(PreTrainedConfig):
     disease_loss_weight: float = 1.0
     trained: bool = True
     """False marks a checkpoint with random weights; every output of it says so."""
+    note: str | None = None
+    """A sentence on the checkpoint that is shown with every output, as what it was trained on."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

@@ -153,6 +153,14 @@ def _small_masks_loss(
     return torch.where(count > 0, loss, torch.zeros_like(loss))
 
 
+def prompt_loss(queries: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far prompts of the mask decoder [n, D] are from those it was trained with, in shares of their spread: 0 where they
+    are equal, 1 for their mean."""
+    wanted = wanted.to(queries.device, queries.dtype)
+    spread = (wanted - wanted.mean(0)).square().mean().clamp(min=1e-3) if len(wanted) > 1 else wanted.square().mean()
+    return (queries - wanted).square().mean() / spread
+
+
 def label_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -217,6 +217,7 @@ class InstructionCollator(_Collator):
         padding_side: left or right.
         seed, max_skipped: see `AlignmentCollator`.
         tokens: a store of the frozen tower's tokens, read instead of patches where a batch has no masks.
+        prompts: gives [names, D_text] for names of structures: `<SEG>` is then taught by `prompt_labels`, no mask is read.
     """
 
     kind = "instructions"
@@ -230,16 +231,19 @@ class InstructionCollator(_Collator):
         seed: int = 0,
         max_skipped: int = 100,
         tokens: Any = None,
+        prompts: Callable[[Sequence[str]], torch.Tensor] | None = None,
     ) -> None:
         super().__init__(store, processor.tokenizer, max_length, seed, max_skipped)
         if padding_side not in ("left", "right"):
             raise CTInstructError(f"padding_side is '{padding_side}': use left or right.")
         self.processor, self.padding_side, self.tokens = processor, padding_side, tokens
+        self.prompts = prompts
 
     def __call__(self, items: Sequence[Item | dict[str, Any]]) -> dict[str, Any]:
         """A batch from items of a mixture, or from plain rows as a `datasets.Dataset` gives them."""
         listed = [one if isinstance(one, Item) else Item(one, (), index) for index, one in enumerate(items)]
-        light = self.tokens is not None and not any(item.row.get("masks") for item in listed)
+        paints = self.prompts is None and any(item.row.get("masks") for item in listed)
+        light = self.tokens is not None and not paints
         read = self.read_all(listed, lambda sample, rng: self._read(sample, light))
         longest = max(len(one["input_ids"]) for one in read)
         batch: dict[str, Any] = {
@@ -257,6 +261,9 @@ class InstructionCollator(_Collator):
         masks = [mask for one in read for mask in one["masks"]]
         if masks:
             batch["mask_labels"] = masks
+        names = [name for one in read for name in one["names"]]
+        if self.prompts is not None and names:
+            batch["prompt_labels"] = self.prompts(names)
         values = [value for one in read for value in one["disease_labels"]]
         if values:
             batch["disease_labels"] = torch.tensor(values)
@@ -282,7 +289,8 @@ class InstructionCollator(_Collator):
             "labels": labels,
             "attention_mask": torch.ones_like(input_ids),
             "images": images,
-            "masks": self._masks(sample),
+            "masks": self._masks(sample) if self.prompts is None else [],
+            "names": [mask.name for mask in sample.masks],
             "disease_labels": [float(label.value) for label in sample.labels],
             "disease_ids": self._diseases(sample),
         }

@@ -69,6 +69,8 @@ class InstructSettings:
         evaluation: one such part, with `batches` (how many are scored).
         cache: folder of prepared patches, and of tokens.
         keep_tokens: with a frozen tower: its tokens are computed once, for samples without masks.
+        align_prompts: teach `<SEG>` to prompt the decoder as stage one's text encoder did, instead of by painting masks:
+            each request for a mask then costs words only. Needs `vision` and a frozen decoder. Not in the paper.
         group_by_length: batches of texts of like length.
         padding_side, max_length, max_skipped: see `InstructionCollator`; `max_tokens` is its max_length.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
@@ -90,6 +92,7 @@ class InstructSettings:
     evaluation: dict[str, Any] | None = None
     cache: str | None = None
     keep_tokens: bool = False
+    align_prompts: bool = False
     group_by_length: bool = False
     padding_side: str = "right"
     max_tokens: int = 4096
@@ -121,6 +124,8 @@ class InstructSettings:
             raise CTInstructError(f"trainer is '{self.trainer}': use {' or '.join(TRAINERS)}.")
         if self.keep_tokens and "vision_tower" not in self.freeze:
             raise CTInstructError("keep_tokens needs a frozen tower: add vision_tower to freeze.")
+        if self.align_prompts and (self.vision is None or "segmentation_decoder" not in self.freeze):
+            raise CTInstructError("align_prompts needs vision (a stage-one folder) and segmentation_decoder in freeze.")
         if self.load_in_4bit and self.lora is None:
             raise CTInstructError("load_in_4bit needs lora: weights of 4 bits are not trained themselves.")
 
@@ -320,10 +325,12 @@ def instruct(
         tower = base_of(model).model.vision_tower
         tokens = TokenStore(store, tower.to(args.device))
         with args.main_process_first(desc="tokens"):
-            tokens.fill(_images_without_masks([*entries, *([held_out] if held_out else [])]), tell)
+            read = [*entries, *([held_out] if held_out else [])]
+            tokens.fill(_all_images(read) if settings.align_prompts else _images_without_masks(read), tell)
     collator = InstructionCollator(
-        store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens
-    )
+        store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens,
+        stage_one_prompts(settings.vision) if settings.align_prompts else None,
+    )  # fmt: skip
     mixture = make_mixture(entries, args, start)
     looked_at = None if held_out is None else placeholder(entries)  # `evaluate` reads the held-out batches
     if settings.trainer == "trl":
@@ -353,6 +360,33 @@ def check_rows(entry: MixtureEntry) -> None:
         raise CTInstructError(f"'{entry.name}' has no rows of the tasks {', '.join(entry.tasks) or 'asked for'}.")
     if not row["images"]:
         raise CTInstructError(f"'{entry.name}': sample '{row['id']}' has no image; every instruction is about a scan.")
+
+
+def stage_one_prompts(folder: str | None) -> Callable[[Sequence[str]], torch.Tensor]:
+    """What stage one's text encoder and projection made of names: the prompts that its decoder was trained with.
+
+    Raises:
+        CTInstructError: where the folder holds no stage-one model with its tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
+
+    try:
+        model = CTInstructForPretraining.from_pretrained(folder).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CTInstructError(f"vision: {folder} has no text encoder, which align_prompts needs.") from error
+
+    def prompts(names: Sequence[str]) -> torch.Tensor:
+        words = tokenizer(list(names), return_tensors="pt", padding=True)
+        return model.embed_texts(words["input_ids"], words["attention_mask"])
+
+    return prompts
+
+
+def _all_images(entries: Sequence[MixtureEntry]) -> list[ImageRef]:
+    return [ImageRef(**image) for entry in entries for row in entry.rows for image in row["images"]]
 
 
 def _images_without_masks(entries: Sequence[MixtureEntry]) -> list[ImageRef]:
