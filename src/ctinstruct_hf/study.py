@@ -394,7 +394,8 @@ class Study:
         wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         queries = []
         for name in wanted:
-            ids, states = self._states(ask_segmentation([name]), answer_segmentation([name]))
+            answer = answer_segmentation([name], self.model.config.names_masks)
+            ids, states = self._states(ask_segmentation([name]), answer)
             queries.append(states[ids == self.model.config.seg_token_id][-1])
         grids = [tuple(row) for row in self.batch["patch_grid"].tolist()]
         stop = self._image_tokens()

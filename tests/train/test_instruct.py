@@ -266,6 +266,7 @@ def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_on
         "freeze": ["vision_tower", "segmentation_decoder"],
         "keep_tokens": True,
         "align_prompts": True,
+        "config": {"names_masks": True},
         "max_steps": 60,
         "save_steps": 100,
         "learning_rate": 3e-3,
@@ -279,7 +280,7 @@ def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_on
     names = ["liver", "right lung", "spine"]
     made = []
     for name in names:
-        ids, states = study._states(ask_segmentation([name]), answer_segmentation([name]))
+        ids, states = study._states(ask_segmentation([name]), answer_segmentation([name], named=True))
         made.append(study.model.segmentation_query(states[ids == study.model.config.seg_token_id][-1]))
     distances = torch.cdist(torch.stack(made).detach(), prompts(names))
     assert distances.argmin(1).tolist() == [0, 1, 2]

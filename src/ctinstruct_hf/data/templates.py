@@ -78,9 +78,10 @@ def ask_segmentation(names: Sequence[str], rng: np.random.Generator | None = Non
     return phrase.format(name=names[0], names=join_names(names))
 
 
-def answer_segmentation(names: Sequence[str]) -> str:
-    """The answer with a `<SEG>` per name, in their order."""
-    if len(names) == 1:
+def answer_segmentation(names: Sequence[str], named: bool = False) -> str:
+    """The answer with a `<SEG>` per name, in their order; the paper's phrasing for one name does not repeat it, `named`
+    does."""
+    if len(names) == 1 and not named:
         return SEGMENT_ANSWER[0].format(token=SEG_TOKEN)
     return "Sure, " + ", ".join(f"{name} {SEG_TOKEN}" for name in names) + "."
 

@@ -201,6 +201,9 @@ class CTInstructConfig(PreTrainedConfig):
     """Precision in which the disease loss is computed; the release casts to bfloat16."""
     segmentation_loss_weight: float = 1.0
     disease_loss_weight: float = 1.0
+    names_masks: bool = False
+    """True: the answer to a request for one mask repeats its name before `<SEG>`, which small language models learn sooner;
+    the paper's "Sure, it is `<SEG>`." does not."""
     trained: bool = True
     """False marks a checkpoint with random weights; every output of it says so."""
     note: str | None = None

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..data.descriptions import describe_category
 from ..data.mixture import Item, generator_of
 from ..data.samples import AlignmentSample, InstructionSample, MaskRef, from_row, parts_of
 from ..data.store import PatchStore, Prepared
-from ..data.templates import SEG_TOKEN
+from ..data.templates import SEG_TOKEN, answer_segmentation
 from ..errors import CTInstructError
 from ..modeling.vision_ctinstruct import CTInstructVisionOutput
 
@@ -204,6 +205,22 @@ class AlignmentCollator(_Collator):
             batch["mask_weights"] = torch.tensor([1.0 / counts[kind] for kind in kinds])
 
 
+def with_names(sample: InstructionSample) -> InstructionSample:
+    """The sample with answers "Sure, it is <SEG>." naming their structure."""
+    plain = answer_segmentation([""])
+    names = iter(mask.name for mask in sample.masks)
+    messages = []
+    for turn in sample.messages:
+        parts = []
+        for part in parts_of(turn):
+            text = part.get("text") or ""
+            asked = text.count(SEG_TOKEN) if turn["role"] == "assistant" else 0
+            own = [name for _, name in zip(range(asked), names, strict=False)]
+            parts.append({**part, "text": answer_segmentation(own, named=True)} if text == plain and own else part)
+        messages.append({**turn, "content": parts})
+    return replace(sample, messages=messages)
+
+
 class InstructionCollator(_Collator):
     """Stage two: `InstructionSample` rows to the arguments of `CTInstructForConditionalGeneration.forward`.
 
@@ -217,6 +234,7 @@ class InstructionCollator(_Collator):
         padding_side: left or right.
         seed, max_skipped: see `AlignmentCollator`.
         tokens: a store of the frozen tower's tokens, read instead of patches where a batch has no masks.
+        names_masks: as in the model's config: answers of the paper's phrasing get the structure's name.
         prompts: gives [names, D_text] for names of structures: `<SEG>` is then taught by `prompt_labels`, no mask is read.
     """
 
@@ -232,12 +250,13 @@ class InstructionCollator(_Collator):
         max_skipped: int = 100,
         tokens: Any = None,
         prompts: Callable[[Sequence[str]], torch.Tensor] | None = None,
+        names_masks: bool = False,
     ) -> None:
         super().__init__(store, processor.tokenizer, max_length, seed, max_skipped)
         if padding_side not in ("left", "right"):
             raise CTInstructError(f"padding_side is '{padding_side}': use left or right.")
         self.processor, self.padding_side, self.tokens = processor, padding_side, tokens
-        self.prompts = prompts
+        self.prompts, self.names_masks = prompts, names_masks
 
     def __call__(self, items: Sequence[Item | dict[str, Any]]) -> dict[str, Any]:
         """A batch from items of a mixture, or from plain rows as a `datasets.Dataset` gives them."""
@@ -283,6 +302,8 @@ class InstructionCollator(_Collator):
     def _read(self, sample: InstructionSample, light: bool) -> dict[str, Any]:
         images = [self.tokens.image(image) if light else self.store.image(image) for image in sample.images]
         counts = [int(np.prod(row)) for image in images for row in image["patch_grid"].tolist()]
+        if self.names_masks:
+            sample = with_names(sample)
         input_ids, labels = self.words(sample, counts)
         return {
             "input_ids": input_ids,

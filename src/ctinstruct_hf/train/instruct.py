@@ -329,7 +329,7 @@ def instruct(
             tokens.fill(_all_images(read) if settings.align_prompts else _images_without_masks(read), tell)
     collator = InstructionCollator(
         store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens,
-        stage_one_prompts(settings.vision) if settings.align_prompts else None,
+        stage_one_prompts(settings.vision) if settings.align_prompts else None, base_of(model).config.names_masks,
     )  # fmt: skip
     mixture = make_mixture(entries, args, start)
     looked_at = None if held_out is None else placeholder(entries)  # `evaluate` reads the held-out batches
