@@ -39,7 +39,9 @@ def canvas_picture(path: Path) -> None:
         for column in range(x):
             corner = (column * patches.shape[5] - 0.5, row * s - 0.5)
             axes[1].add_patch(Rectangle(corner, patches.shape[5], s, fill=False, color=COLOURS[row], lw=2.5))
-    axes[1].set_title(f"fitted to a canvas of {z} × {y} × {x} patches\n({' × '.join(map(str, fit.resized))} of it the scan)")
+    axes[1].set_title(
+        f"fitted to a canvas of {z} × {y} × {x} patches\n({' × '.join(map(str, fit.resized))} of it the scan)"
+    )
     rows = [patches[0, 0, 0, place] for place in np.linspace(2, s - 3, 6).astype(int)]
     sheet = np.concatenate([np.concatenate(rows[:3], axis=1), np.concatenate(rows[3:], axis=1)])
     axes[2].imshow(sheet, cmap="gray")

@@ -106,6 +106,8 @@ def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, se
     expect(page.locator("#masks li")).to_have_count(1, timeout=60_000)
     (study,) = [one for one in server.engine.studies.values() if one.study.results.masks]
     masks = study.study.results.masks
+    truth = phantom_of("phantom:trunk:1000003").masks["right lung"]
+    assert 2 * (masks["right lung"] & truth).sum() > 0.8 * (masks["right lung"].sum() + truth.sum())
     marked = canvas(page)
     changed = np.abs(marked - plain).max(axis=2) > 12
     assert all(mask.any() for mask in masks.values())
