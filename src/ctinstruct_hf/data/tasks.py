@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from . import templates
 from .phantom_text import with_article
-from .samples import META, TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef
+from .samples import META, TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef, parts_of
 
 
 def to_alignment(case: Case) -> AlignmentSample:
@@ -129,3 +130,21 @@ def _pick(rng: np.random.Generator, options: Sequence[Any], count: int) -> list[
     """Up to `count` of them, in random order."""
     order = rng.permutation(len(options))[:count]
     return [options[int(index)] for index in order]
+
+
+def with_names(sample: InstructionSample) -> InstructionSample:
+    """The sample with answers "Sure, it is <SEG>." naming their structure."""
+    plain = templates.answer_segmentation([""])
+    names = iter(mask.name for mask in sample.masks)
+    messages = []
+    for turn in sample.messages:
+        parts = []
+        for part in parts_of(turn):
+            text = part.get("text") or ""
+            asked = text.count(templates.SEG_TOKEN) if turn["role"] == "assistant" else 0
+            own = [name for _, name in zip(range(asked), names, strict=False)]
+            parts.append(
+                {**part, "text": templates.answer_segmentation(own, named=True)} if text == plain and own else part
+            )
+        messages.append({**turn, "content": parts})
+    return replace(sample, messages=messages)

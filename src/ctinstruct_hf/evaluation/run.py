@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 
 from ..data.reading import PHANTOM_KINDS, open_volume
 from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
+from ..data.tasks import with_names
 from ..errors import CTInstructError
 from .alignment import questions_of
 from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
@@ -288,6 +289,8 @@ class StageTwo:
 
     def jobs_of(self, sample: InstructionSample) -> Iterator[_Job]:
         """One per answer of a conversation."""
+        if self.model.config.names_masks:
+            sample = with_names(sample)
         turns = [index for index, turn in enumerate(sample.messages) if turn["role"] == "assistant"]
         for number, turn in enumerate(turns):
             yield _Job(sample.id if not number else f"{sample.id}/turn-{number}", sample, sample.task, turn)

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from ..data.descriptions import describe_category
 from ..data.mixture import Item, generator_of
 from ..data.samples import AlignmentSample, InstructionSample, MaskRef, from_row, parts_of
 from ..data.store import PatchStore, Prepared
-from ..data.templates import SEG_TOKEN, answer_segmentation
+from ..data.tasks import with_names
+from ..data.templates import SEG_TOKEN
 from ..errors import CTInstructError
 from ..modeling.vision_ctinstruct import CTInstructVisionOutput
 
@@ -203,22 +203,6 @@ class AlignmentCollator(_Collator):
             kinds = [(name, bool((canvas > 0).any())) for name, canvas in zip(names, labels, strict=True)]
             counts = Counter(kinds)
             batch["mask_weights"] = torch.tensor([1.0 / counts[kind] for kind in kinds])
-
-
-def with_names(sample: InstructionSample) -> InstructionSample:
-    """The sample with answers "Sure, it is <SEG>." naming their structure."""
-    plain = answer_segmentation([""])
-    names = iter(mask.name for mask in sample.masks)
-    messages = []
-    for turn in sample.messages:
-        parts = []
-        for part in parts_of(turn):
-            text = part.get("text") or ""
-            asked = text.count(SEG_TOKEN) if turn["role"] == "assistant" else 0
-            own = [name for _, name in zip(range(asked), names, strict=False)]
-            parts.append({**part, "text": answer_segmentation(own, named=True)} if text == plain and own else part)
-        messages.append({**turn, "content": parts})
-    return replace(sample, messages=messages)
 
 
 class InstructionCollator(_Collator):

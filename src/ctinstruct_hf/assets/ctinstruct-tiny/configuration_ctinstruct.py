@@ -201,8 +201,13 @@ class CTInstructConfig(PreTrainedConfig):
     """Precision in which the disease loss is computed; the release casts to bfloat16."""
     segmentation_loss_weight: float = 1.0
     disease_loss_weight: float = 1.0
+    names_masks: bool = False
+    """True: the answer to a request for one mask repeats its name before `<SEG>`, which small language models learn sooner;
+    the paper's "Sure, it is `<SEG>`." does not."""
     trained: bool = True
     """False marks a checkpoint with random weights; every output of it says so."""
+    note: str | None = None
+    """A sentence on the checkpoint that is shown with every output, as what it was trained on."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

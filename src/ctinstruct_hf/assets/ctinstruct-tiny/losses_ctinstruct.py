@@ -97,23 +97,43 @@ def masks_loss(
     labels: Sequence[torch.Tensor],
     positive_weight: float = 1.0,
     weights: torch.Tensor | None = None,
+    positive_power: float | None = None,
 ) -> torch.Tensor:
-    """Mean of `mask_loss` over the masks of a batch, or their mean by `weights` [masks]."""
+    """Mean of `mask_loss` over the masks of a batch, or their mean by `weights` [masks].
+
+    Args:
+        logits, labels: of each mask, see `mask_loss`.
+        positive_weight: of voxels inside; with `positive_power` the most that they weigh.
+        positive_power: voxels inside weigh (voxels outside / voxels inside) to this power, so that a nodule of ten voxels
+            is not outvoted by the thousands around it, nor a liver made too large.
+    """
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
-    if len({one.shape for one in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
-        losses = _small_masks_loss(logits, labels, positive_weight)
+    if positive_power is None or positive_weight == 1:
+        inside = [positive_weight] * len(labels)
     else:
-        pairs = zip(logits, labels, strict=True)
-        losses = torch.stack([mask_loss(one, truth, positive_weight=positive_weight) for one, truth in pairs])
+        inside = [_voxel_weight(one, positive_weight, positive_power) for one in labels]
+    if len({one.shape for one in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
+        losses = _small_masks_loss(logits, labels, inside)
+    else:
+        triples = zip(logits, labels, inside, strict=True)
+        losses = torch.stack([mask_loss(one, truth, positive_weight=weight) for one, truth, weight in triples])
     if weights is None:
         return losses.mean()
     weights = weights.to(losses.device, losses.dtype)
     return (losses * weights).sum() / weights.sum()
 
 
+def _voxel_weight(labels: torch.Tensor, most: float, power: float) -> float:
+    inside, kept = int((labels > 0).sum()), int((labels >= 0).sum())
+    return min(most, max(1.0, ((kept - inside) / max(inside, 1)) ** power))
+
+
 def _small_masks_loss(
-    logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], positive_weight: float, smooth: float = 1e-7
+    logits: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    positive_weights: Sequence[float],
+    smooth: float = 1e-7,
 ) -> torch.Tensor:
     """`mask_loss` of many masks of one small shape at once, as slices have them: [masks]."""
     for one, truth in zip(logits, labels, strict=True):
@@ -122,7 +142,8 @@ def _small_masks_loss(
     scores = torch.stack(list(logits)).flatten(1).float()
     truth = torch.stack(list(labels)).flatten(1).to(scores.device)
     kept, inside = (truth >= 0).float(), (truth > 0).float()
-    weights = kept * (inside * (positive_weight - 1) + 1)
+    more = torch.tensor(positive_weights, device=scores.device)[:, None] - 1
+    weights = kept * (inside * more + 1)
     entropy = F.binary_cross_entropy_with_logits(scores, inside, weights, reduction="none").sum(1)
     probability = scores.sigmoid() * kept
     count = kept.sum(1)
@@ -130,6 +151,14 @@ def _small_masks_loss(
     lower = probability.square().sum(1) + inside.sum(1) + smooth
     loss = entropy / count.clamp(min=1) + 1 - upper / lower
     return torch.where(count > 0, loss, torch.zeros_like(loss))
+
+
+def prompt_loss(queries: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far prompts of the mask decoder [n, D] are from those it was trained with, in shares of their spread: 0 where they
+    are equal, 1 for their mean."""
+    wanted = wanted.to(queries.device, queries.dtype)
+    spread = (wanted - wanted.mean(0)).square().mean().clamp(min=1e-3) if len(wanted) > 1 else wanted.square().mean()
+    return (queries - wanted).square().mean() / spread
 
 
 def label_loss(

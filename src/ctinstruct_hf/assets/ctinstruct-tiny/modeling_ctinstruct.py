@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstructSegmentationConfig
-from .losses_ctinstruct import label_loss, masks_loss
+from .losses_ctinstruct import label_loss, masks_loss, prompt_loss
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .vision_blocks_ctinstruct import init_weights
@@ -73,6 +73,7 @@ class CTInstructOutput(CausalLMOutputWithPast):
     lm_loss: torch.Tensor | None = None
     segmentation_loss: torch.Tensor | None = None
     disease_loss: torch.Tensor | None = None
+    query_loss: torch.Tensor | None = None
     mask_logits: list[torch.Tensor] | None = None
     disease_logits: torch.Tensor | None = None
     image_hidden_states: list[torch.Tensor] | None = None
@@ -374,7 +375,8 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         self.segmentation_decoder = CTInstructSegmentationDecoder._from_config(config.segmentation_config)
         heads = len(config.disease_names) if config.disease_head == "per_disease" else 1
         self.disease_head = nn.Linear(text_width, heads)
-        self.positive_voxel_weight = 1.0  # a trainer may raise it, see `mask_loss`
+        self.positive_voxel_weight = 1.0  # a trainer may raise it, see `masks_loss`
+        self.positive_voxel_power: float | None = None
         self.post_init()
 
     @classmethod
@@ -482,6 +484,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         mask_labels: Sequence[torch.Tensor] | None = None,
         disease_labels: torch.Tensor | None = None,
         disease_ids: torch.LongTensor | None = None,
+        prompt_labels: torch.Tensor | None = None,
         vision_features: CTInstructVisionOutput | None = None,
         mm_encoder_outputs: dict[str, CTInstructVisionOutput] | None = None,
         use_cache: bool | None = None,
@@ -503,6 +506,8 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             disease_labels: float, one per `<disease_confidence>`; −1 is unknown.
             disease_ids: int64, which of `config.disease_names` each `<disease_confidence>` stands for. Without it: the
                 list whose length is the sample's number of these tokens.
+            prompt_labels: [n, D_text], what the decoder's prompt of each `<SEG>` should be: stage one's embedding of the
+                structure's name. Not in the paper; it teaches `<SEG>` without painting a mask.
             logits_to_keep: as in Transformers.
             answer_heads: False leaves out masks and disease logits, as `generate` does for its single steps.
 
@@ -530,7 +535,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[:, kept])
 
-        lm_loss = segmentation_loss = disease_loss = mask_logits = disease_logits = None
+        lm_loss = segmentation_loss = disease_loss = query_loss = mask_logits = disease_logits = None
         if labels is not None:
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
@@ -540,18 +545,25 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             names = self.disease_rows(input_ids, disease_ids)
             disease_logits = self.answer_diseases(input_ids, states, names)
         if mask_labels is not None and mask_logits is not None:
-            segmentation_loss = masks_loss(mask_logits, mask_labels, self.positive_voxel_weight)
+            segmentation_loss = masks_loss(
+                mask_logits, mask_labels, self.positive_voxel_weight, positive_power=self.positive_voxel_power
+            )
         if disease_labels is not None and disease_logits is not None:
             dtype = getattr(torch, self.config.disease_loss_dtype)
             disease_loss = label_loss(disease_logits, disease_labels, self.positive_weights(names), dtype)
+        if prompt_labels is not None:
+            query_loss = prompt_loss(
+                self.segmentation_query(states[input_ids == self.config.seg_token_id]), prompt_labels
+            )
         output = CTInstructOutput(
-            loss=self.total_loss(lm_loss, segmentation_loss, disease_loss),
+            loss=self.total_loss(lm_loss, segmentation_loss, disease_loss, query_loss),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             segmentation_loss=segmentation_loss,
             disease_loss=disease_loss,
+            query_loss=query_loss,
             mask_logits=mask_logits,
             disease_logits=disease_logits,
             image_hidden_states=outputs.image_hidden_states,
@@ -561,13 +573,18 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         return output if use_dict else output.to_tuple()
 
     def total_loss(
-        self, lm_loss: torch.Tensor | None, segmentation_loss: torch.Tensor | None, disease_loss: torch.Tensor | None
+        self,
+        lm_loss: torch.Tensor | None,
+        segmentation_loss: torch.Tensor | None,
+        disease_loss: torch.Tensor | None,
+        query_loss: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """The weighted sum of the losses there are."""
         parts = [
             (1.0, lm_loss),
             (self.config.segmentation_loss_weight, segmentation_loss),
             (self.config.disease_loss_weight, disease_loss),
+            (self.config.segmentation_loss_weight, query_loss),
         ]
         weighted = [weight * loss for weight, loss in parts if loss is not None]
         return sum(weighted[1:], weighted[0]) if weighted else None
