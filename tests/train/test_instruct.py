@@ -23,7 +23,6 @@ from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, to_row
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
-from ctinstruct_hf.data.templates import answer_segmentation, ask_segmentation
 from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ctinstruct_hf.processing.volume import read_volume
 from ctinstruct_hf.train.checkpoints import save_trained
@@ -258,32 +257,41 @@ def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
 
 
 def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_one: Path, tmp_path: Path) -> None:
-    """No mask is painted, yet the decoder's prompt of a name comes near what stage one's text encoder gave."""
+    """No mask is painted and the decoder stays as it is, yet the prompts come nearer to stage one's."""
     part = {"name": "masks", "phantoms": {"kind": "slice", "seeds": [0, 8]}, "tasks": ["segmentation"]}
     recipe |= {
         "mixture": [part],
-        "evaluation": part,
         "freeze": ["vision_tower", "segmentation_decoder"],
         "keep_tokens": True,
         "align_prompts": True,
         "config": {"names_masks": True},
-        "max_steps": 60,
-        "save_steps": 100,
-        "learning_rate": 3e-3,
+        "max_steps": 25,
+        "save_steps": 25,
+        "learning_rates": {"segmentation_query": 1e-2},
         "per_device_train_batch_size": 16,
     }
-    scores = instruct(recipe)
-    assert "eval_segmentation_loss" not in scores
-    assert scores["eval_query_loss"] < 0.8  # 1 is the mean of all prompts
-    prompts = stage_one_prompts(str(stage_one))
-    study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
-    names = ["liver", "right lung", "spine"]
-    made = []
-    for name in names:
-        ids, states = study._states(ask_segmentation([name]), answer_segmentation([name], named=True))
-        made.append(study.model.segmentation_query(states[ids == study.model.config.seg_token_id][-1]))
-    distances = torch.cdist(torch.stack(made).detach(), prompts(names))
-    assert distances.argmin(1).tolist() == [0, 1, 2]
+    instruct(recipe)
+    told = losses(tmp_path / "run")
+    assert all("segmentation_loss" not in one for one in told)
+    first, last = (sum(one["query_loss"] for one in part) / 3 for part in (told[:3], told[-3:]))
+    assert last < 0.9 * first
+    model = CTInstructForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    before = CTInstructForPretraining.from_pretrained(stage_one).segmentation_decoder.state_dict()
+    for name, value in model.segmentation_decoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.config.names_masks
+    prompts = stage_one_prompts(str(stage_one))(["liver", "spleen"])
+    assert prompts.shape == (2, model.config.segmentation_config.hidden_size)
+    assert not torch.allclose(prompts[0], prompts[1])
+
+
+def test_answers_name_their_structure_where_the_model_wants_it(parts: tuple[Any, Any, PatchStore]) -> None:
+    _, processor, store = parts
+    row = talk(("Where is the liver?", "Sure, it is <SEG>."), masks=[MaskRef("liver")], task="segmentation")
+    plain = InstructionCollator(store, processor)([row])
+    named = InstructionCollator(store, processor, names_masks=True)([row])
+    assert learned(processor, plain) == "Sure, it is <SEG>.<|im_end|>\n"
+    assert learned(processor, named) == "Sure, liver <SEG>.<|im_end|>\n"
 
 
 def test_adapters_train_and_merge_with_the_new_tokens(recipe: dict[str, Any], tmp_path: Path) -> None:
