@@ -19,11 +19,12 @@ test-slow: ## the rest: full width, thousands of broken files, benchmarks, confo
 	@scripts/install.sh dev
 	@$(BIN)/python -m pytest -m slow --timeout=3600
 
-check: ## lint, format and types
+check: ## lint, format, types, and what bandit finds unsafe
 	@scripts/install.sh dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/bandit -q -c pyproject.toml -r src
 
 conformance: ## Transformers' own suites on every public class
 	@scripts/install.sh dev

@@ -69,7 +69,8 @@ def ask_plainly(model: Any, volume: Any, words: int) -> tuple[list[str], list[np
         answers.append(processor.write_out(processor.tokenizer.decode(new)))
     masks = []
     for name in STRUCTURES:
-        outputs = network(**batch_of(ask_segmentation([name]), answer_segmentation([name])))
+        answer = answer_segmentation([name], network.config.names_masks)
+        outputs = network(**batch_of(ask_segmentation([name]), answer))
         masks.append(processor.post_process_segmentation(outputs, volume)[0])
     return answers, masks
 

@@ -309,7 +309,9 @@ class Study:
         else:
             batch, start = self._beside_each_other(rows)
             sequences = list(self.model.generate(**batch, **options)[:, start:])
-        return [self._read_answer(question, new) for question, new in zip(questions, sequences, strict=True)]
+        answers = [self._read_answer(question, new) for question, new in zip(questions, sequences, strict=True)]
+        masks = self._paint([read for _, read, _ in answers])
+        return [(text, painted, scores) for (text, _, scores), painted in zip(answers, masks, strict=True)]
 
     def _beside_each_other(self, rows: Sequence[torch.Tensor]) -> tuple[dict[str, Any], int]:
         """What `generate` needs for prompts [1, L] about the same images, and where its new tokens begin.
@@ -335,8 +337,23 @@ class Study:
             batch["position_ids"] = torch.cat([pad(one, 0) for one in positions if one is not None], dim=1)
         return batch, longest
 
-    def _read_answer(self, question: str, new: torch.Tensor) -> tuple[str, list[np.ndarray], list[float]]:
-        """The text of new tokens, with masks and probabilities for its special tokens."""
+    def _paint(self, answers: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> list[list[np.ndarray]]:
+        """The masks of several answers, given by ids and states, in one pass of the decoder over the scan."""
+        read = [one for one in answers if one is not None]
+        if not read:
+            return [[] for _ in answers]
+        ids, states = torch.cat([one[0] for one in read], dim=1), torch.cat([one[1] for one in read], dim=1)
+        painted = iter(self.model.answer_masks(ids, states, self.features, self._image_tokens()) or [])
+        counts = [0 if one is None else int((one[0] == self.model.config.seg_token_id).sum()) for one in answers]
+        return [
+            [self.processor.image_processor.mask_from_canvas(next(painted), self.volume) for _ in range(count)]
+            for count in counts
+        ]
+
+    def _read_answer(
+        self, question: str, new: torch.Tensor
+    ) -> tuple[str, tuple[torch.Tensor, torch.Tensor] | None, list[float]]:
+        """The text of new tokens; ids and states of the answer where it has special tokens; its probabilities."""
         closing = self.model.generation_config.eos_token_id
         closing = closing if isinstance(closing, list) else [closing]
         closing = [*(one for one in closing if one is not None), self.processor.tokenizer.eos_token_id]
@@ -346,17 +363,15 @@ class Study:
         text = self.processor.tokenizer.decode(new)
         specials = (self.model.config.seg_token_id, self.model.config.disease_token_id)
         if not any(int(token) in specials for token in new):
-            return text, [], []
+            return text, None, []
         ids, states = self._states(question, text)
-        logits = self.model.answer_masks(ids, states, self.features, self._image_tokens()) or []
-        masks = [self.processor.image_processor.mask_from_canvas(one, self.volume) for one in logits]
         named = self.processor.named_diseases(question)
         try:
             rows = self.model.disease_rows(ids, None if named is None else torch.tensor(named))
         except CTInstructError:  # the answer has another number of tokens than any list: they stay as they are
             rows = None
         scores = self.model.answer_diseases(ids, states, rows)
-        return text, masks, [] if scores is None else scores.float().sigmoid().tolist()
+        return text, (ids, states), [] if scores is None else scores.float().sigmoid().tolist()
 
     @torch.inference_mode()
     def choose(self, question: str, options: Sequence[str]) -> str:

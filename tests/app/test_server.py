@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import uvicorn
 from scans import asymmetric, dicom_series
@@ -303,7 +304,8 @@ def test_the_command_serves_and_cleans_up_after_a_killed_one(tmp_path: Path, unt
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert len(list(tmp_path.glob("ctinstruct-app-*"))) == 1
-    second, _ = run()
+    second, address = run()
+    assert httpx.get(f"{address}/model").status_code == 200
     assert len(list(tmp_path.glob("ctinstruct-app-*"))) == 1
     second.send_signal(signal.SIGINT)
     second.wait(timeout=30)
@@ -328,3 +330,35 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).mkdir()
     remove_left_over()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_hundred_requests(start: Any, small_scan: Path) -> None:
+    """Two clients, each opening, asking, marking and closing."""
+    server = start(new_tokens=6)
+
+    def visit(number: int) -> int:
+        with httpx.Client(base_url=server.address, timeout=120) as client:
+            opened = client.post("/api/studies", params={"name": "a.nii.gz"}, content=small_scan.read_bytes())
+            study = opened.json()["study"]
+            codes = [opened.status_code]
+            for words in (
+                {"kind": "ask", "question": f"Number {number}?"},
+                {"kind": "segment", "structures": ["liver"]},
+            ):
+                codes.append(client.post(f"/api/studies/{study}/jobs", params={"wait": True}, json=words).status_code)
+            codes.append(client.get(f"/api/studies/{study}/results/findings.json").status_code)
+            codes.append(client.delete(f"/api/studies/{study}").status_code)
+            assert codes == [201, 200, 200, 200, 204]
+            return len(codes)
+
+    process = psutil.Process()
+    with ThreadPoolExecutor(2) as clients:
+        sum(clients.map(visit, range(15)))  # caches fill
+        before = process.memory_info().rss
+        requests = sum(clients.map(visit, range(15, 55)))
+    assert requests == 200
+    grown = process.memory_info().rss / before - 1
+    print(f"memory after 200 requests: {grown:+.1%} of {before / 2**20:.0f} MB")
+    assert grown < 0.05
+    assert not list(server.engine.root.iterdir())
