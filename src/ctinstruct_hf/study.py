@@ -61,6 +61,14 @@ class Results:
     masks: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+def first_bad(model: torch.nn.Module) -> str | None:
+    """The name of the first weight or running statistic with NaN or infinity in it."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+            return name
+    return None
+
+
 def notes_on(config: Any) -> list[str]:
     """What must be said of a model wherever its answers are shown."""
     return [note for note in (None if config.trained else UNTRAINED, config.note) if note]
@@ -202,8 +210,7 @@ class Study:
         """Raises CTInstructError where a part of the model gives NaN or infinity, and names the weight that does."""
         if bool(torch.isfinite(numbers).all()):
             return
-        values = [*self.model.named_parameters(), *self.model.named_buffers()]
-        bad = next((name for name, value in values if not bool(torch.isfinite(value).all())), None)
+        bad = first_bad(self.model)
         why = f"the weight {bad} does" if bad else f"its weights do not; in {self.model.dtype} it overflows"
         raise CTInstructError(f"{part} gives NaN or infinity: {why}.")
 

@@ -268,7 +268,9 @@ class Engine:
             CTInstructError: for something that cannot be asked.
         """
         words = self._checked(kind, words)
-        self.find(study)
+        one = self.find(study)
+        if isinstance(words.get("diseases"), list):
+            one.study._disease_rows(words["diseases"])  # refused now, not when its turn comes
         with self.changed:
             if len(self.line) >= self.limits.waiting:
                 raise Busy("Too many questions are waiting: try again later.")
@@ -300,11 +302,6 @@ class Engine:
         ):
             raise CTInstructError(f"{key} must be a list of 1 to 200 names.")
         names = list(dict.fromkeys(one.strip() for one in listed))
-        if kind == "diagnose" and self.model.config.disease_head != "shared":
-            known = {name.lower() for name in self.model.config.disease_names}
-            missing = [name for name in names if name.lower() not in known]
-            if missing:
-                raise CTInstructError(f"The model has no head for {', '.join(missing)}.")
         return {key: names}
 
     def state(self, job: str) -> dict[str, Any]:

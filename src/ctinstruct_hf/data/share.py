@@ -44,12 +44,16 @@ def shareable_rows(folder: Path, root: Path | None) -> dict[str, dict[str, list[
 
 
 def _shared(row: dict[str, Any], root: Path | None, salt: bytes) -> dict[str, Any]:
-    images = row["images"] if "images" in row else [row["image"]]
-    for one in [*images, *row["masks"]]:
+    for one in _files_of(row):
         one["path"] = _relative(one["path"], root, row["id"])
     if row.get("patient"):
         row["patient"] = hashlib.sha256(salt + str(row["patient"]).encode()).hexdigest()[:12]
     return row
+
+
+def _files_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a row of either kind that name a file."""
+    return [*(row["images"] if "images" in row else [row["image"]]), *row["masks"]]
 
 
 def _relative(path: str, root: Path | None, sample: str) -> str:
@@ -115,7 +119,7 @@ def share(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from ..hub.publish import check_repository
+    from ..hub.publish import check_repository, refusal
 
     check_repository(repository)
     rows = shareable_rows(folder, root)
@@ -136,8 +140,7 @@ def share(
             path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository, repo_type="dataset"
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CTInstructError(f"The Hub does not take {repository}: {first} (log in with `hf auth login`).") from error
+        raise refusal(repository, error) from error
     return counts
 
 
@@ -184,8 +187,7 @@ def fetch(repository: str, folder: Path, root: Path | None = None) -> dict[str, 
     for kind, splits in loaded.items():
         rows = [row for split in splits.values() for row in split]
         for row in rows:
-            images = row["images"] if "images" in row else [row["image"]]
-            for one in [*images, *row["masks"]]:
+            for one in _files_of(row):
                 one["path"] = _absolute(one["path"], root, repository)
         write_rows(folder, kind, rows)
         counts[kind] = {name: len(split) for name, split in splits.items()}

@@ -111,8 +111,13 @@ def publish(
         tell("sending")
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CTInstructError(f"The Hub does not take {repository}: {first} (log in with `hf auth login`).") from error
+        raise refusal(repository, error) from error
+
+
+def refusal(repository: str, error: Exception) -> CTInstructError:
+    """What the Hub said against a repository, in one sentence."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CTInstructError(f"The Hub does not take {repository}: {first} (log in with `hf auth login`).")
 
 
 def check_repository(repository: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import CTInstructError
+from ..study import first_bad
 
 logger = logging.getLogger(__name__)
 MOST_IN_A_ROW = 10
@@ -20,14 +21,6 @@ def check_weights(model: torch.nn.Module) -> None:
     name = first_bad(model)
     if name is not None:
         raise CTInstructError(f"The weight {name} holds NaN or infinity: start from another checkpoint.")
-
-
-def first_bad(model: torch.nn.Module) -> str | None:
-    """The name of the first weight or running statistic with NaN or infinity in it."""
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-            return name
-    return None
 
 
 class BadSteps(TrainerCallback):
@@ -102,4 +95,4 @@ def _finite(gradients: Sequence[torch.Tensor]) -> bool:
     return bool(torch.isfinite(norms).all())
 
 
-__all__ = ["BadSteps", "check_weights", "first_bad"]
+__all__ = ["BadSteps", "check_weights"]

@@ -326,7 +326,7 @@ def instruct(
         tokens = TokenStore(store, tower.to(args.device))
         with args.main_process_first(desc="tokens"):
             read = [*entries, *([held_out] if held_out else [])]
-            tokens.fill(_all_images(read) if settings.align_prompts else _images_without_masks(read), tell)
+            tokens.fill(_images_to_read(read, with_masks=settings.align_prompts), tell)
     collator = InstructionCollator(
         store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens,
         stage_one_prompts(settings.vision) if settings.align_prompts else None, base_of(model).config.names_masks,
@@ -385,12 +385,10 @@ def stage_one_prompts(folder: str | None) -> Callable[[Sequence[str]], torch.Ten
     return prompts
 
 
-def _all_images(entries: Sequence[MixtureEntry]) -> list[ImageRef]:
-    return [ImageRef(**image) for entry in entries for row in entry.rows for image in row["images"]]
-
-
-def _images_without_masks(entries: Sequence[MixtureEntry]) -> list[ImageRef]:
-    return [ImageRef(**image) for entry in entries for row in entry.rows if not row["masks"] for image in row["images"]]
+def _images_to_read(entries: Sequence[MixtureEntry], with_masks: bool) -> list[ImageRef]:
+    """The images whose tokens are wanted: of rows without masks, or of all."""
+    rows = (row for entry in entries for row in entry.rows if with_masks or not row["masks"])
+    return [ImageRef(**image) for row in rows for image in row["images"]]
 
 
 def _held_out_batches(entry: MixtureEntry | None, args: Any, count: int) -> list[list[Item]]:
