@@ -673,6 +673,14 @@ def main() -> None:
             raise
         print(f"ctinstruct: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        from .files import why_unwritable
+
+        told = why_unwritable(error)
+        if debug or told is None:
+            raise
+        print(f"ctinstruct: {told}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CTInstructError
-from ..files import whole_file
+from ..files import write_whole
 from .prepared import describe, write_rows
 from .reading import open_labels, open_volume
 from .samples import Case, InstructionSample, to_row
@@ -148,8 +148,7 @@ def _do_part(number: int, part: Sequence[Case | InstructionSample], options: Pre
     for case in part:
         for kind, made in finish(case, options).items():
             rows[kind] += made
-    with whole_file(Path(drafts) / f"{number}.json") as temporary:
-        temporary.write_text(json.dumps(rows), encoding="utf-8")
+    write_whole(Path(drafts) / f"{number}.json", json.dumps(rows))
     return len(part)
 
 
@@ -163,8 +162,7 @@ def _collect(source: str, target: Path, drafts: Path, count: int, problems: list
     for kind, made in rows.items():
         if made:
             write_rows(target, kind, made)
-    with (target / "problems.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(problem) + "\n" for problem in problems)
+    write_whole(target / "problems.jsonl", "".join(json.dumps(problem) + "\n" for problem in problems))
     told = {
         "source": source,
         "rows": {kind: dict(Counter(row["split"] for row in made)) for kind, made in rows.items()},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
-from ..files import whole_file
+from ..files import whole_file, write_whole
 from .samples import KINDS, SPLITS, AnySample, features, from_row, read_jsonl, to_row
 
 ROWS_A_FILE = 20_000
@@ -98,5 +98,4 @@ def import_jsonl(path: Path, folder: Path, kind: str = "instructions") -> int:
 
 def describe(folder: Path, told: dict[str, Any]) -> None:
     """Write `dataset.json`, last of all: a folder without it is not finished."""
-    with whole_file(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1))
+    write_whole(folder / "dataset.json", json.dumps(told, indent=1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
-from ..files import whole_file
+from ..files import write_whole
 from .predictions import Predictions, Record
 
 
@@ -52,8 +52,7 @@ def write_submission(predictions: Predictions, path: Path) -> int:
     if twice:
         raise CTInstructError(f"volumes have more than one report: {', '.join(twice[:5])}.")
     told = submission([(name, record.prediction) for name, record in zip(names, records, strict=True)])
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_whole(path, json.dumps(told, indent=1, ensure_ascii=False))
     return len(records)
 
 

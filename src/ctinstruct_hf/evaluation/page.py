@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import whole_file
-from ..output.folder import whole_folder
+from ..files import whole_folder, write_whole
 from .scoring import SystemScores
 from .tables import Table, all_tables
 
@@ -54,8 +53,7 @@ def write_comparison(systems: Sequence[SystemScores], folder: Path, pictures: bo
 
 def write_scores(scores: SystemScores, path: Path) -> None:
     """The scores of one system as JSON; NaN is null."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(_plain(scores.to_dict()), indent=1), encoding="utf-8")
+    write_whole(path, json.dumps(_plain(scores.to_dict()), indent=1))
 
 
 def _plain(value: Any) -> Any:

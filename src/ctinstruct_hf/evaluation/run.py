@@ -200,7 +200,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _same_run(output: Path, settings: dict[str, Any], writes: bool) -> None:
-    from ..files import whole_file
+    from ..files import write_whole
 
     kept = output / "run.json"
     if kept.exists():
@@ -211,8 +211,7 @@ def _same_run(output: Path, settings: dict[str, Any], writes: bool) -> None:
     elif writes:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            with whole_file(kept) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            write_whole(kept, json.dumps(settings, indent=1))
         except OSError as error:
             raise CTInstructError(f"{output} cannot be written: {error.strerror or error}.") from error
 
@@ -257,16 +256,17 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
 
 def _masks_of(job: _Job, logits: Sequence[torch.Tensor], image_processor: Any, volume: Any, output: Path) -> list[Any]:
     """A record's masks: each is written on the scan's own grid and named relative to the output."""
+    from ..files import whole_folder
     from ..output.nifti import save_mask
 
     name = hashlib.sha256(f"{job.task}/{job.id}".encode()).hexdigest()[:16]
-    (output / "masks").mkdir(exist_ok=True)
     masks = []
-    for place, (mask, canvas) in enumerate(zip(job.sample.masks, logits, strict=True)):
-        file = f"masks/{name}-{place}.nii.gz"
-        save_mask(volume, image_processor.mask_from_canvas(canvas, volume), output / file)
-        reference = {"path": mask.path, "values": list(mask.values)}
-        masks.append({"name": mask.name, "prediction": file, "reference": reference})
+    with whole_folder(output / "masks") as draft:
+        for place, (mask, canvas) in enumerate(zip(job.sample.masks, logits, strict=True)):
+            file = f"{name}-{place}.nii.gz"
+            save_mask(volume, image_processor.mask_from_canvas(canvas, volume), draft / file)
+            reference = {"path": mask.path, "values": list(mask.values)}
+            masks.append({"name": mask.name, "prediction": f"masks/{file}", "reference": reference})
     return masks
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import CTInstructError
-from ..files import whole_file
+from ..files import write_whole
 
 # metric of an evaluation -> how the Hub names it
 _METRICS = {
@@ -82,8 +82,7 @@ def make_card(
 def write_card(folder: Path, text: str) -> Path:
     """Put the card beside the model, whole."""
     path = folder / "README.md"
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

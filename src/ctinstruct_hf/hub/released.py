@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from ..errors import CTInstructError
+from ..files import whole_folder
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES, CTInstructConfig
 from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ..modeling.saving_ctinstruct import MODEL_AUTO_MAP, add_auto_map, copy_code
-from ..output.folder import whole_folder
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 

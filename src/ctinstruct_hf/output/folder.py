@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import CTInstructError
+from ..files import whole_folder
 from .nifti import save_label_map, save_mask
 
 if TYPE_CHECKING:
@@ -26,34 +22,6 @@ OUTPUT_TYPES = ("nifti", "dicom-seg")
 def file_name(name: str) -> str:
     """A structure's name as the name of a file."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "mask"
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes its final name only if everything went well.
-
-    Into an existing folder the files are moved one by one, each whole.
-    """
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
-    except OSError as error:
-        raise CTInstructError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    try:
-        yield draft
-        draft.chmod(0o755)
-        if folder.exists():
-            for file in sorted(path for path in draft.rglob("*") if path.is_file()):
-                target = folder / file.relative_to(draft)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-        else:
-            os.replace(draft, folder)
-    except OSError as error:
-        raise CTInstructError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def save_study(

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
-from ..files import whole_file
-from ..output.folder import whole_folder
+from ..files import whole_folder, write_whole
 
 logger = logging.getLogger(__name__)
 MARK = "complete.json"
@@ -25,8 +24,7 @@ def mark_complete(checkpoint: Path) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != MARK
     }
-    with whole_file(checkpoint / MARK) as temporary:
-        temporary.write_text(json.dumps(files, indent=1))
+    write_whole(checkpoint / MARK, json.dumps(files, indent=1))
 
 
 def missing_in(checkpoint: Path) -> list[str]:
@@ -93,7 +91,7 @@ def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, res
         return str(found)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(told)
+        write_whole(kept, told)
     return None
 
 

@@ -17,6 +17,7 @@ from ..data.parts import check_part, load_part
 from ..data.samples import TASKS, ImageRef, text_of
 from ..data.store import PatchStore
 from ..errors import CTInstructError
+from ..files import write_whole
 from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
@@ -348,7 +349,7 @@ def instruct(
         if hasattr(trained, "merge_and_unload"):  # adapters go into the weights
             trained = trained.merge_and_unload()
         save_trained(folder / "model", trained, processor)
-        (folder / "scores.json").write_text(json.dumps(metrics, indent=1))
+        write_whole(folder / "scores.json", json.dumps(metrics, indent=1))
     trainer.accelerator.wait_for_everyone()
     return metrics
 

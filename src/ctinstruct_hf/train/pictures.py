@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.alignment import AlignmentScores
+from ..files import whole_file, write_whole
 
 
 def log_scores(trainer: Any, scores: AlignmentScores) -> None:
@@ -16,20 +17,17 @@ def log_scores(trainer: Any, scores: AlignmentScores) -> None:
     step = trainer.state.global_step
     folder = Path(trainer.args.output_dir) / "evaluation" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scores.json").write_text(
-        json.dumps(
-            {"metrics": scores.metrics, "dice": {name: float(np.mean(values)) for name, values in scores.dice.items()}},
-            indent=1,
-        )
-    )
+    dice = {name: float(np.mean(values)) for name, values in scores.dice.items()}
+    write_whole(folder / "scores.json", json.dumps({"metrics": scores.metrics, "dice": dice}, indent=1))
     picture = draw_masks(scores)
     if picture is not None:
         from PIL import Image
 
-        Image.fromarray(picture).save(folder / "masks.png")
+        with whole_file(folder / "masks.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="png")
     table = retrieval_table(scores)
     if table:
-        (folder / "retrieval.md").write_text(table)
+        write_whole(folder / "retrieval.md", table)
     for callback in trainer.callback_handler.callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:

@@ -19,6 +19,7 @@ from ..data.store import PatchStore
 from ..data.tiny import TINY_PATCH
 from ..errors import CTInstructError
 from ..evaluation.alignment import AlignmentScores, score_alignment
+from ..files import write_whole
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
@@ -291,4 +292,4 @@ def write_scores(path: Path, scores: AlignmentScores) -> None:
     told = asdict(scores)
     for name in ("example", "similarity", "texts", "ids"):
         told.pop(name)
-    path.write_text(json.dumps(told, indent=1))
+    write_whole(path, json.dumps(told, indent=1))

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..data.parts import GRAINS
 from ..errors import CTInstructError
+from ..files import write_whole
 from .pretrain import pretrain
 from .recipe import merge
 
@@ -104,7 +105,7 @@ def run_table(
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     base.mkdir(parents=True, exist_ok=True)
-    (base / f"table-{table}.md").write_text(text)
+    write_whole(base / f"table-{table}.md", text)
     return text
 
 
