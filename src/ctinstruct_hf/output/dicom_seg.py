@@ -1,11 +1,15 @@
 """Masks as one DICOM segmentation object that references the series they were made on (highdicom).
 
-The standard ties a segmentation to its patient and study: what highdicom copies from the source slices for that is all
-that is copied.
+The standard ties a segmentation to its patient and study: the elements that it asks for (`_EXPECTED`) are all that is copied
+from the source slices. highdicom alone would copy a patient's history, alerts and much else.
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pydicom
 from .. import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
+from ..processing.volume_dicom import HEADER_TAGS
 
 # name -> (SNOMED CT code, meaning, category); anatomy unless said otherwise
 _ANATOMY = ("123037004", "Anatomical Structure")
@@ -51,6 +56,23 @@ CODES: dict[str, tuple[str, str, tuple[str, str]]] = {
 }
 
 
+@contextmanager
+def _no_quotes() -> Iterator[None]:
+    """pydicom and highdicom quote what they find odd in a header, a patient's name among it: not into anybody's log."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    before = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.disabled = True
+        try:
+            yield
+        finally:
+            for logger, disabled in zip(loggers, before, strict=True):
+                logger.disabled = disabled
+
+
+@_no_quotes()
 def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> None:
     """Write a binary DICOM SEG with a segment per mask, on the frames of the source series.
 
@@ -72,7 +94,10 @@ def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -
         raise CTInstructError(
             f"{volume.source.name or 'The scan'} is no DICOM series on disk: DICOM SEG references one."
         )
-    slices: list[Any] = [pydicom.dcmread(file, stop_before_pixels=True) for file in dict.fromkeys(files)]
+    wanted = [*HEADER_TAGS, *_EXPECTED, "SOPInstanceUID"]
+    slices: list[Any] = [
+        pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted) for file in dict.fromkeys(files)
+    ]
     for one in slices:
         if not one.get("SOPClassUID"):
             one.SOPClassUID, one.SOPInstanceUID = (
