@@ -1,7 +1,7 @@
 # make demo, make test: on a fresh machine with Python >= 3.11 and git each sets up what it needs.
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow check conformance benchmarks tiny bundle clean
+.PHONY: demo docs test test-slow test-min releases check conformance benchmarks tiny bundle clean
 
 demo: ## run the main job on a made-up scan and write a page to look at
 	@scripts/install.sh
@@ -18,6 +18,12 @@ test: ## all tests but those marked slow
 test-slow: ## the rest: full width, thousands of broken files, benchmarks, conformance
 	@scripts/install.sh dev
 	@$(BIN)/python -m pytest -m slow --timeout=3600
+
+test-min: ## all tests with the lowest versions that pyproject.toml allows, in .venv-min
+	@scripts/test_versions.sh min
+
+releases: ## once a month: which new release of a dependency breaks us, in .venv-newest
+	@$(or $(PYTHON),python3) scripts/check_releases.py
 
 check: ## lint, format, types, and what bandit finds unsafe
 	@scripts/install.sh dev
@@ -37,6 +43,7 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/data.py --check
 	@$(BIN)/python benchmarks/evaluation.py --check
 	@$(BIN)/python benchmarks/study.py --check
+	@$(BIN)/python benchmarks/scale.py --check
 
 tiny: ## train the bundled checkpoint again: two hours on two cores; goes on where it was stopped
 	@scripts/install.sh dev
@@ -49,4 +56,4 @@ bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
 	@$(BIN)/python scripts/bundle_tiny.py -i src/ctinstruct_hf/assets/ctinstruct-tiny
 
 clean:
-	rm -rf .venv .conformance demo_output build dist site
+	rm -rf .venv .venv-* .conformance demo_output build dist site

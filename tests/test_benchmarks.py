@@ -13,7 +13,7 @@ from tests.evaluation.test_text import has_wordnet
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["data", "evaluation", "model", "study", "volumes"])
+@pytest.mark.parametrize("name", ["data", "evaluation", "model", "scale", "study", "volumes"])
 def test_a_quick_run_prints_its_table(name: str) -> None:
     if name == "evaluation":
         pytest.importorskip("nltk", reason="the `eval` extra is not installed")

@@ -16,6 +16,8 @@ from conftest import shared
 from processing.test_volume import bad_files
 from scans import asymmetric, dicom_series
 
+from ctinstruct_hf import CTInstructConfig, CTInstructVisionModel
+
 
 def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ctinstruct_hf.cli", *map(str, arguments)]
@@ -151,6 +153,7 @@ def test_the_demo_needs_no_network(tmp_path: Path) -> None:
 
 
 def test_help_and_import_are_quick() -> None:
+    """`--help` within a second; the package adds less than 0.3 s to torch's own import."""
     fastest = []
     for _ in range(3):
         start = time.monotonic()
@@ -160,3 +163,47 @@ def test_help_and_import_are_quick() -> None:
     assert min(fastest) < 1.0
     code = "import sys, ctinstruct_hf; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import time, torch; start = time.perf_counter(); import ctinstruct_hf; print(time.perf_counter() - start)"
+    took = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(3)
+    ]
+    assert min(took) < 0.3
+
+
+LOAD = """
+import sys, threading, time
+import torch
+from ctinstruct_hf import CTInstructConfig, CTInstructVisionModel, CTInstructVisionModel
+
+def own():  # memory of this process alone: pages of the weights' file are not in it
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+CTInstructVisionModel.from_pretrained(sys.argv[2])  # whatever loading needs once
+before, most, loading = own(), 0, True
+def watch():
+    global most
+    while loading:
+        most = max(most, own())
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = CTInstructVisionModel.from_pretrained(sys.argv[1])
+loading = False
+watcher.join()
+print(max(most, own()) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
+    """Loading a tower of some 200 MB takes a small part of that in memory of its own."""
+    for name, width in (("large", 1024), ("small", 32)):
+        config = CTInstructConfig.preset("tiny").vision_config
+        config.bottleneck_planes = [width // 16, width // 8, width // 4, width // 2]
+        CTInstructVisionModel(config).save_pretrained(tmp_path / name)
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 50e6, size
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "large"), str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 0.3 * size

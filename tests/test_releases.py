@@ -1,0 +1,43 @@
+"""The monthly check reads versions and pytest's summary rightly; running it needs the package index (`make releases`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def check() -> Any:
+    spec = importlib.util.spec_from_file_location("check_releases", ROOT / "scripts" / "check_releases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_newer_releases_are_found_by_any_spelling(check: Any) -> None:
+    tested = check.pins("# the set\ntorch==2.13.0\nhuggingface_hub==2.4.0\nPyYAML==6.0.4\n")
+    newest = check.pins("torch==2.13.0+cpu\nhuggingface-hub==2.5.0\npyyaml==6.0.4\nother==1\n")
+    assert check.newer(tested, newest, {"torch", "huggingface-hub", "pyyaml", "other"}) == {"huggingface-hub": ("2.4.0", "2.5.0")}  # fmt: skip
+
+
+def test_every_dependency_has_a_tested_version_and_a_lower_bound(check: Any) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = check.named(project)
+    assert {"torch", "transformers", "fastapi", "highdicom"} <= names
+    wanted = [*project["dependencies"], *(one for part in project["optional-dependencies"].values() for one in part)]
+    assert all(">=" in one and "<" not in one for one in wanted if not one.startswith("ctinstruct-hf"))
+    user = check.named({**project, "optional-dependencies": {}})
+    assert user <= set(check.pins((ROOT / "constraints.txt").read_text()))
+
+
+def test_failures_are_read_from_the_summary(check: Any) -> None:
+    log = "..F\nFAILED tests/a.py::test_one[x] - AssertionError: no\nERROR tests/b.py::test_two\n1 failed, 2 passed"
+    assert check.failed_tests(log) == ["tests/a.py::test_one[x]", "tests/b.py::test_two"]
