@@ -94,7 +94,7 @@ def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -
         raise CTInstructError(
             f"{volume.source.name or 'The scan'} is no DICOM series on disk: DICOM SEG references one."
         )
-    wanted = [*HEADER_TAGS, *_EXPECTED, "SOPInstanceUID"]
+    wanted: Any = [*HEADER_TAGS, *_EXPECTED, "SOPInstanceUID"]
     slices: list[Any] = [
         pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted) for file in dict.fromkeys(files)
     ]
