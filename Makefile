@@ -45,9 +45,10 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/study.py --check
 	@$(BIN)/python benchmarks/scale.py --check
 
-tiny: ## train the bundled checkpoint again: two hours on two cores; goes on where it was stopped
+tiny: ## train the bundled checkpoint again: three hours on two cores; goes on where it was stopped
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
+	@$(BIN)/ctinstruct pretrain tiny-steady
 	@$(BIN)/ctinstruct instruct tiny
 	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two/model
 

@@ -376,12 +376,14 @@ def test_recipes_build_on_each_other_and_take_changes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_bundled_recipes_are_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every key is known; folders of data sets are made, since nobody has them here."""
+    """Every key is known; folders of data sets and models are made, since nobody has them here."""
     settings = read_recipe(name)
     for part in [*settings["mixture"], settings.get("evaluation") or {}]:
         if "dataset" in part:
             part["dataset"] = str(tmp_path)
             (tmp_path / "alignment").mkdir(exist_ok=True)
+    if settings.get("model"):  # goes on from another recipe's
+        settings["model"] = str(tmp_path)
     settings["bf16"] = False  # a CPU may lack it
     parse_recipe(settings, PretrainSettings)
 
