@@ -25,12 +25,13 @@ test-min: ## all tests with the lowest versions that pyproject.toml allows, in .
 releases: ## once a month: which new release of a dependency breaks us, in .venv-newest
 	@$(or $(PYTHON),python3) scripts/check_releases.py
 
-check: ## lint, format, types, and what bandit finds unsafe
+check: ## lint, format, types, what bandit finds unsafe, known holes in dependencies
 	@scripts/install.sh dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/bandit -q -c pyproject.toml -r src
+	@$(BIN)/python scripts/audit.py
 
 conformance: ## Transformers' own suites on every public class
 	@scripts/install.sh dev

@@ -1,4 +1,4 @@
-"""The monthly check reads versions and pytest's summary rightly; running it needs the package index (`make releases`)."""
+"""The monthly check and the audit read what other tools say rightly; both need the package index to run in earnest."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def check() -> Any:
-    spec = importlib.util.spec_from_file_location("check_releases", ROOT / "scripts" / "check_releases.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def check() -> Any:
+    return script("check_releases")
 
 
 def test_newer_releases_are_found_by_any_spelling(check: Any) -> None:
@@ -41,3 +45,16 @@ def test_every_dependency_has_a_tested_version_and_a_lower_bound(check: Any) -> 
 def test_failures_are_read_from_the_summary(check: Any) -> None:
     log = "..F\nFAILED tests/a.py::test_one[x] - AssertionError: no\nERROR tests/b.py::test_two\n1 failed, 2 passed"
     assert check.failed_tests(log) == ["tests/a.py::test_one[x]", "tests/b.py::test_two"]
+
+
+def test_known_holes_are_told_unless_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = script("audit")
+    hole = {"id": "PYSEC-1", "fix_versions": ["2.0"], "aliases": [], "description": ""}
+    told = {"dependencies": [{"name": "a", "version": "1.0", "vulns": [hole]}, {"name": "b", "version": "1.0", "vulns": []},
+                             {"name": "c", "skip_reason": "not found on PyPI"}]}  # fmt: skip
+    holes, sentence = audit.judge(told)
+    assert holes == ["a 1.0: PYSEC-1, mended in 2.0"]
+    assert sentence.startswith("2 of 3 packages were asked for, 1 holes")
+    monkeypatch.setitem(audit.EXPLAINED, "PYSEC-1", "its part is not used")
+    assert audit.judge(told)[0] == []
+    assert "no advisories" in audit.judge({"dependencies": told["dependencies"][2:]})[1]
