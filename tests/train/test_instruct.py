@@ -351,8 +351,28 @@ def test_accumulation_gives_the_mean_of_every_loss(recipe: dict[str, Any], tmp_p
 SCRIPT = """
 import json, sys
 from ctinstruct_hf.train.instruct import instruct
-instruct(json.load(open(sys.argv[1])))
+instruct(json.load(open(sys.argv[1])), resume=sys.argv[2] if len(sys.argv) > 2 else None)
 """
+
+
+def launch(told: dict[str, Any], folder: Path, processes: int, resume: Path | None = None) -> None:
+    """Stage two in a process of its own, or in several of them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(told))
+    (folder / "run.py").write_text(SCRIPT)
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29631"]
+    command = [sys.executable, *(several if processes > 1 else []), str(folder / "run.py"), str(folder / "recipe.json")]
+    done = subprocess.run(
+        [*command, *([str(resume)] if resume else [])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def check_equal(one: Path, two: Path) -> None:
+    a, b = (CTInstructForConditionalGeneration.from_pretrained(path / "model") for path in (one, two))
+    for (name, first), second in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.allclose(first, second, atol=1e-5), name
 
 
 def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -361,17 +381,31 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
             "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": True}  # fmt: skip
     for name, size, processes in (("two", 1, 2), ("one", 2, 1)):
         told = {**base, "output_dir": str(tmp_path / name), "per_device_train_batch_size": size}
-        (tmp_path / f"{name}.json").write_text(json.dumps(told))
-        (tmp_path / "run.py").write_text(SCRIPT)
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29631"]
-        done = subprocess.run(
-            [sys.executable, *(launch if processes > 1 else []), str(tmp_path / "run.py"), str(tmp_path / f"{name}.json")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-    a, b = (CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
-    for (name, one), two in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert torch.allclose(one, two, atol=1e-5), name
+        launch(told, tmp_path / f"{name}-run", processes)
+    check_equal(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_processes(
+    recipe: dict[str, Any], tmp_path: Path, before: int, after: int
+) -> None:
+    """Two steps on so many processes and two more on another number, the joined batch alike: as four on one."""
+    rows = [
+        {"name": "x", "phantoms": {"kind": "slice", "seeds": [0, 6]}, "tasks": ["diagnosis"]},
+        {"name": "y", "phantoms": {"kind": "slice", "seeds": [2, 6]}, "tasks": ["question"]},
+    ]
+    base = {**recipe, "trainer": "transformers", "mixture": rows, "save_steps": 2, "optim": "sgd", "optim_args": "momentum=0.9",
+            "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": True, "learning_rate": 0.01}  # fmt: skip
+
+    def told(name: str, steps: int, processes: int) -> dict[str, Any]:
+        return {**base, "output_dir": str(tmp_path / name), "max_steps": steps, "per_device_train_batch_size": 2 // processes}  # fmt: skip
+
+    launch(told("whole", 4, 1), tmp_path / "whole-run", 1)
+    launch(told("first", 2, before), tmp_path / "first-run", before)
+    launch(told("second", 4, after), tmp_path / "second-run", after, tmp_path / "first" / "checkpoint-2")
+    check_equal(tmp_path / "whole", tmp_path / "second")
+    one, two = losses(tmp_path / "whole")[2:], losses(tmp_path / "second")[2:]
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-3)
 
 
 def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], stage_one: Path, tmp_path: Path) -> None:
