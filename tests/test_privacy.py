@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -121,3 +122,19 @@ def test_nothing_comes_out_of_the_page(series: Path, untrained: Path, tmp_path: 
     finally:
         server.close()
     assert not leaks(caplog.text.encode())
+
+
+def test_code_in_a_models_folder_is_not_run(untrained: Path, tmp_path: Path, small_scan: Path) -> None:
+    """A model somebody sends: its weights are read, its Python files are not."""
+    folder, mark = tmp_path / "model", tmp_path / "it-ran"
+    shutil.copytree(untrained, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in folder.glob("*.py"):
+        file.write_text(f"open({str(mark)!r}, 'w').close()\n")
+    for arguments in (
+        ["predict", "-i", str(small_scan), "-o", str(tmp_path / "out"), "--model", str(folder), "--segment", "liver"],
+        ["evaluate", "--model", str(folder), "--data", "phantoms:trunk:900100-900101", "-o", str(tmp_path / "scores"), "--tasks", "question", "--limit", "1"],
+        ["card", str(folder)],
+    ):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "ctinstruct_hf.cli", *arguments], capture_output=True, text=True, input="y\n", check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert not mark.exists(), arguments
