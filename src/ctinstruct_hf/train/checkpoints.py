@@ -107,4 +107,8 @@ def save_trained(folder: Path, model: Any, *parts: Any) -> None:
     with whole_folder(folder) as temporary:
         model.config.trained = True
         for part in (model, *parts):
+            backend = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)
+            if backend is not None:  # it remembers how the last batch was padded: no business of whoever loads it
+                backend.no_padding()
+                backend.no_truncation()
             part.save_pretrained(temporary)
