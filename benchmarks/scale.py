@@ -52,14 +52,11 @@ def measure(preset: str, side: int, patches: int, studies: int, runs: int) -> di
     grid = (patches, 1, 1, depth)
     gc.collect()
     seconds = []
-    for number in range(runs):
-        start = time.perf_counter()
-        if number:
-            once(pixels, grid, studies)
-        else:
-            with PeakMemory() as memory:
-                given = once(pixels, grid, studies)
-        seconds.append(time.perf_counter() - start)
+    with PeakMemory() as memory:
+        for _ in range(runs):
+            start = time.perf_counter()
+            given = once(pixels, grid, studies)
+            seconds.append(time.perf_counter() - start)
     return {"seconds": min(seconds), "peak": memory.most / 1e9, "working": (memory.most - given) / 1e9}
 
 

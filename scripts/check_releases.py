@@ -29,17 +29,22 @@ def run(*command: str | Path, check: bool = True) -> str:
     return done.stdout
 
 
+def normal(name: str) -> str:
+    """A package's name as the index writes it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def pins(text: str) -> dict[str, str]:
     """{name: version} of `name==version` lines; names as the index writes them."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;#]+)", text, re.MULTILINE)
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+    return {normal(name): version for name, version in found}
 
 
 def named(project: dict) -> set[str]:
     """Every package that pyproject.toml names, as the index writes it."""
     wanted = [*project["dependencies"], *(one for part in project["optional-dependencies"].values() for one in part)]
     names = (re.match(r"[A-Za-z0-9._-]+", one) for one in wanted)
-    return {re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name} - {"ctinstruct-hf"}
+    return {normal(name[0]) for name in names if name} - {"ctinstruct-hf"}
 
 
 def newer(tested: dict[str, str], newest: dict[str, str], names: set[str]) -> dict[str, tuple[str, str]]:

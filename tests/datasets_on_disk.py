@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def table(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
         writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def nnunet(raw: Path, cases: int) -> None:
+    """Scans with one of two labels in turn."""
+    raw.mkdir()
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "one": 1, "two": 2}}))
+    for number in range(cases):
+        nifti(raw / "imagesTr" / f"c{number:02d}_0000.nii.gz")
+        nifti(raw / "labelsTr" / f"c{number:02d}.nii.gz", (1 + number % 2,))
 
 
 def totalsegmentator(raw: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import nibabel as nib
 import pytest
 import yaml
-from datasets_on_disk import nifti
+from datasets_on_disk import nnunet
 from safetensors import safe_open
 
 from ctinstruct_hf import CTInstructError
@@ -26,10 +26,9 @@ from ctinstruct_hf.files import whole_file, whole_folder, why_unwritable
 from ctinstruct_hf.train.checkpoints import MARK
 from tests.conftest import shared
 from tests.hub.stand_in import running
-from tests.train.test_instruct import stage_one  # noqa: F401
-from tests.train.test_pretrain import losses, text_encoder  # noqa: F401
+from tests.train.test_instruct import SMALL, stage_one  # noqa: F401
+from tests.train.test_pretrain import QUICK, losses, text_encoder  # noqa: F401
 
-SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1}
 CHANGING = (".log", ".html", "README.md", "run.json", "training_args.bin", "results.csv")  # hold times, places, or logs
 
 
@@ -51,6 +50,16 @@ def finish(arguments: list[str], **environment: str) -> float:
     _, told = process.communicate(timeout=600)
     assert process.returncode == 0, told[-3000:]
     return time.monotonic() - began
+
+
+def kill_within(seconds: float, arguments: list[str], **environment: str) -> None:
+    """Kill a command, and what it started, unless it ends within so many seconds."""
+    process = start(arguments, **environment)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def final_files(folder: Path) -> Iterator[Path]:
@@ -106,11 +115,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         return lambda out: ["predict", "-i", str(tmp_path / "scans"), "-o", str(out), "--segment", "liver,heart", "--ask", "Is there a nodule?"]  # fmt: skip
     if verb == "prepare":
         raw = tmp_path / "raw"
-        raw.mkdir()
-        (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "one": 1, "two": 2}}))
-        for number in range(40):
-            nifti(raw / "imagesTr" / f"c{number:02d}_0000.nii.gz")
-            nifti(raw / "labelsTr" / f"c{number:02d}.nii.gz", (1 + number % 2,))
+        nnunet(raw, 40)
         return lambda out: ["data", "prepare", "nnunet", "-i", str(raw), "-o", str(out), "--workers", "1"]
     if verb == "evaluate":
         return lambda out: ["evaluate", "--data", "phantoms:trunk:900100-900102", "-o", str(out), "--limit", "3", "--tasks", "question,segmentation,report", "--max-new-tokens", "20"]  # fmt: skip
@@ -119,15 +124,9 @@ def task(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         return lambda out: ["convert", "released", "-i", str(source), "-o", str(out)]
     recipe: dict[str, Any] = {
         "cache": str(tmp_path / "cache"),
-        "per_device_train_batch_size": 2,
         "max_steps": 8,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
         "save_steps": 2,
-        "seed": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
+        **QUICK,
     }
     slices = {"kind": "slice", "seeds": [0, 6]}
     if verb == "pretrain":
@@ -153,12 +152,7 @@ def kill_again_and_again(task: Any, folder: Path, times: int) -> None:
     seconds = finish(task(folder / "whole"))
     moments = random.Random(0)
     for _ in range(times):
-        process = start(task(folder / "killed"))
-        try:
-            process.wait(moments.uniform(0.2, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_within(moments.uniform(0.2, 1.0) * seconds, task(folder / "killed"))
         if (folder / "killed").exists():
             for path in final_files(folder / "killed"):
                 check_whole(path)
@@ -190,12 +184,7 @@ def test_publishing_is_killed_ten_times(untrained: Path, tmp_path: Path) -> None
         seconds = finish(["publish", str(untrained), "me/whole"], **environment)
         whole = hub.repositories["me/whole"]["files"]
         for _ in range(10):
-            process = start(["publish", str(untrained), "me/killed"], **environment)
-            try:
-                process.wait(moments.uniform(0.2, 1.0) * seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_within(moments.uniform(0.2, 1.0) * seconds, ["publish", str(untrained), "me/killed"], **environment)
             sent = hub.repositories.get("me/killed", {}).get("files", {})
             assert sent.keys() in (set(), whole.keys())  # one commit: all or nothing
         finish(["publish", str(untrained), "me/killed"], **environment)

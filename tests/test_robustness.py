@@ -133,9 +133,9 @@ def test_answers_stay_within_stated_bounds(name: str, plain: dict[int, Any], tmp
 
 
 SCRIPT = """
-import sys, hashlib
+import sys
 import numpy as np, torch
-from ctinstruct_hf import Study, read_volume
+from ctinstruct_hf import Study
 from ctinstruct_hf.study import load_model
 torch.set_num_threads(int(sys.argv[1]))
 study = Study.open("phantom.nii.gz", load_model(None, "cpu"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from datasets_on_disk import nifti, totalsegmentator
+from datasets_on_disk import nifti, nnunet, totalsegmentator
 from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError
@@ -200,11 +200,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tmp_path / "raw"
-    raw.mkdir()
-    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "one": 1, "two": 2}}))
-    for number in range(60):
-        nifti(raw / "imagesTr" / f"c{number:02d}_0000.nii.gz")
-        nifti(raw / "labelsTr" / f"c{number:02d}.nii.gz", (1 + number % 2,))
+    nnunet(raw, 60)
     whole = prepare("nnunet", raw, tmp_path / "whole", workers=1)
     target = tmp_path / "killed"
     script = tmp_path / "script.py"

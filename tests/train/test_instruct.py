@@ -29,7 +29,7 @@ from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
 from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct, stage_one_prompts
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
-from tests.train.test_pretrain import losses
+from tests.train.test_pretrain import QUICK, losses
 
 SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1}
 
@@ -69,14 +69,8 @@ def recipe(tmp_path: Path, stage_one: Path, cache: Path) -> dict[str, Any]:
             {"name": "diagnosis", "phantoms": slices, "tasks": ["diagnosis"]},
         ],
         "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": "1e-3",
-        "logging_steps": 1,
         "save_steps": 3,
-        "seed": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
+        **QUICK,
     }
 
 

@@ -30,6 +30,17 @@ from ctinstruct_hf.train.recipe import parse_recipe, read_recipe, recipe_names
 from ctinstruct_hf.train.tables import COLUMNS, ROWS, recipe_of_row, run_table
 from ctinstruct_hf.train.text_encoders import find_text_encoder, load_text_encoder
 
+# what every small training of the tests shares
+QUICK: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": "1e-3",
+    "logging_steps": 1,
+    "seed": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
 
 @pytest.fixture(scope="session")
 def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,14 +74,8 @@ def recipe(tmp_path: Path, text_encoder: Path, cache: Path) -> dict[str, Any]:
         ],
         "masks_per_image": 3,
         "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": "1e-3",
-        "logging_steps": 1,
         "save_steps": 2,
-        "seed": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
+        **QUICK,
     }
 
 

@@ -23,6 +23,7 @@ from ..data.reading import PHANTOM_KINDS, open_volume
 from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
 from ..data.tasks import with_names
 from ..errors import CTInstructError
+from ..files import whole_folder, write_whole
 from .alignment import questions_of
 from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
 
@@ -200,8 +201,6 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _same_run(output: Path, settings: dict[str, Any], writes: bool) -> None:
-    from ..files import write_whole
-
     kept = output / "run.json"
     if kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
@@ -256,7 +255,6 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
 
 def _masks_of(job: _Job, logits: Sequence[torch.Tensor], image_processor: Any, volume: Any, output: Path) -> list[Any]:
     """A record's masks: each is written on the scan's own grid and named relative to the output."""
-    from ..files import whole_folder
     from ..output.nifti import save_mask
 
     name = hashlib.sha256(f"{job.task}/{job.id}".encode()).hexdigest()[:16]
