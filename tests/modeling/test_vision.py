@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructSegmentationDecoder, CTInstructVisionModel
 
@@ -49,20 +50,56 @@ def test_a_mixed_batch_gives_each_image_what_it_gets_alone(tower: CTInstructVisi
         start += len(image)
 
 
-def test_inference_and_training_paths_agree(tower: CTInstructVisionModel) -> None:
-    """Chunks, folded norms and reused padding change nothing but the rounding."""
-    pixels = torch.randn(12, 64, 64)
-    mask = torch.ones(12, dtype=torch.bool)
-    mask[8:] = False
-    pixels[8:] = -1.0
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("grids", [[(3, 1, 1, 4)], [(1, 2, 3, 2), (1, 2, 3, 2), (2, 1, 1, 2)]], ids=["one", "several"])
+def test_inference_and_training_paths_agree(
+    tower: CTInstructVisionModel, grids: list[tuple[int, int, int, int]], padded: bool
+) -> None:
+    """Chunks, folded norms, reused padding and attention in place change nothing but the rounding."""
+    count = sum(z * y * x * s for z, y, x, s in grids)
+    pixels = torch.randn(count, 64, 64)
+    mask = torch.ones(count, dtype=torch.bool)
+    if padded:
+        mask[count - 4 :] = False
+        pixels[count - 4 :] = -1.0
     if tower.config.architecture == "hybrid":
         tower.encoder.slice_chunk_size = 5
-    plain = tower(pixels, [(3, 1, 1, 4)], mask)
+        for module in tower.modules():
+            if hasattr(module, "chunk_cells"):
+                module.chunk_cells = 10
+    plain = tower(pixels, grids, mask)
     with torch.no_grad():
-        fast = tower(pixels, [(3, 1, 1, 4)], mask)
+        fast = tower(pixels, grids, mask)
     torch.testing.assert_close(fast.last_hidden_state, plain.last_hidden_state, atol=1e-5, rtol=1e-4)
     for ours, theirs in zip(fast.feature_maps, plain.feature_maps, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers that any operation newly makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(made, torch.Tensor):
+            self.most = max(self.most, made.numel())
+        return made
+
+
+@torch.no_grad()
+def test_attention_over_many_patches_works_in_bounded_chunks(tiny_config) -> None:
+    """Beside the volume itself nothing grows with the patches but the biases, small at this size."""
+    config = tiny_config().vision_config
+    config.slice_chunk_size = 1
+    tower = CTInstructVisionModel(config).eval()
+    largest = []
+    for patches in (4, 16):
+        last_map = torch.randn(patches * 32, config.hidden_size, 4, 4)
+        with LargestTensor() as seen:
+            tower.attention(last_map, (patches, 1, 1, 32), torch.ones(1, patches * 32, dtype=torch.bool))
+        largest.append(seen.most / last_map.numel())
+    assert largest[1] <= 1.5  # feed-forward over all cells at once would be more than twice the volume
 
 
 def test_folded_norms_follow_a_changed_weight(tiny_config) -> None:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel
 
-from ctinstruct_hf import CTInstructError, CTInstructForPretraining
+from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining, CTInstructVisionModel
 from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
@@ -403,6 +403,19 @@ def test_every_row_of_the_ablations_is_a_recipe() -> None:
     assert len(told["2D + 3D"]["mixture"]) > len(told["3D"]["mixture"])
     with pytest.raises(CTInstructError, match="no row 'ITC only'"):
         recipe_of_row(read_recipe("paper"), "ITC only")
+
+
+@pytest.mark.parametrize("row", [row for rows in ROWS.values() for row in rows])
+def test_every_row_in_miniature_names_weights_that_its_tower_has(row: str) -> None:
+    told = recipe_of_row(read_recipe("miniature"), row)
+    config = CTInstructConfig.preset("tiny").vision_config
+    config.architecture = told["vision"]["architecture"]
+    with torch.device("meta"):
+        tower = CTInstructVisionModel(config)
+    names = [f"vision_tower.{name}" for name, _ in tower.named_parameters()]
+    of_the_tower = [prefix for prefix in told["learning_rates"] if prefix.startswith("vision_tower.")]
+    assert len(of_the_tower) == (config.architecture != "resnet3d")
+    assert all(any(name.startswith(prefix) for name in names) for prefix in of_the_tower)
 
 
 def test_a_table_trains_its_rows_once(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

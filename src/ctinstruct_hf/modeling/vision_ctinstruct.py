@@ -6,6 +6,7 @@ along depth, height and width, S slices in a patch, h x w the last feature map, 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,18 @@ from transformers.utils import ModelOutput
 from .configuration_ctinstruct import CTInstructError, CTInstructVisionConfig
 from .saving_ctinstruct import SavesItsCode
 from .vision_ablations_ctinstruct import ResNet3D, ViT3D
-from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, channels_last, eager_attention, init_weights
+from .vision_blocks_ctinstruct import (
+    Bottleneck,
+    ConvNorm,
+    channels_last,
+    eager_attention,
+    init_weights,
+    is_plain,
+    needs_plain_forward,
+)
 
 PatchGrid = torch.Tensor | Sequence[Sequence[int]]
+CELLS_PER_SLICE = 128  # attention takes this many cells at once in inference for each slice that the encoder takes
 
 
 @dataclass
@@ -89,7 +99,7 @@ class SliceEncoder(nn.Module):
         return tuple(maps)
 
     def forward(self, pixel_values: torch.Tensor, slice_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if needs_plain_forward(self):
             return self.encode(pixel_values)
         return self.encode_in_chunks(pixel_values, slice_mask)
 
@@ -126,8 +136,25 @@ class PositionConv(nn.Module):
         self.conv = nn.Conv3d(width, width, 3, groups=width)
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        moved = volume.movedim(-1, 1)  # [B, D, Z, Y, X]
-        return self.conv(F.pad(moved, (1, 1, 1, 1, 2, 0))).movedim(1, -1)
+        return self.conv(self.padded(volume)).movedim(1, -1)
+
+    def add_to(self, volume: torch.Tensor, budget: int) -> None:
+        """Add the encoding to `volume` in place, as many channels at once as `budget` numbers hold."""
+        if not is_plain(self.conv):
+            volume += self(volume)
+            return
+        width = volume.shape[-1]
+        step = max(budget // (volume.numel() // width) // 16, 1) * 16
+        for first in range(0, width, step):
+            own = slice(first, min(first + step, width))
+            weight, bias = self.conv.weight[own], self.conv.bias[own]
+            encoding = F.conv3d(self.padded(volume[..., own]), weight, bias, groups=own.stop - first)
+            volume[..., own] += encoding.movedim(1, -1)
+
+    @staticmethod
+    def padded(volume: torch.Tensor) -> torch.Tensor:
+        """[B, Z, Y, X, C] -> [B, C, Z + 2, Y + 2, X + 2]."""
+        return F.pad(volume.movedim(-1, 1), (1, 1, 1, 1, 2, 0))
 
 
 class RelativePositionBias(nn.Module):
@@ -149,14 +176,14 @@ class RelativePositionBias(nn.Module):
         for layer in self.layers:
             hidden = F.leaky_relu(layer(hidden), 0.1)
         table = self.out(hidden)  # [offsets, heads]
-        cells = torch.stack(
-            torch.meshgrid(*[torch.arange(size, device=device) for size in sizes], indexing="ij"), dim=-1
-        ).flatten(0, -2)
-        difference = cells[:, None] - cells[None]  # [L, L, axes]
-        index = torch.zeros(difference.shape[:2], dtype=torch.long, device=device)
-        for axis, size in enumerate(sizes):
-            index = index * (2 * size - 1) + difference[..., axis] + size - 1
-        return table[index].permute(2, 0, 1)
+        cells = torch.meshgrid(*[torch.arange(size, device=device) for size in sizes], indexing="ij")
+        place = torch.zeros_like(cells[0])  # of a cell in the table, had its axes the lengths of the table's
+        middle = 0
+        for cell, size in zip(cells, sizes, strict=True):
+            place = place * (2 * size - 1) + cell
+            middle = middle * (2 * size - 1) + size - 1
+        place = place.flatten()
+        return table.t()[:, place[:, None] - place[None] + middle]
 
 
 class CosineAttention(nn.Module):
@@ -221,19 +248,57 @@ class AttentionLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CTInstructVisionConfig, width: int) -> None:
         super().__init__()
+        self.chunk_cells = CELLS_PER_SLICE * config.slice_chunk_size
         self.position = PositionConv(width)
         self.attention = CosineAttention(config, width)
         self.feed_forward = GatedFeedForward(width, config.feed_forward_multiple)
 
     def forward(
-        self, volume: torch.Tensor, grouping: Grouping, bias: torch.Tensor | None
+        self,
+        volume: torch.Tensor,
+        grouping: Grouping,
+        bias: torch.Tensor | None,
+        kept: torch.Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The volume [B, Z*S, Y*h, X*w, D] after this layer, and the attention weights where they are to be had.
+
+        Args:
+            bias: [1 or groups, heads or 1, 1 or cells, cells].
+            kept: bool [groups, cells] of keys that are no padding; only with `in_place`.
+            in_place: change `volume` itself, chunk by chunk, with bounded memory.
+        """
+        if in_place:
+            volume = volume.contiguous()
+            self.update(volume, grouping, bias, kept)
+            return volume, None
         volume = volume + self.position(volume)
         tokens = grouping.split(volume)
         mixed, weights = self.attention(tokens, bias)
         tokens = tokens + mixed
         tokens = tokens + self.feed_forward(tokens)
         return grouping.join(tokens), weights
+
+    def update(
+        self, volume: torch.Tensor, grouping: Grouping, bias: torch.Tensor | None, kept: torch.Tensor | None
+    ) -> None:
+        """`forward` in place, of a contiguous volume."""
+        self.position.add_to(volume, self.chunk_cells * volume.shape[-1])
+        groups, leading = grouping.view(volume)
+        counts = groups.shape[:leading]
+        size = math.prod(groups.shape[leading:-1])
+        for chunk in torch.arange(math.prod(counts), device=volume.device).split(max(self.chunk_cells // size, 1)):
+            places = torch.unravel_index(chunk, counts)
+            cells = groups[places]
+            tokens = cells.flatten(1, -2)
+            own = bias
+            if kept is not None:
+                padding = padding_bias(kept[chunk], volume.dtype)
+                own = padding if bias is None else bias + padding
+            mixed, _ = self.attention(tokens, own)
+            groups[places] = (tokens + mixed).view_as(cells)
+        for tokens in volume.flatten(0, -2).split(self.chunk_cells):
+            tokens += self.feed_forward(tokens)
 
 
 @dataclass(frozen=True)
@@ -251,16 +316,20 @@ class Grouping:
     map_size: tuple[int, int]
     over: str
 
+    def view(self, volume: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """[B, Z*S, Y*h, X*w, D] as a view [*groups, *cells, D], and how many axes count groups."""
+        (z, y, x, s), (h, w) = self.grid, self.map_size
+        cells = volume.view(-1, z, s, y * h, x * w, volume.shape[-1])
+        if self.over == "patches":
+            return cells.transpose(1, 2), 2
+        if self.over == "slices":
+            return cells.permute(0, 1, 3, 4, 2, 5), 4
+        return cells.permute(0, 3, 4, 1, 2, 5), 3
+
     def split(self, volume: torch.Tensor) -> torch.Tensor:
         """[B, Z*S, Y*h, X*w, D] -> [groups, cells, D]."""
-        (z, y, x, s), (h, w) = self.grid, self.map_size
-        batch, width = volume.shape[0], volume.shape[-1]
-        cells = volume.reshape(batch, z, s, y * h, x * w, width)
-        if self.over == "patches":
-            return cells.transpose(1, 2).reshape(batch * s, z * y * h * x * w, width)
-        if self.over == "slices":
-            return cells.permute(0, 1, 3, 4, 2, 5).reshape(batch * z * y * h * x * w, s, width)
-        return cells.permute(0, 3, 4, 1, 2, 5).reshape(batch * y * h * x * w, z * s, width)
+        groups, leading = self.view(volume.contiguous())
+        return groups.reshape(math.prod(groups.shape[:leading]), -1, volume.shape[-1])
 
     def join(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of `split`."""
@@ -281,11 +350,9 @@ class ReleasedGrouping(Grouping):
     tokens the position convolution reads as if they were ordered slice by slice, which they are not; the released
     weights were trained with it."""
 
-    def split(self, volume: torch.Tensor) -> torch.Tensor:
+    def view(self, volume: torch.Tensor) -> tuple[torch.Tensor, int]:
         z, y, x, s = self.grid
-        if self.over == "patches":
-            return volume.reshape(-1, y * x, volume.shape[-1])
-        return volume.reshape(-1, z * s, volume.shape[-1])
+        return volume.view(-1, y * x if self.over == "patches" else z * s, volume.shape[-1]), 1
 
     def join(self, tokens: torch.Tensor) -> torch.Tensor:
         z, y, x, s = self.grid
@@ -317,6 +384,12 @@ class VolumeLayout:
         cells = volume.reshape(-1, z, s, y, h, x, w, volume.shape[-1]).permute(0, 1, 3, 5, 2, 4, 6, 7)
         return cells.reshape(-1, h * w, volume.shape[-1])
 
+    def means(self, volume: torch.Tensor) -> torch.Tensor:
+        """[B*Z*Y*X*S, D]: the mean of `rows` over a slice of a patch."""
+        (z, y, x, s), (h, w) = self.grid, self.map_size
+        cells = volume.view(-1, z, s, y, h, x, w, volume.shape[-1]).mean(dim=(4, 6))
+        return cells.permute(0, 1, 3, 4, 2, 5).flatten(0, -2)
+
 
 class Trace:
     """Hidden states [N, h*w, D] before each layer and after the last, and attention weights, for those who ask."""
@@ -341,6 +414,7 @@ class SliceAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.released = config.attention_layout == "released"
+        self.chunk_cells = CELLS_PER_SLICE * config.slice_chunk_size
         self.patch_layers = nn.ModuleList(
             [AttentionLayer(config, width) for _ in range(config.num_patch_attention_layers)]
         )
@@ -371,37 +445,61 @@ class SliceAttention(nn.Module):
         h, w = last_map.shape[2:]
         layout = VolumeLayout(grid, (h, w))
         volume = layout.volume(last_map.flatten(2).transpose(1, 2))  # [B, Z*S, Y*h, X*w, D]
+        in_place = not (needs_plain_forward(self) or trace)
+        if in_place and volume.untyped_storage().data_ptr() == last_map.untyped_storage().data_ptr():
+            volume = volume.clone()  # the map itself is given back
         kept_volume = layout.volume(kept.reshape(-1, 1, 1).expand(-1, h * w, 1))
+        no_padding = in_place and bool(kept.all())
         make = ReleasedGrouping if self.released else Grouping
-        patches = make(grid, (h, w), "patches")
-        if self.released:
-            bias = self.position_bias(y, x)[None]
-        else:
-            bias = self.position_bias(z, y * h, x * w)[None]
-            bias = bias + padding_bias(patches.split(kept_volume)[..., 0], bias.dtype)
-        for layer in self.patch_layers:
-            volume = trace.state(volume, layout) if trace else volume
-            volume, weights = layer(volume, patches, bias)
+        patches, slices = make(grid, (h, w), "patches"), make(grid, (h, w), "column" if self.released else "slices")
+        column = Grouping(grid, (h, w), "column")
+
+        def run(
+            layer: AttentionLayer,
+            volume: torch.Tensor,
+            groups: Grouping,
+            bias: torch.Tensor | None,
+            keys: torch.Tensor | None,
+        ) -> torch.Tensor:
+            if in_place:
+                return layer(volume, groups, bias, None if no_padding else keys, in_place=True)[0]
+            volume, weights = layer(volume, groups, bias)
             if trace:
                 trace.attentions.append(weights)
-        volume = self.patch_norm(volume)
+            return volume
 
-        slices = make(grid, (h, w), "column" if self.released else "slices")
-        column = Grouping(grid, (h, w), "column")
+        if self.released:
+            bias, keys = self.position_bias(y, x)[None], None
+        else:
+            bias, keys = self.position_bias(z, y * h, x * w)[None], patches.split(kept_volume)[..., 0]
+            if not in_place:  # once for all layers
+                bias = bias + padding_bias(keys, bias.dtype)
+        for layer in self.patch_layers:
+            volume = trace.state(volume, layout) if trace else volume
+            volume = run(layer, volume, patches, bias, keys)
+        volume = self.normed(self.patch_norm, volume, in_place)
+
         keys = (column if self.released else slices).split(kept_volume)[..., 0]
-        bias = padding_bias(keys, volume.dtype)
+        bias = None if in_place else padding_bias(keys, volume.dtype)
         for layer in self.slice_layers:
             volume = trace.state(volume, layout) if trace else volume
             if self.released:  # the layers read a column's tokens in the released, mixed order
                 volume = slices.join(column.split(volume))
-            volume, weights = layer(volume, slices, bias)
+            volume = run(layer, volume, slices, bias, keys)
             if self.released:
                 volume = column.join(slices.split(volume))
-            if trace:
-                trace.attentions.append(weights)
-        volume = self.slice_norm(volume)
+        volume = self.normed(self.slice_norm, volume, in_place)
         volume = trace.state(volume, layout) if trace else volume
-        return layout.rows(volume).mean(dim=1)  # equation 2
+        return layout.means(volume)  # equation 2
+
+    def normed(self, norm: nn.LayerNorm, volume: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """The volume after a norm."""
+        if not in_place:
+            return norm(volume)
+        volume = volume.contiguous()
+        for tokens in volume.flatten(0, -2).split(self.chunk_cells):
+            tokens.copy_(norm(tokens))
+        return volume
 
 
 class CTInstructVisionModel(SavesItsCode, PreTrainedModel):

@@ -34,6 +34,8 @@ ROWS: dict[int, dict[str, tuple[tuple[str, ...], str, bool]]] = {
     },
     5: {"3D": (GRAINS, "hybrid", False), "2D + 3D": (GRAINS, "hybrid", True)},
 }
+# the attention layers of a tower, which a recipe gives their own rate; ResNet3D has none
+TRANSFORMER = {"hybrid": "vision_tower.attention", "vit3d": "vision_tower.encoder.groups"}
 COLUMNS = {
     "ir@5": "IR@5",
     "ir@10": "IR@10",
@@ -65,7 +67,13 @@ def row_recipe(recipe: dict[str, Any], grains: Sequence[str], architecture: str,
         tasks = [task for task in part.get("tasks", GRAINS) if task in grains]
         if tasks:
             parts.append({**part, "tasks": tasks})
-    return merge(recipe, {"mixture": parts, "vision": {"architecture": architecture}})
+    row = merge(recipe, {"mixture": parts, "vision": {"architecture": architecture}})
+    row["learning_rates"] = {
+        TRANSFORMER[architecture] if name == TRANSFORMER["hybrid"] else name: rate
+        for name, rate in recipe.get("learning_rates", {}).items()
+        if name != TRANSFORMER["hybrid"] or architecture in TRANSFORMER
+    }
+    return row
 
 
 def _is_of_slices(part: dict[str, Any]) -> bool:

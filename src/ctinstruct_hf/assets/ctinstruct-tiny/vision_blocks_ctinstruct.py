@@ -41,6 +41,17 @@ def fastest_layout(images: torch.Tensor) -> torch.Tensor:
     return channels_last(images)
 
 
+def is_plain(conv: nn.Module) -> bool:
+    """False where the convolution's weights are not simply there (an adapter, offloaded weights): only its own call
+    knows them then."""
+    return type(conv) in (nn.Conv2d, nn.Conv3d) and not hasattr(conv, "_hf_hook") and not conv.weight.is_meta
+
+
+def needs_plain_forward(module: nn.Module) -> bool:
+    """True where gradients or a graph are wanted: then nothing is folded, cut in chunks or changed in place."""
+    return module.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, activation.
 
@@ -75,7 +86,7 @@ class ConvNorm(nn.Module):
         return self._folded[1], self._folded[2]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.is_wrapped:
+        if needs_plain_forward(self) or not is_plain(self.conv):
             hidden = self.norm(self.conv(images))
         else:
             weight, bias = self.folded()
@@ -86,12 +97,6 @@ class ConvNorm(nn.Module):
         if self.activation == "leaky_relu":
             return F.leaky_relu(hidden, 0.01, inplace=not torch.is_grad_enabled())
         return hidden
-
-    @property
-    def is_wrapped(self) -> bool:
-        """True where the convolution is no plain one (an adapter, offloaded weights): then nothing is folded."""
-        plain = type(self.conv) in (nn.Conv2d, nn.Conv3d)
-        return not plain or hasattr(self.conv, "_hf_hook") or self.conv.weight.device.type == "meta"
 
 
 class Bottleneck(GradientCheckpointingLayer):
