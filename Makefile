@@ -51,7 +51,9 @@ tiny: ## train the bundled checkpoint again: three and a half hours on two cores
 	@$(BIN)/ctinstruct pretrain tiny
 	@$(BIN)/ctinstruct pretrain tiny-steady
 	@$(BIN)/ctinstruct instruct tiny
-	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two/model
+	@$(BIN)/ctinstruct instruct tiny-steady
+	@$(BIN)/ctinstruct calibrate --model runs/tiny-stage-two-steady/model --data phantoms:trunk:3400-3650
+	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two-steady/model
 
 bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
 	@scripts/install.sh

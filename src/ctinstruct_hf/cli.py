@@ -530,6 +530,40 @@ def evaluate(
     typer.echo(f"Research use only. Open {(output / 'page' / 'index.html').resolve()}")
 
 
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a stage-two model; its processor is changed.")],
+    data: Annotated[
+        str, typer.Option("--data", help="As for evaluate, with masks: a folder, or phantoms:trunk:0-120.")
+    ],
+    split: Annotated[
+        str, typer.Option("--split", help="train, validation or test; never what is scored later.")
+    ] = "train",
+    limit: Annotated[int | None, typer.Option("--limit", help="Scans.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Find when a mask is to be left empty, on scans whose truth is known, and write it into the model's processor."""
+    from rich.console import Console
+
+    from .data.samples import from_row
+    from .evaluation.floors import find_floors, write_floors
+    from .evaluation.run import load_data
+    from .study import load_model
+
+    _quiet()
+    with Console(stderr=True).status("starting") as status:
+        network, processor = load_model(str(model), device, dtype)
+        processor.image_processor.mask_floors = {}
+        rows = load_data(data, "alignment", split)[:limit]
+        floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), status.update)  # type: ignore[misc]
+        write_floors(model, floors)
+        processor.image_processor.mask_floors = floors  # this process may have it loaded
+    for name, (least, level) in sorted(floors.items()):
+        typer.echo(f"{name}: empty unless more than {least:g} mL have a logit above {level:g}")
+    typer.echo(f"{len(floors)} structures of {len(rows)} scans have a floor in {model}")
+
+
 def is_main_process() -> bool:
     """Whether this is the first of several processes, or the only one."""
     from accelerate import PartialState

@@ -317,7 +317,11 @@ class Study:
             batch, start = self._beside_each_other(rows)
             sequences = list(self.model.generate(**batch, **options)[:, start:])
         answers = [self._read_answer(question, new) for question, new in zip(questions, sequences, strict=True)]
-        masks = self._paint([read for _, read, _ in answers])
+        named = [
+            self.processor.structures_named(question, text)
+            for question, (text, _, _) in zip(questions, answers, strict=True)
+        ]
+        masks = self._paint([read for _, read, _ in answers], named)
         return [(text, painted, scores) for (text, _, scores), painted in zip(answers, masks, strict=True)]
 
     def _beside_each_other(self, rows: Sequence[torch.Tensor]) -> tuple[dict[str, Any], int]:
@@ -344,17 +348,22 @@ class Study:
             batch["position_ids"] = torch.cat([pad(one, 0) for one in positions if one is not None], dim=1)
         return batch, longest
 
-    def _paint(self, answers: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> list[list[np.ndarray]]:
-        """The masks of several answers, given by ids and states, in one pass of the decoder over the scan."""
+    def _paint(
+        self, answers: Sequence[tuple[torch.Tensor, torch.Tensor] | None], named: Sequence[Sequence[str | None]]
+    ) -> list[list[np.ndarray]]:
+        """The masks of several answers, given by ids and states and the names of what they show, in one pass of the
+        decoder over the scan."""
         read = [one for one in answers if one is not None]
         if not read:
             return [[] for _ in answers]
         ids, states = torch.cat([one[0] for one in read], dim=1), torch.cat([one[1] for one in read], dim=1)
         painted = iter(self.model.answer_masks(ids, states, self.features, self._image_tokens()) or [])
-        counts = [0 if one is None else int((one[0] == self.model.config.seg_token_id).sum()) for one in answers]
         return [
-            [self.processor.image_processor.mask_from_canvas(next(painted), self.volume) for _ in range(count)]
-            for count in counts
+            [
+                self.processor.image_processor.mask_from_canvas(next(painted), self.volume, name=name)
+                for name in ([] if one is None else names)
+            ]
+            for one, names in zip(answers, named, strict=True)
         ]
 
     def _read_answer(
@@ -414,28 +423,33 @@ class Study:
             file's grid.
         """
         wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        logits = self.mask_logits(wanted)
+        level = float(np.log(threshold / (1 - threshold)))
+        masks = {
+            name: self.processor.image_processor.mask_from_canvas(mask, self.volume, level, name)
+            for name, mask in zip(wanted, logits, strict=True)
+        }
+        self.results.masks.update(masks)
+        return masks[names] if isinstance(names, str) else masks
+
+    @torch.inference_mode()
+    def mask_logits(self, names: Sequence[str]) -> torch.Tensor:
+        """[names, D, H, W] on the canvas: what `segment` makes masks of."""
         queries = []
-        for name in wanted:
+        for name in names:
             answer = answer_segmentation([name], self.model.config.names_masks)
             ids, states = self._states(ask_segmentation([name]), answer)
             queries.append(states[ids == self.model.config.seg_token_id][-1])
         grids = [tuple(row) for row in self.batch["patch_grid"].tolist()]
         stop = self._image_tokens()
         rows = slice(stop - int(np.prod(grids[-1])), stop)
-        logits = self.model.segmentation_decoder(
+        return self.model.segmentation_decoder(
             self.model.segmentation_query(torch.stack(queries)),
             self.features.feature_maps,
             self.features.last_hidden_state,
             grids[-1],
             rows,
         )
-        level = float(np.log(threshold / (1 - threshold)))
-        masks = {
-            name: self.processor.image_processor.mask_from_canvas(mask, self.volume, level)
-            for name, mask in zip(wanted, logits, strict=True)
-        }
-        self.results.masks.update(masks)
-        return masks[names] if isinstance(names, str) else masks
 
     @torch.inference_mode()
     def diagnose(self, diseases: str | Sequence[str] | None = None) -> dict[str, float]:

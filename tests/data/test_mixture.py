@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,12 @@ from torch.utils.data import DataLoader
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.data import store as store_module
 from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
-from ctinstruct_hf.data.reading import PhantomRef, open_mask, open_volume
-from ctinstruct_hf.data.samples import AlignmentSample, ImageRef, Label, MaskRef, to_row
+from ctinstruct_hf.data.parts import check_part, choices_from_labels, join_turns, load_part
+from ctinstruct_hf.data.reading import PhantomRef, open_mask, open_volume, phantom_of
+from ctinstruct_hf.data.samples import TASKS, AlignmentSample, ImageRef, Label, MaskRef, from_row, text_of, to_row
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
+from ctinstruct_hf.evaluation.run import options_of
 from ctinstruct_hf.train.collator import AlignmentCollator
 
 PATCH = {"depth": 8, "height": 32, "width": 32}
@@ -228,10 +231,6 @@ def test_findings_are_asked_for_as_often_as_organs(tmp_path: Path) -> None:
 
 
 def test_questions_about_one_scan_become_a_conversation() -> None:
-    from ctinstruct_hf.data.parts import join_turns
-    from ctinstruct_hf.data.samples import from_row
-    from ctinstruct_hf.data.sources.made_up import phantom_rows
-
     rows = phantom_rows("slice", range(2), samples="instructions", workers=1)
     joined = join_turns(rows, 4)
     samples = [from_row(row, "instructions") for row in joined]  # each is whole: one image, masks and labels by token
@@ -241,5 +240,42 @@ def test_questions_about_one_scan_become_a_conversation() -> None:
     assert max(len(sample.messages) for sample in samples) == 8  # type: ignore[union-attr]
     assert len(samples) < len(rows) / 3
     assert join_turns(rows, 4) == joined
-    with pytest.raises(CTInstructError, match="turns is 0"):
-        join_turns(rows, 0)
+    with pytest.raises(CTInstructError, match="turns: 0: give"):
+        check_part({"phantoms": {"seeds": [0, 2]}, "turns": 0}, "instructions", TASKS)
+
+
+def test_choices_are_made_from_labels() -> None:
+    """Every question has one right answer by the labels, and no two conversations of a scan are alike."""
+    rows = phantom_rows("trunk", range(3), samples="instructions", workers=1)
+    rows[0]["labels"] = []  # whatever its task, a row without labels is no source
+    made = choices_from_labels(rows, conversations=5, turns=4)
+    samples = [from_row(row, "instructions") for row in made]
+    assert len(samples) == 15
+    assert len({repr(sample.messages) for sample in samples}) == 15  # type: ignore[union-attr]
+    seen = set()
+    for sample in samples:
+        assert sample.task == "multiple_choice"  # type: ignore[union-attr]
+        labels = phantom_of(sample.images[0].path).labels  # type: ignore[union-attr]
+        turns = sample.messages  # type: ignore[union-attr]
+        assert len(turns) == 8
+        for asked, told in zip(turns[::2], turns[1::2], strict=True):
+            question, answer = text_of(asked), text_of(told)
+            wanted = int("is present" in question)
+            seen.add(wanted)
+            options = dict(zip("ABCD", options_of(question), strict=False))
+            letter, name = re.fullmatch(r"\((.)\) (.+)", answer).groups()  # type: ignore[union-attr]
+            assert options[letter] == name
+            assert [one for one in options.values() if labels[one] == wanted] == [name]
+    assert seen == {0, 1}
+    assert choices_from_labels(rows, 5, 4) == made
+    for row in rows:  # nothing to choose between
+        row["labels"] = [{**label, "value": 1} for label in row["labels"]]
+    assert choices_from_labels(rows, 5) == []
+
+
+def test_a_part_of_choices_from_labels() -> None:
+    part = {"phantoms": {"kind": "trunk", "seeds": [0, 2]}, "choices_from_labels": 2, "turns": 3, "name": "choices"}
+    entry = load_part(part, "instructions", PatchStore(CTInstructImageProcessor(patch_size=PATCH)))
+    assert len(entry.rows) == 4
+    with pytest.raises(CTInstructError, match="choices_from_labels: many: give"):
+        check_part({**part, "choices_from_labels": "many"}, "instructions", TASKS)

@@ -150,6 +150,33 @@ def test_the_true_liver_survives_the_canvas() -> None:
     assert 2 * ((back > 0) & truth).sum() / ((back > 0).sum() + truth.sum()) >= 0.97
 
 
+def test_a_mask_under_the_floor_of_its_structure_is_left_empty() -> None:
+    """Floors count mL of the scan, whatever its voxels and the canvas, and padding does not count."""
+    for spacing in ((4.0, 2.0, 2.0), (2.0, 2.0, 4.0)):
+        volume = read_volume(np.zeros((10, 50, 40), np.int16), spacing=spacing)  # 320 mL
+        processor = CTInstructImageProcessor(
+            patch_size={"depth": 16, "height": 64, "width": 64},
+            max_patches=8,
+            target_spacing=[2.0, 2.0, 2.0],
+            mask_floors={"stone": [80.0, 2.0]},
+        )
+        fit = processor.fit_of(volume)
+        logits = torch.full(fit.canvas, 9.0)
+        inside = tuple(slice(first, first + size) for first, size in zip(fit.offset, fit.resized, strict=True))
+        logits[inside] = -1.0
+        assert processor.volume_above(logits, volume, 2.0) == 0
+        logits[inside][: fit.resized[0] // 5] = 3.0
+        part = fit.resized[0] // 5 / fit.resized[0]
+        assert processor.volume_above(logits, volume, 2.0) == pytest.approx(320 * part)
+        assert processor.mask_from_canvas(logits, volume).any()
+        assert processor.mask_from_canvas(logits, volume, name="liver").any()
+        assert not processor.mask_from_canvas(logits, volume, name="stone").any()
+        logits[inside][: fit.resized[0] * 2 // 5] = 3.0
+        assert processor.mask_from_canvas(logits, volume, name="stone").any()
+        logits[inside] = 1.9  # all of it, but nowhere surely
+        assert not processor.mask_from_canvas(logits, volume, name="stone").any()
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     for bad in (
         {"fit": "stretch"},
@@ -157,6 +184,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         {"patch_size": {"depth": 4, "height": 33, "width": 32}},
         {"max_patches": 0},
         {"hu_window": [10, -10]},
+        {"mask_floors": {"stone": [1.0]}},
     ):
         with pytest.raises(CTInstructError):
             CTInstructImageProcessor(**bad)

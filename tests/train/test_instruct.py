@@ -439,7 +439,9 @@ def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], sta
     [
         ({"learning_rat": 1}, "unknown keys: learning_rat"),
         ({"vision": "/nowhere"}, "vision: /nowhere is no folder with a model"),
-        ({"vision": None}, "needs either vision"),
+        ({"vision": None}, "needs vision"),
+        ({"model": "somebody/model"}, "has model and vision"),
+        ({"model": "somebody/model", "vision": None, "config": {"names_masks": True}}, "has model and config"),
         ({"language_model": "/nowhere"}, "language_model '/nowhere' cannot be loaded"),
         ({"freeze": ["eyes"]}, "freeze names eyes"),
         ({"mixture": []}, "empty mixture"),

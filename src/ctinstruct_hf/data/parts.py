@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CTInstructError
+from . import templates
 from .mixture import MixtureEntry
 from .reading import PHANTOM_KINDS
 from .samples import SPLITS
@@ -27,6 +29,7 @@ KEYS = (
     "batch_size",
     "slices",
     "turns",
+    "choices_from_labels",
 )
 GRAINS = ("contrastive", "category", "segmentation")
 
@@ -46,6 +49,9 @@ def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
     wrong = sorted(set(part.get("tasks", ())) - set(tasks))
     if wrong:
         raise CTInstructError(f"Part '{name}' has unknown tasks {', '.join(wrong)}: known are {', '.join(tasks)}.")
+    for key in ("turns", "choices_from_labels"):
+        if key in part and (not isinstance(part[key], int) or part[key] < 1):
+            raise CTInstructError(f"Part '{name}' has {key}: {part[key]}: give a number of at least 1.")
     if part.get("split", "train") not in SPLITS:
         raise CTInstructError(f"Part '{name}' has split '{part['split']}': use one of {', '.join(SPLITS)}.")
     if "dataset" in part:
@@ -70,7 +76,9 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
 
     Args:
         part: {dataset: folder of `ctinstruct data prepare` | phantoms: {kind, seeds}, split, sources, tasks, weight,
-            limit, streaming, batch_size, turns: so many questions about the same images as one conversation}.
+            limit, streaming, batch_size, turns: so many questions about the same images as one conversation,
+            choices_from_labels: so many conversations of multiple choice for each image with labels, in place of its
+            rows}.
         kind: alignment or instructions.
         store: where the patches of made-up scans go.
     """
@@ -95,10 +103,13 @@ def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int |
             rows = [row for row in rows if row["task"] in tasks]
         else:
             rows = rows.filter(lambda row: row["task"] in tasks)
-    if part.get("turns") and kind == "instructions":
-        if not hasattr(rows, "__len__"):
-            raise CTInstructError(f"Part '{part_name(part)}' is streamed: turns needs stored rows.")
-        rows = join_turns(list(rows), int(part["turns"]))
+    for key in ("turns", "choices_from_labels"):
+        if part.get(key) and kind == "instructions" and not hasattr(rows, "__len__"):
+            raise CTInstructError(f"Part '{part_name(part)}' is streamed: {key} needs stored rows.")
+    if part.get("choices_from_labels") and kind == "instructions":
+        rows = choices_from_labels(list(rows), part["choices_from_labels"], part.get("turns", 1))
+    elif part.get("turns") and kind == "instructions":
+        rows = join_turns(list(rows), part["turns"])
     if part.get("limit"):
         rows = rows[: part["limit"]] if isinstance(rows, list) else rows.take(part["limit"])
     return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)), part.get("batch_size"))
@@ -113,8 +124,6 @@ def join_turns(rows: Sequence[dict[str, Any]], turns: int, seed: int = 0) -> lis
         turns: at least 1.
         seed: of the order.
     """
-    if turns < 1:
-        raise CTInstructError(f"turns is {turns}: give at least 1.")
     by_images: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_images.setdefault(repr(row["images"]), []).append(row)
@@ -134,6 +143,50 @@ def join_turns(rows: Sequence[dict[str, Any]], turns: int, seed: int = 0) -> lis
                 }
             )
     return joined
+
+
+def choices_from_labels(
+    rows: Sequence[dict[str, Any]], conversations: int, turns: int = 1, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Multiple choice about what is known of an image, with other choices each time: a data set's own questions are few,
+    and a model learns them by heart before it learns to choose.
+
+    Args:
+        rows: of `InstructionSample`; of each image the first with a known label is taken.
+        conversations: for each image.
+        turns: questions of one conversation, each with one right choice and up to three wrong ones.
+        seed: of the choices, with the row's id.
+    """
+    asked: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if any(label["value"] >= 0 for label in row["labels"]):
+            asked.setdefault(repr(row["images"]), row)
+    made = []
+    for row in asked.values():
+        rng = np.random.default_rng([seed, zlib.crc32(row["id"].encode())])
+        sides = [[label["name"] for label in row["labels"] if label["value"] == value] for value in (1, 0)]
+        if not all(sides):
+            continue
+        images = [part for part in row["messages"][0]["content"] if part["type"] == "image"]
+        for number in range(conversations):
+            messages = []
+            for turn in range(turns):
+                kind = int(rng.integers(2))
+                right = str(rng.choice(sides[kind]))
+                wrong = rng.permutation(sides[1 - kind])[:3]
+                choices = [str(name) for name in rng.permutation([right, *wrong])]
+                question = templates.ask_choice(templates.WHICH[kind], choices, rng)
+                content = [*([] if turn else images), {"type": "text", "text": question}]
+                answer = templates.answer_choice(choices, right)
+                messages += [
+                    {"role": "user", "content": content},
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                ]
+            made.append({
+                **row, "id": f"{row['id']}/choices-{number}", "task": "multiple_choice",
+                "messages": messages, "masks": [], "labels": [],
+            })  # fmt: skip
+    return made
 
 
 def _words_of(turn: dict[str, Any]) -> list[dict[str, Any]]:

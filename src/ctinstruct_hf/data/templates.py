@@ -43,6 +43,7 @@ DIAGNOSE = (
     "Predict the presence of {names}.",
 )
 CHOOSE = ("{question} {choices}", "{question} Choose one: {choices}", "{question} Answer with one option. {choices}")
+WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
 LETTERS = "ABCDEFGH"
 PRESENCE = (
     "Is there {article}?",

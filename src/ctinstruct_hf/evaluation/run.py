@@ -262,7 +262,7 @@ def _masks_of(job: _Job, logits: Sequence[torch.Tensor], image_processor: Any, v
     with whole_folder(output / "masks") as draft:
         for place, (mask, canvas) in enumerate(zip(job.sample.masks, logits, strict=True)):
             file = f"{name}-{place}.nii.gz"
-            save_mask(volume, image_processor.mask_from_canvas(canvas, volume), draft / file)
+            save_mask(volume, image_processor.mask_from_canvas(canvas, volume, name=mask.name), draft / file)
             reference = {"path": mask.path, "values": list(mask.values)}
             masks.append({"name": mask.name, "prediction": f"masks/{file}", "reference": reference})
     return masks

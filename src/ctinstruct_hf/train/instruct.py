@@ -58,7 +58,7 @@ class InstructSettings:
     Attributes:
         vision: folder of a stage-one model (its `model` folder); tower, decoder and image processor come from it.
         language_model: `tiny`, `smollm2`, a folder or a name on the Hub, see `load_language_model`.
-        model: a whole model to go on from instead of these two.
+        model: a whole model to go on from instead of these two; `vision` then only gives `align_prompts` its texts.
         config: fields of `CTInstructConfig`: bridger, disease_head, segmentation_loss_weight, disease_loss_weight,
             disease_positive_weights …
         disease_lists: {name: diseases} beside the config's own; `only_these_lists` leaves the config's own out.
@@ -107,8 +107,12 @@ class InstructSettings:
             raise CTInstructError("The recipe has an empty mixture: name at least one part to train on.")
         for part in [*self.mixture, *([self.evaluation_part] if self.evaluation else [])]:
             check_part(part, "instructions", TASKS)
-        if (self.vision is None) == (self.model is None):
-            raise CTInstructError("The recipe needs either vision (a stage-one folder) or model (a whole one).")
+        if self.vision is None and self.model is None:
+            raise CTInstructError("The recipe needs vision (a stage-one folder) or model (a whole one).")
+        if self.vision is not None and self.model is not None and not self.align_prompts:
+            raise CTInstructError("The recipe has model and vision: beside model, vision only gives align_prompts its texts.")  # fmt: skip
+        if self.model is not None and self.config:
+            raise CTInstructError("The recipe has model and config: a model that is gone on from keeps its own.")
         for name in ("vision", "model"):
             value = getattr(self, name)
             if (

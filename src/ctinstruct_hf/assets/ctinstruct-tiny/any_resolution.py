@@ -235,10 +235,14 @@ def labels_on_canvas(labels: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
     return canvas
 
 
+def logits_inside(logits: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
+    """What of the canvas [D, H, W] is the volume and not padding."""
+    return logits[tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))]
+
+
 def mask_from_canvas(logits: torch.Tensor, fit: CanvasFit, threshold: float = 0.0) -> torch.Tensor:
     """Canvas logits [D, H, W] back on the volume's grid, linear, above the threshold: bool (depth, height, width)."""
-    place = tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
-    inside = logits[place].float()
+    inside = logits_inside(logits, fit).float()
     mask = torch.zeros(fit.volume, dtype=torch.bool)
     start, size = fit.start, fit.size
     box = mask[start[0] : start[0] + size[0], start[1] : start[1] + size[1], start[2] : start[2] + size[2]]

@@ -11,7 +11,14 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .any_resolution import CanvasFit, fit_to_canvas, labels_on_canvas, mask_from_canvas, place_on_canvas
+from .any_resolution import (
+    CanvasFit,
+    fit_to_canvas,
+    labels_on_canvas,
+    logits_inside,
+    mask_from_canvas,
+    place_on_canvas,
+)
 from .volume import CTInstructError, CTVolume, read_volume
 
 CHOICES = {
@@ -35,6 +42,8 @@ class CTInstructImageProcessor(BaseImageProcessor):
             to 0…1.
         hu_window: [low, high] in HU for `window`.
         target_spacing: mm (depth, height, width) that a volume is brought to before it is fitted; None keeps its own.
+        mask_floors: {structure: [mL, logit]}: a mask of it is left empty unless more than so much of the scan has a
+            higher logit. From `ctinstruct calibrate`; {} turns it off.
     """
 
     model_input_names = ["pixel_values", "patch_grid", "slice_mask"]
@@ -48,6 +57,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         intensity: str = "window",
         hu_window: Sequence[float] = (-1000.0, 1000.0),
         target_spacing: Sequence[float] | None = None,
+        mask_floors: dict[str, Sequence[float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,7 +68,11 @@ class CTInstructImageProcessor(BaseImageProcessor):
         self.intensity = intensity
         self.hu_window = [float(value) for value in hu_window]
         self.target_spacing = None if target_spacing is None else [float(value) for value in target_spacing]
+        self.mask_floors = {name: [float(one) for one in floor] for name, floor in (mask_floors or {}).items()}
         self._check(self._settings({}))
+        wrong = [name for name, floor in self.mask_floors.items() if len(floor) != 2]
+        if wrong:
+            raise CTInstructError(f"mask_floors of {', '.join(wrong)}: give [mL, logit] each.")
 
     def _settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
         names = ("patch_size", "max_patches", "fit", "axes", "intensity", "hu_window", "target_spacing")
@@ -210,15 +224,36 @@ class CTInstructImageProcessor(BaseImageProcessor):
             array = volume.in_file_axes(array).transpose(2, 0, 1)
         return labels_on_canvas(as_tensor(array.astype(np.int8)), self.fit_of(volume))
 
-    def mask_from_canvas(self, logits: torch.Tensor, volume: CTVolume, threshold: float = 0.0) -> np.ndarray:
-        """Mask logits [D, H, W] of the canvas as a bool mask in the axes and shape of `volume.hu`."""
+    def mask_from_canvas(
+        self, logits: torch.Tensor, volume: CTVolume, threshold: float = 0.0, name: str | None = None
+    ) -> np.ndarray:
+        """A mask in the axes and shape of `volume.hu`.
+
+        Args:
+            logits: [D, H, W] on the volume's canvas.
+            threshold: logit above which a voxel belongs to the mask.
+            name: of the structure; where `mask_floors` has it, the mask is empty unless it reaches its floor.
+
+        Returns:
+            bool (depth, height, width).
+        """
         fit = self.fit_of(volume)
         if tuple(logits.shape) != fit.canvas:
             raise CTInstructError(f"The mask has shape {tuple(logits.shape)}, the volume's canvas is {fit.canvas}.")
+        if name in self.mask_floors:
+            least, level = self.mask_floors[name]
+            if self.volume_above(logits, volume, level) <= least:
+                return np.zeros(volume.shape, bool)
         mask = mask_from_canvas(logits.detach(), fit, threshold).numpy()
         if self.axes == "file" and volume.source.kind != "array":
             mask = volume.from_file_axes(mask.transpose(1, 2, 0))
         return mask
+
+    def volume_above(self, logits: torch.Tensor, volume: CTVolume, level: float) -> float:
+        """How many mL of the volume have a logit above `level`, from logits [D, H, W] on its canvas."""
+        fit = self.fit_of(volume)
+        inside = logits_inside(logits, fit)
+        return int((inside > level).sum()) / inside.numel() * float(np.prod(volume.spacing) * np.prod(fit.size)) / 1000
 
 
 def settings_of(one: Any, settings: dict[str, Any]) -> dict[str, Any]:

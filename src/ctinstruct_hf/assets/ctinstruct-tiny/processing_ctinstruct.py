@@ -177,7 +177,11 @@ class CTInstructProcessor(ProcessorMixin):
         return None
 
     def post_process_segmentation(
-        self, outputs: Any, volumes: CTVolume | Sequence[CTVolume], threshold: float = 0.5
+        self,
+        outputs: Any,
+        volumes: CTVolume | Sequence[CTVolume],
+        threshold: float = 0.5,
+        names: Sequence[str | None] | None = None,
     ) -> list[np.ndarray]:
         """Masks on the volumes' own grids.
 
@@ -185,6 +189,8 @@ class CTInstructProcessor(ProcessorMixin):
             outputs: of `forward` or `generate`, with `mask_logits`, or the list of mask logits itself.
             volumes: the `CTVolume` of each `<SEG>`, or the one that all are about.
             threshold: probability above which a voxel belongs to the mask.
+            names: of the structures, see `structures_named`: a mask that does not reach the floor of its structure in
+                `image_processor.mask_floors` is left empty. Without names, none is.
 
         Returns:
             One bool (depth, height, width) per `<SEG>`; `volume.to_source(mask)` puts it on the file's grid.
@@ -197,9 +203,17 @@ class CTInstructProcessor(ProcessorMixin):
             raise CTInstructError(f"There are {len(logits)} masks for {len(listed)} volumes: give one each.")
         level = float(np.log(threshold / (1 - threshold)))
         return [
-            self.image_processor.mask_from_canvas(mask, volume, level)
-            for mask, volume in zip(logits, listed, strict=True)
+            self.image_processor.mask_from_canvas(mask, volume, level, name)
+            for mask, volume, name in zip(logits, listed, names or [None] * len(logits), strict=True)
         ]
+
+    def structures_named(self, question: str, answer: str) -> list[str | None]:
+        """Which structure with a floor each `<SEG>` of an answer is about: the name before it ("heart <SEG>"), or the one
+        that the question has ("Where is the heart?", "it is <SEG>"); None where it is another or cannot be told."""
+        known = sorted(self.image_processor.mask_floors, key=len, reverse=True)
+        before = [part.rstrip().lower() for part in answer.split(SEG_TOKEN)[:-1]]
+        asked = next((name for name in known if name.lower() in question.lower()), None) if len(before) == 1 else None
+        return [next((name for name in known if part.endswith(name.lower())), asked) for part in before]
 
     def post_process_diagnosis(
         self, outputs: Any, diseases: Sequence[str] | None = None

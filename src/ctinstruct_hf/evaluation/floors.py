@@ -1,0 +1,131 @@
+"""When a mask is left empty: a floor for each structure, found on scans whose truth is known.
+
+A decoder that was trained mostly on structures that are there marks something wherever it is asked. How much of a scan it
+marks, and how surely, still tells where there is something: from that each structure gets its floor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.reading import open_mask, open_volume
+from ..data.samples import AlignmentSample
+from ..errors import CTInstructError
+from ..files import write_whole
+from ..processing.any_resolution import logits_inside
+from ..study import Study
+from .segmentation import volume_dice
+
+VOLUMES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # mL that are looked at
+LEAST = 5  # scans with the structure, and as many without, that a floor needs
+GAIN = 0.02  # that it needs, in the mean of Dice and of the share of absent ones left empty
+
+
+@dataclass
+class Marked:
+    """What a model marked when it was asked for one structure of one scan.
+
+    Attributes:
+        dice: with the truth; None where the structure is absent.
+        volume: mL marked, the logit being above 0.
+        levels: the logit that each of `VOLUMES` has above it.
+    """
+
+    dice: float | None
+    volume: float
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, study: Study, logits: torch.Tensor, truth: np.ndarray) -> Marked:
+        """From logits [D, H, W] on the canvas and the truth (depth, height, width) of the scan."""
+        processor, volume = study.processor.image_processor, study.volume
+        fit = processor.fit_of(volume)
+        inside = logits_inside(logits, fit).float().flatten()
+        voxel = float(np.prod(volume.spacing) * np.prod(fit.size)) / 1000 / inside.numel()
+        counts = [min(max(round(least / voxel), 1), inside.numel()) for least in VOLUMES]
+        highest = inside.topk(max(counts)).values
+        dice = volume_dice(processor.mask_from_canvas(logits, volume), truth) if truth.any() else None
+        return cls(
+            dice,  # type: ignore[arg-type]  # of one mask: a number
+            int((inside > 0).sum()) * voxel,
+            tuple(float(highest[count - 1]) for count in counts),
+        )
+
+
+def find_floor(found: Sequence[Marked]) -> list[float] | None:
+    """[mL, logit] that serves best: the mean of Dice where the structure is there and of the share left empty where it is
+    not; None where too few scans tell, or nothing is won."""
+    there = [one for one in found if one.dice is not None]
+    absent = [one for one in found if one.dice is None]
+    if min(len(there), len(absent)) < LEAST:
+        return None
+
+    def worth(values: Callable[[Marked], float], floor: float) -> float:
+        dice = [one.dice or 0.0 if values(one) > floor else 0.0 for one in there]
+        empty = [values(one) <= floor or one.volume == 0 for one in absent]
+        return sum(dice) / len(there) / 2 + sum(empty) / len(absent) / 2
+
+    best, chosen = worth(lambda one: one.volume, -1.0) + GAIN, None
+    for place, least in enumerate(VOLUMES):
+        for floor in _between([one.levels[place] for one in found]):
+            value = worth(lambda one, place=place: one.levels[place], floor)  # type: ignore[misc]
+            if value > best:
+                best, chosen = value, [least, floor]
+    for floor in _between([one.volume for one in found]):
+        value = worth(lambda one: one.volume, floor)
+        if value > best:
+            best, chosen = value, [floor, 0.0]
+    return None if chosen is None else [round(one, 3) for one in chosen]
+
+
+def _between(values: Sequence[float]) -> list[float]:
+    """The middles between neighbours."""
+    ordered = np.unique(values)
+    return [float(one) for one in (ordered[1:] + ordered[:-1]) / 2]
+
+
+def find_floors(
+    model: Any, processor: Any, samples: Iterable[AlignmentSample], tell: Callable[[str], None] = lambda step: None
+) -> dict[str, list[float]]:
+    """`mask_floors` of a model from scans with masks; a name that a scan labels and lacks counts as absent.
+
+    Args:
+        model, processor: what `load_model` returns.
+        samples: with masks of the structures that are there, and empty ones of those known to be absent.
+        tell: is told the number of each scan.
+    """
+    found: dict[str, list[Marked]] = {}
+    for number, sample in enumerate(samples, start=1):
+        if not sample.masks:
+            continue
+        tell(f"scan {number}")
+        study = Study(open_volume(sample.image), model, processor)
+        logits = study.mask_logits([mask.name for mask in sample.masks])
+        for mask, one in zip(sample.masks, logits, strict=True):
+            found.setdefault(mask.name, []).append(Marked.of(study, one, open_mask(mask, study.volume)))
+    floors = {name: find_floor(marked) for name, marked in found.items()}
+    return {name: floor for name, floor in floors.items() if floor is not None}
+
+
+def write_floors(folder: Path, floors: dict[str, list[float]]) -> None:
+    """Into the processor's file of a model's folder; what was there goes.
+
+    Raises:
+        CTInstructError: where the folder has no such file.
+    """
+    path = folder / "processor_config.json"
+    if not path.exists():
+        raise CTInstructError(f"{folder} has no processor_config.json: give the folder of a stage-two model.")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["image_processor"]["mask_floors"] = floors
+    write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+__all__ = ["Marked", "find_floor", "find_floors", "write_floors"]
