@@ -1,6 +1,6 @@
 """Growth: time and memory of the tower with one mask by patches and by studies, and of studies one after the other.
 
-    python benchmarks/scale.py [--quick] [--check] [--runs 3] [--preset paper] [--side 256] [--picture docs/scale.png]
+    python benchmarks/scale.py [--quick] [--check] [--runs 3] [--preset paper] [--side 128] [--picture docs/scale.png]
 
 Every size runs in a process of its own, so that nothing an earlier one left behind counts. Time is the least of the runs.
 Memory is the peak above what the process had with its weights and pixels; "working" is that less what is given back (five
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from common import PeakMemory, arguments, header
 
-PATCHES = (1, 2, 4, 8, 16, 24)
-STUDIES = (1, 2, 4, 8, 16)
+PATCHES = (1, 3, 8, 24)
+STUDIES = (1, 4, 16)
 EXPONENT = 1.1  # of time over patches and over studies, at most
 WORKING = 1.5  # working memory of the largest size over that of the smallest, at most
 LEFT = 1.05  # memory after the last study over that after the second, at most
@@ -122,7 +122,7 @@ def draw(path: Path, rows: dict[str, list[tuple[int, dict[str, float]]]]) -> Non
 
 
 def main() -> int:
-    options = arguments(__doc__, preset="paper", side="256", picture="", size="")
+    options = arguments(__doc__, preset="paper", side="128", picture="", size="")
     if options.size:
         preset, *numbers = options.size.split(",")
         print(json.dumps(measure(preset, *(int(one) for one in numbers))))
