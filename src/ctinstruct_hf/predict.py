@@ -112,7 +112,7 @@ def predict_study(
     diseases: str | list[str] | None = None if request.diagnose == "all" else request.diagnose
     if isinstance(diseases, str) and diseases not in study.model.config.disease_lists:
         names = [name.strip() for name in diseases.split(",") if name.strip()]
-        study._disease_rows(names)  # fail before the work, not after it
+        study.disease_rows(names)  # fail before the work, not after it
         diseases = names
     tell("encoding")
     _ = study.features

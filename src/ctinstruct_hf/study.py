@@ -471,7 +471,7 @@ class Study:
             groups = [list(diseases)]
         found: dict[str, float] = {}
         for group in groups:
-            rows = self._disease_rows(group)
+            rows = self.disease_rows(group)
             ids, states = self._states(ask_diagnosis(group), answer_diagnosis(group))
             scores = self.model.answer_diseases(ids, states, torch.tensor(rows, device=states.device))
             for name, score in zip(group, scores.float().sigmoid().tolist(), strict=True):
@@ -479,8 +479,12 @@ class Study:
         self.results.diagnosis.update(found)
         return found
 
-    def _disease_rows(self, names: Sequence[str]) -> list[int]:
-        """Rows of the disease head: of the first list that has all names, or of the first that has each."""
+    def disease_rows(self, names: Sequence[str]) -> list[int]:
+        """Rows of the disease head: of the first list that has all names, or of the first that has each.
+
+        Raises:
+            CTInstructError: for a disease that the model has no head for.
+        """
         if self.model.config.disease_head == "shared":
             return [0] * len(names)
         known = [name.lower() for name in self.model.config.disease_names]

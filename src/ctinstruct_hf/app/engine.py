@@ -22,6 +22,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..errors import CTInstructError
+from ..output.report import key_place
 from ..study import Study, load_model
 
 logger = logging.getLogger(__name__)
@@ -270,7 +271,7 @@ class Engine:
         words = self._checked(kind, words)
         one = self.find(study)
         if isinstance(words.get("diseases"), list):
-            one.study._disease_rows(words["diseases"])  # refused now, not when its turn comes
+            one.study.disease_rows(words["diseases"])  # refused now, not when its turn comes
         with self.changed:
             if len(self.line) >= self.limits.waiting:
                 raise Busy("Too many questions are waiting: try again later.")
@@ -468,12 +469,12 @@ class Engine:
 
 def _largest_slice(image: Any) -> list[float] | None:
     """The middle of a mask (nibabel image) in the axial slice where it is largest: RAS mm, None where it is empty."""
-    places = np.argwhere(np.asarray(image.dataobj) > 0)
-    if not len(places):
+    mask = np.asarray(image.dataobj) > 0
+    if not mask.any():
         return None
     along = int(np.abs(image.affine[2, :3]).argmax())
-    level = int(np.bincount(places[:, along]).argmax())
-    middle = places[places[:, along] == level].mean(axis=0)
+    level, *middle = key_place(np.moveaxis(mask, along, 0))
+    middle.insert(along, level)
     return [round(float(mm), 2) for mm in (image.affine @ [*middle, 1.0])[:3]]
 
 
