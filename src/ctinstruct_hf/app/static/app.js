@@ -83,7 +83,8 @@ async function show(study) {
   page.masks.clear();
   page.colours = 0;
   for (const id of ["chat", "masks", "bars", "text", "warnings"]) $(id).replaceChildren();
-  for (const note of study.warnings) $("warnings").append(make("p", note, { class: "warning" }));
+  const said = $("notice").textContent; // the model's own note stands there already
+  for (const note of study.warnings.filter((one) => !said.includes(one))) $("warnings").append(make("p", note, { class: "warning" }));
   const [depth, height, width] = study.shape;
   $("facts").textContent =
     `${study.name || "made-up scan"}: ${width} × ${height} × ${depth} voxels of ` +
