@@ -556,6 +556,8 @@ def calibrate(
         network, processor = load_model(str(model), device, dtype)
         processor.image_processor.mask_floors = {}
         rows = load_data(data, "alignment", split)[:limit]
+        if not any(row["masks"] for row in rows):
+            raise CTInstructError(f"{data} has no sample of split {split} with a mask: nothing to learn a floor from.")
         floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), status.update)  # type: ignore[misc]
         write_floors(model, floors)
         processor.image_processor.mask_floors = floors  # this process may have it loaded

@@ -416,7 +416,8 @@ class Study:
 
         Args:
             names: a structure or finding, or several.
-            threshold: probability above which a voxel belongs to the mask.
+            threshold: probability above which a voxel belongs to the mask. Whether there is one at all, `mask_floors` of
+                the image processor tells.
 
         Returns:
             bool (depth, height, width) for one name, {name: mask} for several; `volume.to_source` puts them on the

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ctinstruct_hf import Study
+from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.data.reading import phantom_of
 from ctinstruct_hf.data.templates import answer_segmentation, ask_segmentation
@@ -55,7 +55,6 @@ def test_names_are_found_before_their_token_or_in_the_question() -> None:
     assert named("Is there an effusion?", "No.") == []
 
 
-@pytest.mark.skipif(BUNDLED_MODEL is None, reason="there is no bundled model")
 def test_calibrate_writes_floors_that_masks_respect(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED_MODEL, folder)
@@ -78,3 +77,18 @@ def test_a_folder_without_a_processor_is_told(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["calibrate", "--model", str(tmp_path), "--data", "phantoms:trunk:700-720"])
     assert done.exit_code != 0
     assert str(tmp_path) in str(done.exception) or str(tmp_path) in done.output
+
+
+def test_data_without_masks_leave_a_model_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    before = (folder / "processor_config.json").read_bytes()
+    (tmp_path / "rows.jsonl").write_text("")
+    done = CliRunner().invoke(app, ["calibrate", "--model", str(folder), "--data", str(tmp_path / "rows.jsonl")])
+    assert "no sample of split train with a mask" in str(done.exception)
+    assert (folder / "processor_config.json").read_bytes() == before
+
+
+def test_names_are_one_for_each_mask() -> None:
+    with pytest.raises(CTInstructError, match="0 masks for 1 names"):
+        tiny_processor().post_process_segmentation([], [], names=["liver"])

@@ -201,6 +201,8 @@ class CTInstructProcessor(ProcessorMixin):
             listed = listed * len(logits)
         if len(listed) != len(logits):
             raise CTInstructError(f"There are {len(logits)} masks for {len(listed)} volumes: give one each.")
+        if names is not None and len(names) != len(logits):
+            raise CTInstructError(f"There are {len(logits)} masks for {len(names)} names: give one each.")
         level = float(np.log(threshold / (1 - threshold)))
         return [
             self.image_processor.mask_from_canvas(mask, volume, level, name)
