@@ -46,7 +46,7 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/study.py --check
 	@$(BIN)/python benchmarks/scale.py --check --runs 1
 
-tiny: ## train the bundled checkpoint again: three and a half hours on two cores that other work shares; goes on where it was stopped
+tiny: ## train the bundled checkpoint again: four and a half hours on two cores that other work shares; goes on where it was stopped
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
 	@$(BIN)/ctinstruct pretrain tiny-steady
