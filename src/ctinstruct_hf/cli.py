@@ -554,7 +554,6 @@ def calibrate(
     _quiet()
     with Console(stderr=True).status("starting") as status:
         network, processor = load_model(str(model), device, dtype)
-        processor.image_processor.mask_floors = {}
         rows = load_data(data, "alignment", split)[:limit]
         if not any(row["masks"] for row in rows):
             raise CTInstructError(f"{data} has no sample of split {split} with a mask: nothing to learn a floor from.")

@@ -48,13 +48,13 @@ class Marked:
         processor, volume = study.processor.image_processor, study.volume
         fit = processor.fit_of(volume)
         inside = logits_inside(logits, fit).float().flatten()
-        voxel = float(np.prod(volume.spacing) * np.prod(fit.size)) / 1000 / inside.numel()
+        voxel = fit.voxel_volume(volume.spacing)
         counts = [min(max(round(least / voxel), 1), inside.numel()) for least in VOLUMES]
         highest = inside.topk(max(counts)).values
         dice = volume_dice(processor.mask_from_canvas(logits, volume), truth) if truth.any() else None
         return cls(
             dice,  # type: ignore[arg-type]  # of one mask: a number
-            int((inside > 0).sum()) * voxel,
+            processor.volume_above(logits, volume, 0.0, fit),
             tuple(float(highest[count - 1]) for count in counts),
         )
 
@@ -62,30 +62,25 @@ class Marked:
 def find_floor(found: Sequence[Marked]) -> list[float] | None:
     """[mL, logit] that serves best: the mean of Dice where the structure is there and of the share left empty where it is
     not; None where too few scans tell, or nothing is won."""
-    there = [one for one in found if one.dice is not None]
-    absent = [one for one in found if one.dice is None]
-    if min(len(there), len(absent)) < LEAST:
+    there = np.array([one.dice is not None for one in found], bool)
+    if min(there.sum(), (~there).sum()) < LEAST:
         return None
+    dice = np.array([one.dice or 0.0 for one in found])
+    empty = np.array([one.volume == 0 for one in found])
 
-    def worth(values: Callable[[Marked], float], floor: float) -> float:
-        dice = [one.dice or 0.0 if values(one) > floor else 0.0 for one in there]
-        empty = [values(one) <= floor or one.volume == 0 for one in absent]
-        return sum(dice) / len(there) / 2 + sum(empty) / len(absent) / 2
+    def worth(kept: np.ndarray) -> float:
+        return float((dice * kept)[there].mean() + (empty | ~kept)[~there].mean()) / 2
 
-    best, chosen = worth(lambda one: one.volume, -1.0) + GAIN, None
-    for place, least in enumerate(VOLUMES):
-        for floor in _between([one.levels[place] for one in found]):
-            value = worth(lambda one, place=place: one.levels[place], floor)  # type: ignore[misc]
+    best, chosen = worth(np.ones(len(found), bool)) + GAIN, None
+    for place, values in enumerate(np.array([[*one.levels, one.volume] for one in found]).T):
+        for floor in _between(values):
+            value = worth(values > floor)
             if value > best:
-                best, chosen = value, [least, floor]
-    for floor in _between([one.volume for one in found]):
-        value = worth(lambda one: one.volume, floor)
-        if value > best:
-            best, chosen = value, [floor, 0.0]
+                best, chosen = value, [VOLUMES[place], floor] if place < len(VOLUMES) else [floor, 0.0]
     return None if chosen is None else [round(one, 3) for one in chosen]
 
 
-def _between(values: Sequence[float]) -> list[float]:
+def _between(values: np.ndarray) -> list[float]:
     """The middles between neighbours."""
     ordered = np.unique(values)
     return [float(one) for one in (ordered[1:] + ordered[:-1]) / 2]

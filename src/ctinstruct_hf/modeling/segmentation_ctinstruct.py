@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .configuration_ctinstruct import CTInstructSegmentationConfig
 from .saving_ctinstruct import SavesItsCode
-from .vision_blocks_ctinstruct import ConvNorm, eager_attention, fastest_layout, init_weights
+from .vision_blocks_ctinstruct import ConvNorm, eager_attention, fastest_layout, init_weights, needs_plain_forward
 
 
 class UpBlock(GradientCheckpointingLayer):
@@ -203,7 +203,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             each, grids = [cast(torch.Tensor, queries)], [grid]
             spans = [rows if rows is not None else slice(0, tokens.shape[0])]
         asked = [index for index, one in enumerate(each) if len(one)]
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if needs_plain_forward(self):
             painted = self.paint_together(each, feature_maps, tokens, grids, spans, asked)
         else:
             painted = {

@@ -6,7 +6,7 @@ Everything is said in the volume's axes (depth, height, width); patches lie alon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,6 +48,10 @@ class CanvasFit:
     def rows(self) -> int:
         """Slices of all patches: rows of `pixel_values`, and image tokens."""
         return math.prod(self.grid) * self.patch[0]
+
+    def voxel_volume(self, spacing: Sequence[float]) -> float:
+        """mL of a voxel of the canvas, from the volume's mm (depth, height, width)."""
+        return math.prod(spacing) * math.prod(self.size) / math.prod(self.resized) / 1000
 
     def slice_mask(self) -> torch.Tensor:
         """bool [Z, Y, X, S], False where a slice of a patch holds nothing of the volume."""

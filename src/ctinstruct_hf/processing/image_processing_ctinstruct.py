@@ -242,18 +242,18 @@ class CTInstructImageProcessor(BaseImageProcessor):
             raise CTInstructError(f"The mask has shape {tuple(logits.shape)}, the volume's canvas is {fit.canvas}.")
         if name in self.mask_floors:
             least, level = self.mask_floors[name]
-            if self.volume_above(logits, volume, level) <= least:
+            if self.volume_above(logits, volume, level, fit) <= least:
                 return np.zeros(volume.shape, bool)
         mask = mask_from_canvas(logits.detach(), fit, threshold).numpy()
         if self.axes == "file" and volume.source.kind != "array":
             mask = volume.from_file_axes(mask.transpose(1, 2, 0))
         return mask
 
-    def volume_above(self, logits: torch.Tensor, volume: CTVolume, level: float) -> float:
-        """How many mL of the volume have a logit above `level`, from logits [D, H, W] on its canvas."""
-        fit = self.fit_of(volume)
-        inside = logits_inside(logits, fit)
-        return int((inside > level).sum()) / inside.numel() * float(np.prod(volume.spacing) * np.prod(fit.size)) / 1000
+    def volume_above(self, logits: torch.Tensor, volume: CTVolume, level: float, fit: CanvasFit | None = None) -> float:
+        """How many mL of the volume have a logit above `level`, from logits [D, H, W] on its canvas; `fit` is the
+        volume's, where it is known."""
+        fit = fit or self.fit_of(volume)
+        return int((logits_inside(logits, fit) > level).sum()) * fit.voxel_volume(volume.spacing)
 
 
 def settings_of(one: Any, settings: dict[str, Any]) -> dict[str, Any]:
