@@ -46,14 +46,12 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/study.py --check
 	@$(BIN)/python benchmarks/scale.py --check --runs 1
 
-tiny: ## train the bundled checkpoint again: four and a half hours on two cores that other work shares; goes on where it was stopped
+tiny: ## train the bundled checkpoint again: two hours on two cores; goes on where it was stopped
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
-	@$(BIN)/ctinstruct pretrain tiny-steady
 	@$(BIN)/ctinstruct instruct tiny
-	@$(BIN)/ctinstruct instruct tiny-steady
-	@$(BIN)/ctinstruct calibrate --model runs/tiny-stage-two-steady/model --data phantoms:trunk:3400-3650
-	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two-steady/model
+	@$(BIN)/ctinstruct calibrate --model runs/tiny-stage-two/model --data phantoms:trunk:3400-3650
+	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two/model
 
 bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
 	@scripts/install.sh

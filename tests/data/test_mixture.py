@@ -24,6 +24,7 @@ from ctinstruct_hf.data.samples import TASKS, AlignmentSample, ImageRef, Label, 
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.evaluation.run import options_of
+from ctinstruct_hf.evaluation.text import chosen_option
 from ctinstruct_hf.train.collator import AlignmentCollator
 
 PATCH = {"depth": 8, "height": 32, "width": 32}
@@ -263,8 +264,9 @@ def test_choices_are_made_from_labels() -> None:
             wanted = int("is present" in question)
             seen.add(wanted)
             options = dict(zip("ABCD", options_of(question), strict=False))
-            letter, name = re.fullmatch(r"\((.)\) (.+)", answer).groups()  # type: ignore[union-attr]
+            name, letter = re.fullmatch(r"(.+) \((.)\)", answer).groups()  # type: ignore[union-attr]
             assert options[letter] == name
+            assert chosen_option(answer, list(options.values())) == "ABCD".index(letter)
             assert [one for one in options.values() if labels[one] == wanted] == [name]
     assert seen == {0, 1}
     assert choices_from_labels(rows, 5, 4) == made

@@ -10,6 +10,7 @@ from conftest import shared
 
 from ctinstruct_hf import CTInstructError, read_volume
 from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
+from ctinstruct_hf.data.reading import PhantomRef
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,38 @@ def test_slices_and_bad_arguments() -> None:
         make_phantom(0, findings={"gout": 1})
     with pytest.raises(CTInstructError, match="shape"):
         make_phantom(0, shape=(4, 2, 2))
+
+
+def test_a_slice_holds_what_lies_at_its_level() -> None:
+    """Body parts are looked for where the slice is, not where the scan's middle was drawn."""
+    chests = 0
+    for seed in range(60):
+        masks = PhantomRef("slice", seed).make().masks
+        if masks["right lung"].sum() > 300 and masks["left lung"].sum() > 300:
+            chests += 1
+            assert masks["heart"].any() or masks["aorta"].any() or masks["trachea"].any(), seed
+            assert masks["spine"].any(), seed
+    assert chests > 10
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_a_slice_goes_through_a_finding(finding: str) -> None:
+    """At the level of a finding it is mostly seen where it is put in, and never where it is left out."""
+    pairs = [
+        [make_phantom(seed, (1, 128, 128), (5, 3, 3), "slice", {finding: there}, through=finding) for there in (1, 0)]
+        for seed in range(12)
+    ]
+    assert sum(with_it.labels[finding] for with_it, _ in pairs) >= 6
+    assert not any(without.labels[finding] for _, without in pairs)
+    with pytest.raises(CTInstructError, match="gout"):
+        make_phantom(0, kind="slice", through="gout")
+
+
+def test_focused_slices_show_every_finding_often() -> None:
+    slices = [PhantomRef("focus", seed).make() for seed in range(320)]
+    shares = {name: np.mean([one.labels[name] for one in slices]) for name in FINDINGS}
+    assert min(shares.values()) > 0.02, shares
+    assert np.array_equal(slices[7].volume.hu, PhantomRef.parse("phantom:focus:7").make().volume.hu)
 
 
 def test_questions_answer_what_is_there(phantom) -> None:

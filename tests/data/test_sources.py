@@ -155,7 +155,7 @@ def test_rp3d_and_m3d(tmp_path: Path) -> None:
     row = {"Image Path": "v.npy", "Question": "Which organ?", **choices, "Answer": "Lung", "Answer Choice": "B", "Question Type": "3"}  # fmt: skip
     table(m3d / "M3D_VQA_test.csv", [row, {**row, "Answer Choice": "E"}])
     _, instructions, problems = prepared("m3d_vqa", m3d, tmp_path / "4")
-    assert [sample.answers for sample in instructions] == [["(B) lung"], ["Lung"]]
+    assert [sample.answers for sample in instructions] == [["lung (B)"], ["Lung"]]
     assert (instructions[0].split, len(problems)) == ("test", 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining, CTInstructVisionModel
@@ -126,6 +128,18 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
     written = EventAccumulator(str(events[0].parent)).Reload().Tags()
     assert "evaluation/masks" in written["images"]
     assert {"train/segmentation_loss", "train/contrastive_loss", "eval/dice"} <= set(written["scalars"])
+
+
+def test_batch_norms_stand_still_from_a_share_of_the_steps_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 4, "save_steps": 1}
+    recipe |= {"save_total_limit": None, "freeze_batch_norm_from": 0.5}
+    pretrain(recipe)
+    statistics = []
+    for step in (1, 2, 3, 4):
+        weights = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        statistics.append(next(weights[name] for name in sorted(weights) if name.endswith("running_mean")))
+    moves = [bool((after != before).any()) for before, after in itertools.pairwise(statistics)]
+    assert moves == [True, False, False]
 
 
 def test_losses_count_as_the_recipe_says(recipe: dict[str, Any]) -> None:
@@ -341,6 +355,7 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
     ({"loss_weights": {"voxels": 2}}, "loss_weights names voxels"),
     ({"positive_voxels": {"heavy": 2}}, "positive_voxels has unknown heavy"),
     ({"batch_norm": "none"}, "batch_norm is 'none'"),
+    ({"freeze_batch_norm_from": 2}, "freeze_batch_norm_from is 2"),
     ({"text_encoder": "/nowhere/at/all"}, "text_encoder '/nowhere/at/all' cannot be loaded"),
     ({"learning_rate": "fast"}, "learning_rate: fast"),
     ({"max_steps": -1}, "max_steps"),

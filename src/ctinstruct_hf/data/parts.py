@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import CTInstructError
 from . import templates
 from .mixture import MixtureEntry
+from .phantom_text import WHICH
 from .reading import PHANTOM_KINDS
 from .samples import SPLITS
 from .store import PatchStore
@@ -175,7 +176,7 @@ def choices_from_labels(
                 right = str(rng.choice(sides[kind]))
                 wrong = rng.permutation(sides[1 - kind])[:3]
                 choices = [str(name) for name in rng.permutation([right, *wrong])]
-                question = templates.ask_choice(templates.WHICH[kind], choices, rng)
+                question = templates.ask_choice(WHICH[kind], choices, rng)
                 content = [*([] if turn else images), {"type": "text", "text": question}]
                 answer = templates.answer_choice(choices, right)
                 messages += [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
 NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
 
 
@@ -168,10 +169,10 @@ def write_questions(
         right = _pick(rng, present)
         wrong = list(rng.permutation(absent)[:3])
         choices = [str(name) for name in rng.permutation([right, *wrong])]
-        add("multiple_choice", "Which of these findings is present?", right, right, choices)
+        add("multiple_choice", WHICH[0], right, right, choices)
     if absent and len(present) >= 3:
         right = _pick(rng, absent)
         wrong = list(rng.permutation(present)[:3])
         choices = [str(name) for name in rng.permutation([right, *wrong])]
-        add("multiple_choice", "Which of these findings is absent?", right, right, choices)
+        add("multiple_choice", WHICH[1], right, right, choices)
     return questions

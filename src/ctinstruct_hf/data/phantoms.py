@@ -152,6 +152,12 @@ class _Canvas:
         self.organs = np.zeros(shape, dtype=np.uint8)
         self.finding_masks: dict[str, np.ndarray] = {}
 
+    def move_to(self, level: float) -> None:
+        """Put the scan's middle at this height of the patient, mm."""
+        shift = level - float(self.z.mean())
+        self.z += np.float32(shift)
+        self.centre[2] += shift  # `box` must look for body parts there too
+
     def _coordinate(self, axes: list[np.ndarray], row: int, height: float) -> np.ndarray:
         """One coordinate of the patient at every voxel, with two waves of `height` mm and half of it."""
         plane = self.turn[row, 0] * axes[0] + self.turn[row, 1] * axes[1] + np.float32(self.centre[row])
@@ -234,6 +240,7 @@ def make_phantom(
     spacing: tuple[float, float, float] | None = None,
     kind: str = "volume",
     findings: dict[str, int] | None = None,
+    through: str | None = None,
 ) -> Phantom:
     """A phantom from a seed: the same seed and arguments give the same phantom, voxel for voxel.
 
@@ -244,13 +251,15 @@ def make_phantom(
         kind: `volume`, or `slice` for one axial slice.
         findings: {finding: 0 or 1} to fix some of `FINDINGS`; the anatomy and the other findings of a seed stay, which
             gives counterfactual pairs.
+        through: a finding that a slice is taken at the level of, whether it is there or not: at a level of chance, a nodule
+            is in one slice of 28.
 
     Raises:
         CTInstructError: for an unknown kind or finding, or an impossible shape.
     """
     if kind not in ("volume", "slice"):
         raise CTInstructError(f"kind is '{kind}': use 'volume' or 'slice'.")
-    unknown = set(findings or {}) - set(FINDINGS)
+    unknown = {*(findings or {}), *([] if through is None else [through])} - set(FINDINGS)
     if unknown:
         raise CTInstructError(f"findings has unknown names {sorted(unknown)}: use those of FINDINGS.")
     rng = np.random.default_rng([seed, 0])
@@ -269,7 +278,9 @@ def make_phantom(
     canvas = _Canvas(rng, tuple(int(n) for n in painted), tuple(float(mm) for mm in spacing))  # type: ignore[arg-type]
     if kind == "slice":
         level = rng.uniform(-160, 175)
-        canvas.z += np.float32(level - canvas.z.mean())
+        if through is not None:
+            level = _level_of(through, seed)
+        canvas.move_to(level)
 
     phase_index = int(rng.integers(3))
     phase = ("native", "arterial", "portal venous")[phase_index]
@@ -310,6 +321,39 @@ def make_phantom(
         seed,
         ["body", *structures],
     )
+
+
+class _Plan:
+    """Stands in for a canvas where only the level of a finding is wanted: takes it down and paints nothing."""
+
+    heart_size = 1.0
+
+    def __init__(self) -> None:
+        self.levels: list[float] = []
+
+    def ellipsoid(self, centre: tuple[float, float, float], axes: tuple[float, float, float]) -> None:
+        self.levels.append(float(centre[2]))
+
+    def box(self, low: np.ndarray, high: np.ndarray) -> None:
+        self.levels.append(float(low[2] + high[2]) / 2)
+
+    def is_organ(self, box: tuple[slice, slice, slice], *names: str) -> np.ndarray:
+        return np.zeros(0, bool)
+
+    def finding(self, name: str, box: tuple[slice, slice, slice], inside: np.ndarray, hu: float | None) -> int:
+        return 0
+
+
+def _level_of(name: str, seed: int) -> float:
+    """Height in mm at which the phantom of a seed has a finding, or would have it."""
+    plan, rng = _Plan(), np.random.default_rng([seed, 4])
+    painter_rng = np.random.default_rng([seed, 1, FINDINGS.index(name)])
+    for _ in _FINDING_PAINTERS[name](plan, painter_rng, dict.fromkeys(_HU, 0.0)):  # type: ignore[arg-type]
+        pass
+    levels = plan.levels or [34.0 + rng.normal(0, 20)]  # of the heart
+    if name in ("lung nodule", "liver lesion"):
+        levels = levels[:1]  # a painted one takes a number more, which moves those after it
+    return float(rng.choice(levels)) + float(rng.normal(0, 3))
 
 
 def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ from ..processing.volume import CTVolume, clean_hu, read_volume
 from .phantoms import FINDINGS, Phantom, make_phantom
 from .samples import ImageRef, MaskRef
 
-PHANTOM_KINDS = ("trunk", "cropped", "whole", "slice")
+PHANTOM_KINDS = ("trunk", "cropped", "whole", "slice", "focus")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class PhantomRef:
     """A made-up scan by kind and seed, written `phantom:trunk:12`, or `phantom:trunk:12:-lung nodule` without a finding.
 
     `trunk` is 64 x 128 x 128 voxels of the whole chest and upper abdomen, `cropped` 32 x 128 x 128 of any part of it,
-    `whole` 128 x 160 x 160, `slice` one axial slice of 128 x 128.
+    `whole` 128 x 160 x 160, `slice` one axial slice of 128 x 128 at a level of chance, `focus` one at the level of a finding,
+    of each as often, in two of three made to be there and in the third made not to be; one in six is at a level of chance.
     """
 
     kind: str
@@ -48,9 +49,13 @@ class PhantomRef:
         if self.kind == "whole":
             return make_phantom(self.seed, findings=changes)
         field = rng.uniform(330, 420)
-        if self.kind == "slice":
+        if self.kind in ("slice", "focus"):
             spacing = (5.0, field / 128, field / 128)
-            return make_phantom(self.seed, (1, 128, 128), spacing, kind="slice", findings=changes)
+            turn, place = divmod(self.seed, len(FINDINGS) + 3)
+            through = FINDINGS[place] if self.kind == "focus" and place < len(FINDINGS) else None
+            if through is not None:
+                changes = {through: int(turn % 3 > 0), **changes}
+            return make_phantom(self.seed, (1, 128, 128), spacing, kind="slice", findings=changes, through=through)
         if self.kind == "cropped":
             field = rng.uniform(300, 420)
             return make_phantom(

@@ -41,9 +41,17 @@ DIAGNOSE = (
     "Estimate the probability of the presence of {names}.",
     "How likely is the presence of {names}?",
     "Predict the presence of {names}.",
+    "What is the probability of {names}?",
+    "Give the confidence that this scan shows {names}.",
 )
-CHOOSE = ("{question} {choices}", "{question} Choose one: {choices}", "{question} Answer with one option. {choices}")
-WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
+CHOOSE = (
+    "{question} {choices}",
+    "{question} Choose one: {choices}",
+    "{question} Answer with one option. {choices}",
+    "{question} Options: {choices}",
+    "Choose the right option. {question} {choices}",
+    "{question} Pick one of these: {choices}",
+)
 LETTERS = "ABCDEFGH"
 PRESENCE = (
     "Is there {article}?",
@@ -112,5 +120,6 @@ def ask_choice(question: str, choices: Sequence[str], rng: np.random.Generator |
 
 
 def answer_choice(choices: Sequence[str], right: str) -> str:
-    """ "(B) pleural effusion"."""
-    return f"({LETTERS[list(choices).index(right)]}) {right}"
+    """ "pleural effusion (B)". The name comes first: a model that has named what it sees finds the letter before that name
+    among the choices, but a letter can only be said first by one that has weighed all choices already."""
+    return f"{right} ({LETTERS[list(choices).index(right)]})"

@@ -23,7 +23,7 @@ from ..files import write_whole
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
-from .batch_norm import set_batch_norm
+from .batch_norm import FreezeBatchNorm, set_batch_norm
 from .checkpoints import place_to_start, save_trained
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
@@ -50,6 +50,7 @@ class PretrainSettings:
         evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
         cache: folder of prepared patches; none prepares them every time.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
+        freeze_batch_norm_from: share of the steps from which on batch norms keep their running statistics, as in inference.
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
         masks_per_image, absent_share, balance_masks: which structures a batch asks for and how they count, see
             `AlignmentCollator`.
@@ -79,6 +80,7 @@ class PretrainSettings:
     max_text_length: int = 256
     max_skipped: int = 100
     batch_norm: str = "local"
+    freeze_batch_norm_from: float | None = None
     spread_texts: bool = True
     positive_voxels: dict[str, float] = field(default_factory=dict)
     loss_weights: dict[str, float] = field(default_factory=dict)
@@ -94,6 +96,8 @@ class PretrainSettings:
             check_part(self.evaluation_part, "alignment", GRAINS)
         if self.early_stopping_patience is not None and self.evaluation is None:
             raise CTInstructError("early_stopping_patience needs an evaluation in the recipe.")
+        if self.freeze_batch_norm_from is not None and not 0 <= self.freeze_batch_norm_from <= 1:
+            raise CTInstructError(f"freeze_batch_norm_from is {self.freeze_batch_norm_from}: give a share from 0 to 1.")
         check_voxels(self.positive_voxels)
         unknown = sorted(set(self.loss_weights) - set(GRAINS))
         if unknown:
@@ -260,7 +264,9 @@ def pretrain(
     if settings.model is None and start is None and settings.spread_texts:
         spread_texts(model, collator.words, entries)
     mixture = make_mixture(entries, args, start)
-    callbacks = []
+    callbacks: list[Any] = []
+    if settings.freeze_batch_norm_from is not None:
+        callbacks.append(FreezeBatchNorm(settings.freeze_batch_norm_from))
     if settings.early_stopping_patience is not None:
         args.load_best_model_at_end = True
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))

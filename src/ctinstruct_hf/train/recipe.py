@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 
 from ..errors import CTInstructError
@@ -108,6 +109,8 @@ def parse_recipe(
                 rest[name] = float(value)
             except ValueError as error:
                 raise CTInstructError(f"The recipe has {name}: {value}, expected a number.") from error
+    if rest.get("bf16") and not torch.accelerator.is_available():
+        rest.setdefault("use_cpu", True)  # else TrainingArguments takes bfloat16 for a GPU's alone
     if rest.get("save_total_limit") == 1:
         rest["save_total_limit"] = 2  # the one before stays until the next is whole
     try:

@@ -77,7 +77,7 @@ def row_recipe(recipe: dict[str, Any], grains: Sequence[str], architecture: str,
 
 
 def _is_of_slices(part: dict[str, Any]) -> bool:
-    return part.get("phantoms", {}).get("kind") == "slice" or part.get("slices", False)
+    return part.get("phantoms", {}).get("kind") in ("slice", "focus") or part.get("slices", False)
 
 
 def run_table(
