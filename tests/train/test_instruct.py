@@ -363,10 +363,10 @@ def launch(told: dict[str, Any], folder: Path, processes: int, resume: Path | No
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def check_equal(one: Path, two: Path, within: float = 1e-5) -> None:
+def check_equal(one: Path, two: Path) -> None:
     a, b = (CTInstructForConditionalGeneration.from_pretrained(path / "model") for path in (one, two))
     for (name, first), second in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert torch.allclose(first, second, atol=within), name
+        assert torch.allclose(first, second, atol=1e-5), name
 
 
 def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     length: the language loss is a mean over the words of a process, not of all."""
     rows = [
         {"name": "x", "phantoms": {"kind": "slice", "seeds": [0, 6]}, "tasks": ["diagnosis"]},
-        {"name": "y", "phantoms": {"kind": "slice", "seeds": [6, 10]}, "tasks": ["diagnosis"]},
+        {"name": "y", "phantoms": {"kind": "slice", "seeds": [2, 6]}, "tasks": ["diagnosis"]},
     ]
     base = {**recipe, "trainer": "transformers", "mixture": rows, "save_steps": 2, "optim": "sgd", "optim_args": "momentum=0.9",
             "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": True, "learning_rate": 0.01}  # fmt: skip
@@ -398,7 +398,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     launch(told("whole", 4, 1), tmp_path / "whole-run", 1)
     launch(told("first", 2, before), tmp_path / "first-run", before)
     launch(told("second", 4, after), tmp_path / "second-run", after, tmp_path / "first" / "checkpoint-2")
-    check_equal(tmp_path / "whole", tmp_path / "second", within=3e-5)  # rounding, which momentum adds up
+    check_equal(tmp_path / "whole", tmp_path / "second")
     one, two = losses(tmp_path / "whole")[2:], losses(tmp_path / "second")[2:]
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-3)
 

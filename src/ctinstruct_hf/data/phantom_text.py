@@ -165,14 +165,10 @@ def write_questions(
     add("short", "Which contrast phase is this?", f"{phase.capitalize()}.", "phase")
     present = [name for name, there in labels.items() if there]
     absent = [name for name, there in labels.items() if not there]
-    if present and len(absent) >= 3:
-        right = _pick(rng, present)
-        wrong = list(rng.permutation(absent)[:3])
-        choices = [str(name) for name in rng.permutation([right, *wrong])]
-        add("multiple_choice", WHICH[0], right, right, choices)
-    if absent and len(present) >= 3:
-        right = _pick(rng, absent)
-        wrong = list(rng.permutation(present)[:3])
-        choices = [str(name) for name in rng.permutation([right, *wrong])]
-        add("multiple_choice", WHICH[1], right, right, choices)
+    for question, of_these, others in zip(WHICH, (present, absent), (absent, present), strict=True):
+        if of_these and len(others) >= 3:
+            right = _pick(rng, of_these)
+            wrong = list(rng.permutation(others)[:3])
+            choices = [str(name) for name in rng.permutation([right, *wrong])]
+            add("multiple_choice", question, right, right, choices)
     return questions

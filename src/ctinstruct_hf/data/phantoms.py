@@ -251,8 +251,8 @@ def make_phantom(
         kind: `volume`, or `slice` for one axial slice.
         findings: {finding: 0 or 1} to fix some of `FINDINGS`; the anatomy and the other findings of a seed stay, which
             gives counterfactual pairs.
-        through: a finding that a slice is taken at the level of, whether it is there or not: at a level of chance, a nodule
-            is in one slice of 28.
+        through: a finding that a slice is taken at the level of, whether it is there or not: few slices at a level of
+            chance show a small one.
 
     Raises:
         CTInstructError: for an unknown kind or finding, or an impossible shape.

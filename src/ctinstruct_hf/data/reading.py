@@ -14,7 +14,8 @@ from ..processing.volume import CTVolume, clean_hu, read_volume
 from .phantoms import FINDINGS, Phantom, make_phantom
 from .samples import ImageRef, MaskRef
 
-PHANTOM_KINDS = ("trunk", "cropped", "whole", "slice", "focus")
+SLICE_KINDS = ("slice", "focus")
+PHANTOM_KINDS = ("trunk", "cropped", "whole", *SLICE_KINDS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PhantomRef:
         if self.kind == "whole":
             return make_phantom(self.seed, findings=changes)
         field = rng.uniform(330, 420)
-        if self.kind in ("slice", "focus"):
+        if self.kind in SLICE_KINDS:
             spacing = (5.0, field / 128, field / 128)
             turn, place = divmod(self.seed, len(FINDINGS) + 3)
             through = FINDINGS[place] if self.kind == "focus" and place < len(FINDINGS) else None

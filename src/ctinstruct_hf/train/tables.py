@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..data.parts import GRAINS
+from ..data.reading import SLICE_KINDS
 from ..errors import CTInstructError
 from ..files import write_whole
 from .pretrain import pretrain
@@ -77,7 +78,7 @@ def row_recipe(recipe: dict[str, Any], grains: Sequence[str], architecture: str,
 
 
 def _is_of_slices(part: dict[str, Any]) -> bool:
-    return part.get("phantoms", {}).get("kind") in ("slice", "focus") or part.get("slices", False)
+    return part.get("phantoms", {}).get("kind") in SLICE_KINDS or part.get("slices", False)
 
 
 def run_table(
