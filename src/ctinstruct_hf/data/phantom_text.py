@@ -165,7 +165,7 @@ def write_questions(
     add("short", "Which contrast phase is this?", f"{phase.capitalize()}.", "phase")
     present = [name for name, there in labels.items() if there]
     absent = [name for name, there in labels.items() if not there]
-    for question, (of_these, others) in zip(WHICH, [(present, absent), (absent, present)], strict=True):
+    for question, of_these, others in ((WHICH[0], present, absent), (WHICH[1], absent, present)):
         if of_these and len(others) >= 3:
             right = _pick(rng, of_these)
             wrong = list(rng.permutation(others)[:3])
