@@ -121,6 +121,42 @@ def test_any_subset_of_labels(tiny_config, kept: tuple[str, ...]) -> None:
         outputs.loss.backward()
 
 
+def test_the_cell_loss_by_hand(tiny_config) -> None:
+    """A cell has a structure if one of its voxels has; images of several grids, padding and weights are minded."""
+    torch.manual_seed(0)
+    model = CTInstructForPretraining(tiny_config()).eval()
+    model.loss_weights = {"contrastive": 0, "category": 0, "segmentation": 0, "cells": 2.0}
+    width, columns = 64, 2  # of a patch in voxels and in cells
+    grids = [(1, 1, 1, 2), (1, 1, 2, 2), (1, 1, 1, 2)]
+    labels = [torch.zeros(2, 64, width * x, dtype=torch.int8) for _, _, x, _ in grids]
+    labels[1][1, 40, 70] = 1  # the second patch, its second slice, lower left cell
+    labels[2][0] = -1  # a slice of padding
+    inputs = {
+        "pixel_values": torch.randn(8, 64, width),
+        "patch_grid": torch.tensor(grids),
+        "mask_input_ids": torch.randint(8, 90, (3, 3)),
+        "mask_images": torch.tensor([0, 1, 2]),
+        "mask_labels": labels,
+    }
+    output = model(**inputs)
+    assert output.loss.item() == pytest.approx(2 * output.cell_loss.item(), rel=1e-5)
+
+    features = model.get_image_features(inputs["pixel_values"], inputs["patch_grid"], output_hidden_states=True)
+    cells = F.normalize(model.category_projection(features.hidden_states[-1]), dim=-1)
+    texts = F.normalize(model.embed_texts(inputs["mask_input_ids"]), dim=-1)
+    # hidden states come with images of one grid together: the first and the third image, then the second
+    rows = [slice(0, 2), slice(4, 8), slice(3, 4)]
+    scores = [cells[own] @ text * model.category_scale.exp() for own, text in zip(rows, texts, strict=True)]
+    truth = [torch.zeros_like(one) for one in scores]
+    truth[1][3, 1 * columns + 0] = 1
+    each = [F.binary_cross_entropy_with_logits(a, b).item() for a, b in zip(scores, truth, strict=True)]
+    assert output.cell_loss.item() == pytest.approx(sum(each) / 3, rel=1e-4)
+    weighted = model(**inputs, mask_weights=torch.tensor([1.0, 3.0, 0.0])).cell_loss
+    assert weighted.item() == pytest.approx((each[0] + 3 * each[1]) / 4, rel=1e-4)
+    model.loss_weights = {}
+    assert model(**inputs).cell_loss is None
+
+
 def test_a_frozen_text_encoder_reads_each_text_once(tiny_config) -> None:
     model = CTInstructForPretraining(tiny_config()).eval()
     model.text_encoder.requires_grad_(False)

@@ -34,6 +34,28 @@ def test_a_token_and_five_maps_per_slice(tower: CTInstructVisionModel) -> None:
 
 
 @torch.no_grad()
+def test_the_stem_reads_each_window_as_a_channel(tiny_config) -> None:
+    config = tiny_config().vision_config
+    config.stem_windows = [[-1, 1], [-0.2, 0.3]]
+    model = CTInstructVisionModel(config).eval()
+    assert model.get_input_embeddings().weight.shape[1] == 2
+    slices = torch.tensor([[[-1.0, -0.2, 0.05, 0.3, 1.0]]])
+    torch.testing.assert_close(model.encoder.windowed(slices)[0, 0], slices[0])
+    torch.testing.assert_close(model.encoder.windowed(slices)[0, 1], torch.tensor([[-1.0, -1.0, 0.0, 1.0, 1.0]]))
+    pixels = torch.rand(3, 64, 64) - 0.5
+    seen = model(pixels, [(1, 1, 1, 3)])
+    outside = model(torch.where(pixels > 0.3, pixels + 0.1, pixels), [(1, 1, 1, 3)])  # one of the windows still sees it
+    assert not torch.equal(seen.last_hidden_state, outside.last_hidden_state)
+    config.stem_windows = [[-0.2, 0.3]]
+    narrow = CTInstructVisionModel(config).eval()
+    moved = torch.where(pixels > 0.3, pixels + 0.1, pixels)
+    torch.testing.assert_close(narrow(pixels).last_hidden_state, narrow(moved).last_hidden_state)
+    config.stem_windows = [[0.3, -0.2]]
+    with pytest.raises(CTInstructError, match="stem_windows"):
+        CTInstructVisionModel(config)
+
+
+@torch.no_grad()
 def test_a_mixed_batch_gives_each_image_what_it_gets_alone(tower: CTInstructVisionModel) -> None:
     grids = [(1, 1, 1, 1), (2, 1, 1, 4), (1, 2, 1, 4), (2, 1, 1, 4)]
     images = [torch.randn(z * y * x * s, 64, 64) for z, y, x, s in grids]

@@ -27,8 +27,10 @@ from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraini
 from ctinstruct_hf.processing.volume import read_volume
 from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
-from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct, stage_one_prompts
+from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
+from ctinstruct_hf.train.stage_one import load_stage_one, start_bridger
+from ctinstruct_hf.train.token_store import TokenStore
 from tests.train.test_pretrain import QUICK, losses
 
 SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1}
@@ -274,9 +276,51 @@ def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_on
     for name, value in model.segmentation_decoder.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert model.config.names_masks
-    prompts = stage_one_prompts(str(stage_one))(["liver", "spleen"])
+    prompts = load_stage_one(str(stage_one))[1](["liver", "spleen"])
     assert prompts.shape == (2, model.config.segmentation_config.hidden_size)
     assert not torch.allclose(prompts[0], prompts[1])
+
+
+@pytest.mark.parametrize("bridger", ["linear", "mlp"])
+def test_the_bridger_starts_with_what_the_category_grain_reads(
+    recipe: dict[str, Any], stage_one: Path, cache: Path, bridger: str
+) -> None:
+    from ctinstruct_hf.data.parts import load_part
+
+    changes = {"freeze": ["vision_tower"], "keep_tokens": True, "config": {"bridger": bridger}}
+    settings, _ = parse_recipe({**recipe, **changes, "trainer": "transformers"}, InstructSettings)
+    model, processor = build_model(settings)
+    store = PatchStore(processor.image_processor, cache)
+    part = {"phantoms": {"kind": "slice", "seeds": [0, 40]}, "tasks": ["diagnosis"]}
+    entries = [load_part(part, "instructions", store)]
+    images = {image["path"]: ImageRef(**image) for row in entries[0].rows for image in row["images"]}
+    tokens = TokenStore(store, model.model.vision_tower)
+    seen = torch.cat([tokens.image(image)["tokens"].float() for image in images.values()])
+    first = model.model.bridger if bridger == "linear" else model.model.bridger[0]
+    before = first(seen)
+    stage, embed = load_stage_one(str(stage_one))
+    start_bridger(model.model.bridger, stage, embed, tokens, entries)
+    with torch.no_grad():
+        new = first(seen) - before  # what was added: a direction for each of 13 texts, as loud for each of them
+        _, sizes, _ = torch.linalg.svd(new - new.mean(0), full_matrices=False)
+    assert new.mean(0).abs().max() < 1e-3
+    assert new.var(0).sum().item() == pytest.approx(13, rel=1e-2)
+    assert sizes[13] < 1e-3 * sizes[0]
+
+
+def test_a_run_with_a_started_bridger_trains(recipe: dict[str, Any], tmp_path: Path) -> None:
+    frozen = {"freeze": ["vision_tower"], "keep_tokens": True, "max_steps": 2, "save_steps": 2}
+    instruct({**recipe, **frozen, "start_bridger": True})
+    instruct({**recipe, **frozen, "output_dir": str(tmp_path / "plain")})
+    with_start, without = losses(tmp_path / "run"), losses(tmp_path / "plain")
+    assert with_start[0]["loss"] != without[0]["loss"]
+    adapters = {"lora": {"r": 4}, "output_dir": str(tmp_path / "lora")}
+    instruct({**recipe, **frozen, **adapters, "start_bridger": True})
+    plain, adapted = (
+        CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model").model.bridger.weight
+        for name in ("plain", "lora")
+    )
+    assert adapted.norm() > 1.2 * plain.norm()  # the copy that is trained was started, not the one beside it
 
 
 def test_answers_name_their_structure_where_the_model_wants_it(parts: tuple[Any, Any, PatchStore]) -> None:
@@ -369,8 +413,12 @@ def check_equal(one: Path, two: Path) -> None:
         assert torch.allclose(first, second, atol=1e-5), name
 
 
-def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
-    row = {"name": "x", "phantoms": {"kind": "slice", "seeds": [0, 4]}, "tasks": ["diagnosis"]}
+@pytest.mark.parametrize("task", ["diagnosis", "report"])
+def test_two_processes_move_the_weights_like_one_with_the_joined_batch(
+    recipe: dict[str, Any], tmp_path: Path, task: str
+) -> None:
+    """Reports have unequal numbers of words."""
+    row = {"name": "x", "phantoms": {"kind": "slice", "seeds": [0, 4]}, "tasks": [task]}
     base = {**recipe, "trainer": "transformers", "mixture": [row], "max_steps": 2, "save_steps": 2, "optim": "sgd",
             "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": True}  # fmt: skip
     for name, size, processes in (("two", 1, 2), ("one", 2, 1)):
@@ -451,6 +499,7 @@ def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], sta
         ({"keep_tokens": True}, "keep_tokens needs a frozen tower"),
         ({"load_in_4bit": True}, "load_in_4bit needs lora"),
         ({"align_prompts": True}, "align_prompts needs vision"),
+        ({"start_bridger": True}, "start_bridger needs vision"),
         ({"trainer": "mine"}, "trainer is 'mine'"),
         ({"padding_side": "up"}, "padding_side is 'up'"),
         ({"learning_rates": {"eyes": 1}}, "learning_rates names 'eyes'"),

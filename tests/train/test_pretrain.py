@@ -144,10 +144,10 @@ def test_batch_norms_stand_still_from_a_share_of_the_steps_on(recipe: dict[str, 
 
 def test_losses_count_as_the_recipe_says(recipe: dict[str, Any]) -> None:
     recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 1, "save_steps": 1}
-    pretrain({**recipe, "loss_weights": {"contrastive": 0.5, "category": 3}})
+    pretrain({**recipe, "loss_weights": {"contrastive": 0.5, "category": 3, "cells": 2}})
     (step,) = losses(Path(recipe["output_dir"]))
     weighted = 0.5 * step["contrastive_loss"] + 3 * step["category_loss"] + step["segmentation_loss"]
-    assert step["loss"] == pytest.approx(weighted, rel=1e-4)
+    assert step["loss"] == pytest.approx(weighted + 2 * step["cell_loss"], rel=1e-4)
 
 
 def test_a_prepared_data_set_is_streamed_and_resumed(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -353,6 +353,8 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
     ({"freeze": ["vision"]}, "freeze names vision"),
     ({"vision": {"width": 3}}, "no field 'width'"),
     ({"loss_weights": {"voxels": 2}}, "loss_weights names voxels"),
+    ({"loss_weights": {"cells": 1}, "vision": {"architecture": "resnet3d"}}, "loss_weights.cells needs the hybrid tower"),
+    ({"vision": {"stem_windows": [[1, -1]]}}, "stem_windows is"),
     ({"positive_voxels": {"heavy": 2}}, "positive_voxels has unknown heavy"),
     ({"batch_norm": "none"}, "batch_norm is 'none'"),
     ({"freeze_batch_norm_from": 2}, "freeze_batch_norm_from is 2"),

@@ -68,6 +68,9 @@ class CTInstructVisionConfig(PreTrainedConfig):
     """`paper`: attend on the spatial grid of the last map, then pool. `released`: pool, then attend."""
     stem_channels: int = 64
     """Channels of the 7 x 7 stem convolution, the first of the five feature maps."""
+    stem_windows: list[list[float]] | tuple[tuple[float, float], ...] = ()
+    """Ranges [low, high] of `pixel_values` that the hybrid tower's stem reads as a channel each, clipped and stretched to
+    −1…1, as a slice is looked at in a soft-tissue and a lung window; none, as in the paper: the slice as it is."""
     bottleneck_planes: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     """Inner width of the bottlenecks of each stage; a stage gives `bottleneck_expansion` times as many channels."""
     bottleneck_expansion: int = 4

@@ -36,6 +36,7 @@ class CTInstructPretrainingOutput(ModelOutput):
         contrastive_loss: L_CLIP over the image-text pairs of the batch.
         category_loss: L_cls over the known category labels.
         segmentation_loss: L_seg over the masks.
+        cell_loss: see `CTInstructForPretraining.cell_loss`; only where `loss_weights` names it.
         image_features: [images, D_text], normalised.
         text_features: [texts, D_text], normalised.
         category_logits: [images, categories], scaled cosines.
@@ -47,6 +48,7 @@ class CTInstructPretrainingOutput(ModelOutput):
     contrastive_loss: torch.Tensor | None = None
     category_loss: torch.Tensor | None = None
     segmentation_loss: torch.Tensor | None = None
+    cell_loss: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     text_features: torch.Tensor | None = None
     category_logits: torch.Tensor | None = None
@@ -324,11 +326,12 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
             mask_weights: [masks], how much each counts in the mean; alike by default, as in the paper.
         """
+        wants_cells = bool(self.loss_weights.get("cells")) and mask_labels is not None
         features = self.get_image_features(
             pixel_values,
             patch_grid,
             slice_mask,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=True if wants_cells else output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
         )
@@ -358,6 +361,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
                     mask_weights,
                     self.positive_voxel_power,
                 )
+                if wants_cells:
+                    output.cell_loss = self.cell_loss(features, queries, mask_labels, mask_images, mask_weights)
         output.loss = self.sum_of_losses(output)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
@@ -368,6 +373,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             "contrastive": output.contrastive_loss,
             "category": output.category_loss,
             "segmentation": output.segmentation_loss,
+            "cells": output.cell_loss,
         }
         losses = [loss * self.loss_weights.get(name, 1.0) for name, loss in parts.items() if loss is not None]
         return sum(losses[1:], losses[0]) if losses else None
@@ -383,6 +389,58 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         tokens = F.normalize(self.category_projection(features.last_hidden_state), dim=-1)
         scores = tokens @ classes.T * scale  # [N, categories]
         return smooth_max(scores, features.patch_grid, slice_mask) + self.category_bias
+
+    def cell_loss(
+        self,
+        features: CTInstructVisionOutput,
+        names: torch.Tensor,
+        labels: Sequence[torch.Tensor],
+        owners: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Category alignment of each cell of the tower's last map with what lies in it; not in the paper.
+
+        A slice's label does not say where a finding is, and the decoder marks it from earlier maps: neither teaches the
+        cells, whose mean is the slice's token, to know of something small.
+
+        Args:
+            features: with `hidden_states`, the cells [N, h*w, D] that the tokens are means of.
+            names: [masks, D_text], texts as the decoder is asked with.
+            labels: int8 [D, H, W] on the canvas per mask; a cell has a structure if one of its voxels has.
+            owners: [masks], the image of each; 0 by default.
+            weights: [masks], how much each counts; alike by default.
+        """
+        grids = grid_rows(features.patch_grid)
+        by_grid = [image for grid in dict.fromkeys(grids) for image, one in enumerate(grids) if one == grid]
+        cells = F.normalize(self.category_projection(features.hidden_states[-1]), dim=-1)
+        parts = cells.split(
+            [math.prod(grids[image]) for image in by_grid]
+        )  # hidden states come in the order of the grids
+        cells_of = dict(zip(by_grid, parts, strict=True))
+        texts = F.normalize(names, dim=-1)
+        rows, columns = features.feature_maps[-1].shape[-2:]
+        masks_of: dict[int, list[int]] = {}
+        for mask, owner in enumerate([0] * len(names) if owners is None else owners.tolist()):
+            masks_of.setdefault(owner, []).append(mask)
+        losses: list[torch.Tensor] = [texts.sum() * 0.0] * len(names)
+        for owner, masks in masks_of.items():
+            z, y, x, s = grids[owner]
+            voxels = torch.stack([labels[mask] for mask in masks]).to(cells.device)
+            there = voxels.unflatten(3, (x, columns, -1)).unflatten(2, (y, rows, -1)).amax(dim=(4, 7))
+            there = (
+                there.unflatten(1, (z, s)).permute(0, 1, 3, 5, 2, 4, 6).flatten(1).float()
+            )  # cells as in pixel_values
+            scores = cells_of[owner].flatten(0, 1) @ texts[masks].T * self.category_scale.exp() + self.category_bias
+            known = (there >= 0).float()
+            entropy = F.binary_cross_entropy_with_logits(scores.T.float(), there.clamp(min=0), known, reduction="none")
+            means = entropy.sum(1) / known.sum(1).clamp(min=1)
+            for mask, loss in zip(masks, means, strict=True):
+                losses[mask] = loss
+        each = torch.stack(losses)
+        if weights is None:
+            return each.mean()
+        weights = weights.to(each.device, each.dtype)
+        return (each * weights).sum() / weights.sum()
 
     def segment(
         self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None

@@ -75,7 +75,11 @@ class SliceEncoder(nn.Module):
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__()
         self.slice_chunk_size = config.slice_chunk_size
-        self.stem = ConvNorm(nn.Conv2d(1, config.stem_channels, 7, stride=2, padding=3, bias=False))
+        self.windows = [(float(low), float(high)) for low, high in config.stem_windows]
+        if not all(low < high for low, high in self.windows):
+            raise CTInstructError(f"stem_windows is {self.windows}: give [low, high] of each window.")
+        seen = max(len(self.windows), 1)
+        self.stem = ConvNorm(nn.Conv2d(seen, config.stem_channels, 7, stride=2, padding=3, bias=False))
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = config.stem_channels
         stages = []
@@ -88,9 +92,16 @@ class SliceEncoder(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
 
+    def windowed(self, slices: torch.Tensor) -> torch.Tensor:
+        """[n, H, W] -> [n, windows, H, W], each window stretched to −1…1; [n, 1, H, W] without windows."""
+        if not self.windows:
+            return slices[:, None]
+        seen = [(slices.clamp(low, high) - low) * (2 / (high - low)) - 1 for low, high in self.windows]
+        return torch.stack(seen, dim=1)
+
     def encode(self, slices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One pass over [n, H, W] slices."""
-        stem = self.stem.conv(channels_last(slices[:, None]))
+        stem = self.stem.conv(channels_last(self.windowed(slices)))
         maps = [stem]
         hidden = self.pool(F.relu(self.stem.norm(stem)))
         for stage in self.stages:

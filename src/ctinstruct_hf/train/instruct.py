@@ -26,6 +26,7 @@ from .checkpoints import place_to_start, save_trained
 from .collator import InstructionCollator
 from .language_models import load_language_model
 from .recipe import parse_recipe
+from .stage_one import load_stage_one, start_bridger
 from .token_store import TokenStore
 from .trainer import (
     LOSSES,
@@ -72,6 +73,8 @@ class InstructSettings:
         keep_tokens: with a frozen tower: its tokens are computed once, for samples without masks.
         align_prompts: teach `<SEG>` to prompt the decoder as stage one's text encoder did, instead of by painting masks:
             each request for a mask then costs words only. Needs `vision` and a frozen decoder. Not in the paper.
+        start_bridger: start the bridger with what stage one's category grain reads from a token, see
+            `stage_one.start_bridger`. Needs `vision`, keep_tokens and no `model`. Not in the paper.
         group_by_length: batches of texts of like length.
         padding_side, max_length, max_skipped: see `InstructionCollator`; `max_tokens` is its max_length.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
@@ -94,6 +97,7 @@ class InstructSettings:
     cache: str | None = None
     keep_tokens: bool = False
     align_prompts: bool = False
+    start_bridger: bool = False
     group_by_length: bool = False
     padding_side: str = "right"
     max_tokens: int = 4096
@@ -131,6 +135,8 @@ class InstructSettings:
             raise CTInstructError("keep_tokens needs a frozen tower: add vision_tower to freeze.")
         if self.align_prompts and (self.vision is None or "segmentation_decoder" not in self.freeze):
             raise CTInstructError("align_prompts needs vision (a stage-one folder) and segmentation_decoder in freeze.")
+        if self.start_bridger and (self.vision is None or self.model is not None or not self.keep_tokens):
+            raise CTInstructError("start_bridger needs vision (a stage-one folder), keep_tokens, and no model.")
         if self.load_in_4bit and self.lora is None:
             raise CTInstructError("load_in_4bit needs lora: weights of 4 bits are not trained themselves.")
 
@@ -226,6 +232,31 @@ class _Instructs(MixtureLoop):
     """What both trainers of stage two share."""
 
     held_out: list[list[Item]]
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size == 1 or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        _, outputs = super().compute_loss(model, inputs, True)  # type: ignore[misc]
+        config = base_of(self.accelerator.unwrap_model(model)).config
+        return self.of_joined_batch(outputs, inputs, config)
+
+    def of_joined_batch(self: Any, outputs: Any, inputs: dict[str, Any], config: Any) -> torch.Tensor:
+        """The loss whose gradients, averaged over the processes, are those of their batches in one: each part of it is a
+        mean over its items (words, masks, known labels), of which processes have unequal numbers."""
+        words = (inputs["labels"][:, 1:] != -100).sum()
+        masks = words.new_tensor(len(inputs.get("mask_labels") or ()))
+        labels = inputs.get("disease_labels")
+        known = words.new_zeros(()) if labels is None else (labels >= 0).sum().to(words)
+        own = torch.stack([words, masks, known]).to(outputs.loss)
+        mean = self.accelerator.reduce(own.clone(), reduction="mean")
+        shares = own / mean.clamp(min=1e-6)
+        weights = (1.0, config.segmentation_loss_weight, config.disease_loss_weight)
+        parts = (outputs.lm_loss, outputs.segmentation_loss, outputs.disease_loss)
+        loss = outputs.loss
+        for share, weight, part in zip(shares, weights, parts, strict=True):
+            if part is not None:
+                loss = loss + (share - 1) * weight * part
+        return loss
 
     @torch.no_grad()
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -332,9 +363,15 @@ def instruct(
         with args.main_process_first(desc="tokens"):
             read = [*entries, *([held_out] if held_out else [])]
             tokens.fill(_images_to_read(read, with_masks=settings.align_prompts), tell)
+    embed = None
+    if settings.align_prompts or settings.start_bridger:
+        stage_one, embed = load_stage_one(str(settings.vision))
+        if settings.start_bridger and start is None:
+            assert tokens is not None
+            start_bridger(base_of(model).model.bridger, stage_one, embed, tokens, entries)
     collator = InstructionCollator(
         store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens,
-        stage_one_prompts(settings.vision) if settings.align_prompts else None, base_of(model).config.names_masks,
+        embed if settings.align_prompts else None, base_of(model).config.names_masks,
     )  # fmt: skip
     mixture = make_mixture(entries, args, start)
     looked_at = None if held_out is None else placeholder(entries)  # `evaluate` reads the held-out batches
@@ -365,29 +402,6 @@ def check_rows(entry: MixtureEntry) -> None:
         raise CTInstructError(f"'{entry.name}' has no rows of the tasks {', '.join(entry.tasks) or 'asked for'}.")
     if not row["images"]:
         raise CTInstructError(f"'{entry.name}': sample '{row['id']}' has no image; every instruction is about a scan.")
-
-
-def stage_one_prompts(folder: str | None) -> Callable[[Sequence[str]], torch.Tensor]:
-    """What stage one's text encoder and projection made of names: the prompts that its decoder was trained with.
-
-    Raises:
-        CTInstructError: where the folder holds no stage-one model with its tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
-
-    try:
-        model = CTInstructForPretraining.from_pretrained(folder).eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CTInstructError(f"vision: {folder} has no text encoder, which align_prompts needs.") from error
-
-    def prompts(names: Sequence[str]) -> torch.Tensor:
-        words = tokenizer(list(names), return_tensors="pt", padding=True)
-        return model.embed_texts(words["input_ids"], words["attention_mask"])
-
-    return prompts
 
 
 def _images_to_read(entries: Sequence[MixtureEntry], with_masks: bool) -> list[ImageRef]:

@@ -57,7 +57,8 @@ class PretrainSettings:
         positive_voxels: {weight, steps, end, power}: voxels inside a mask weigh so much in the cross entropy at first and
             `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
             With `power` that is the most, and large structures get less, see `masks_loss`.
-        loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 3.
+        loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 3, and `cells`, 0 by
+            default, of `CTInstructForPretraining.cell_loss`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
             convolutions with batch norm like.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
@@ -99,9 +100,10 @@ class PretrainSettings:
         if self.freeze_batch_norm_from is not None and not 0 <= self.freeze_batch_norm_from <= 1:
             raise CTInstructError(f"freeze_batch_norm_from is {self.freeze_batch_norm_from}: give a share from 0 to 1.")
         check_voxels(self.positive_voxels)
-        unknown = sorted(set(self.loss_weights) - set(GRAINS))
+        losses = (*GRAINS, "cells")
+        unknown = sorted(set(self.loss_weights) - set(losses))
         if unknown:
-            raise CTInstructError(f"loss_weights names {', '.join(unknown)}: known are {', '.join(GRAINS)}.")
+            raise CTInstructError(f"loss_weights names {', '.join(unknown)}: known are {', '.join(losses)}.")
         wrong = sorted(set(self.freeze) - set(PARTS))
         if wrong:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
@@ -135,6 +137,10 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
         config.text_encoder_config = encoder.config
         model = CTInstructForPretraining(config)
         model.text_encoder.load_state_dict(encoder.state_dict())
+    if settings.loss_weights.get("cells") and model.config.vision_config.architecture != "hybrid":
+        raise CTInstructError(
+            "loss_weights.cells needs the hybrid tower: the others have no cells that tokens are means of."
+        )
     model.loss_weights = {name: float(weight) for name, weight in settings.loss_weights.items()}
     set_batch_norm(model, settings.batch_norm)
     for name in settings.freeze:  # a frozen part keeps its running statistics too

@@ -17,7 +17,15 @@ from ..errors import CTInstructError
 from .bad_numbers import BadSteps, check_weights
 from .checkpoints import mark_complete
 
-LOSSES = ("contrastive_loss", "category_loss", "segmentation_loss", "lm_loss", "disease_loss", "query_loss")
+LOSSES = (
+    "contrastive_loss",
+    "category_loss",
+    "segmentation_loss",
+    "cell_loss",
+    "lm_loss",
+    "disease_loss",
+    "query_loss",
+)
 
 
 def data_seed(args: TrainingArguments) -> int:
