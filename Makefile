@@ -50,9 +50,8 @@ tiny: ## train the bundled checkpoint again: two hours on two cores; goes on whe
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
 	@$(BIN)/ctinstruct instruct tiny
-	@$(BIN)/ctinstruct instruct tiny-steady
-	@$(BIN)/ctinstruct calibrate --model runs/tiny-stage-two-steady/model --data phantoms:trunk:3400-3600
-	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two-steady/model
+	@$(BIN)/ctinstruct calibrate --model runs/tiny-stage-two/model --data phantoms:trunk:3400-3600
+	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two/model
 
 bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
 	@scripts/install.sh
