@@ -96,6 +96,8 @@ def test_a_slice_goes_through_a_finding(finding: str) -> None:
     assert not any(without.labels[finding] for _, without in pairs)
     with pytest.raises(CTInstructError, match="gout"):
         make_phantom(0, kind="slice", through="gout")
+    with pytest.raises(CTInstructError, match="level of a slice"):
+        make_phantom(0, through=finding)
 
 
 def test_focused_slices_show_every_finding_often() -> None:

@@ -255,10 +255,12 @@ def make_phantom(
             chance show a small one.
 
     Raises:
-        CTInstructError: for an unknown kind or finding, or an impossible shape.
+        CTInstructError: for an unknown kind or finding, an impossible shape, or `through` for a volume.
     """
     if kind not in ("volume", "slice"):
         raise CTInstructError(f"kind is '{kind}': use 'volume' or 'slice'.")
+    if through is not None and kind != "slice":
+        raise CTInstructError("through is the level of a slice: a volume has none.")
     unknown = {*(findings or {}), *([] if through is None else [through])} - set(FINDINGS)
     if unknown:
         raise CTInstructError(f"findings has unknown names {sorted(unknown)}: use those of FINDINGS.")
