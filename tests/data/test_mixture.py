@@ -253,7 +253,7 @@ def test_choices_are_made_from_labels() -> None:
     samples = [from_row(row, "instructions") for row in made]
     assert len(samples) == 15
     assert len({repr(sample.messages) for sample in samples}) == 15  # type: ignore[union-attr]
-    seen = set()
+    seen, sizes = set(), set()
     for sample in samples:
         assert sample.task == "multiple_choice"  # type: ignore[union-attr]
         labels = phantom_of(sample.images[0].path).labels  # type: ignore[union-attr]
@@ -264,11 +264,13 @@ def test_choices_are_made_from_labels() -> None:
             wanted = int("is present" in question)
             seen.add(wanted)
             options = dict(zip("ABCD", options_of(question), strict=False))
+            sizes.add(len(options))
             name, letter = re.fullmatch(r"(.+) \((.)\)", answer).groups()  # type: ignore[union-attr]
             assert options[letter] == name
             assert chosen_option(answer, list(options.values())) == "ABCD".index(letter)
             assert [one for one in options.values() if labels[one] == wanted] == [name]
     assert seen == {0, 1}
+    assert sizes == {2, 3, 4}
     assert choices_from_labels(rows, 5, 4) == made
     for row in rows:  # nothing to choose between
         row["labels"] = [{**label, "value": 1} for label in row["labels"]]

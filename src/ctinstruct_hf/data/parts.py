@@ -155,7 +155,7 @@ def choices_from_labels(
     Args:
         rows: of `InstructionSample`; of each image the first with a known label is taken.
         conversations: for each image.
-        turns: questions of one conversation, each with one right choice and up to three wrong ones.
+        turns: questions of one conversation, each with one right choice and one to three wrong ones: of two, choosing is learned first.
         seed: of the choices, with the row's id.
     """
     asked: dict[str, dict[str, Any]] = {}
@@ -174,7 +174,7 @@ def choices_from_labels(
             for turn in range(turns):
                 kind = int(rng.integers(2))
                 right = str(rng.choice(sides[kind]))
-                wrong = rng.permutation(sides[1 - kind])[:3]
+                wrong = rng.permutation(sides[1 - kind])[: int(rng.integers(1, 4))]
                 choices = [str(name) for name in rng.permutation([right, *wrong])]
                 question = templates.ask_choice(WHICH[kind], choices, rng)
                 content = [*([] if turn else images), {"type": "text", "text": question}]
