@@ -419,6 +419,8 @@ def test_every_row_of_the_ablations_is_a_recipe() -> None:
     assert tasks["Hybrid"] == {"contrastive", "category", "segmentation"}
     assert told["ViT3D"]["vision"]["architecture"] == "vit3d"
     assert len(told["2D + 3D"]["mixture"]) > len(told["3D"]["mixture"])
+    weights = [recipe_of_row(read_recipe("tiny"), row)["loss_weights"] for row in ("ResNet3D", "Hybrid")]
+    assert ["cells" in one for one in weights] == [False, True]  # only the hybrid tower has cells
     with pytest.raises(CTInstructError, match="no row 'ITC only'"):
         recipe_of_row(read_recipe("paper"), "ITC only")
 

@@ -413,9 +413,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         grids = grid_rows(features.patch_grid)
         by_grid = [image for grid in dict.fromkeys(grids) for image, one in enumerate(grids) if one == grid]
         cells = F.normalize(self.category_projection(features.hidden_states[-1]), dim=-1)
-        parts = cells.split(
-            [math.prod(grids[image]) for image in by_grid]
-        )  # hidden states come in the order of the grids
+        # hidden states come in the order of the grids
+        parts = cells.split([math.prod(grids[image]) for image in by_grid])
         cells_of = dict(zip(by_grid, parts, strict=True))
         texts = F.normalize(names, dim=-1)
         rows, columns = features.feature_maps[-1].shape[-2:]
@@ -427,9 +426,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             z, y, x, s = grids[owner]
             voxels = torch.stack([labels[mask] for mask in masks]).to(cells.device)
             there = voxels.unflatten(3, (x, columns, -1)).unflatten(2, (y, rows, -1)).amax(dim=(4, 7))
-            there = (
-                there.unflatten(1, (z, s)).permute(0, 1, 3, 5, 2, 4, 6).flatten(1).float()
-            )  # cells as in pixel_values
+            # cells in the order of pixel_values
+            there = there.unflatten(1, (z, s)).permute(0, 1, 3, 5, 2, 4, 6).flatten(1).float()
             scores = cells_of[owner].flatten(0, 1) @ texts[masks].T * self.category_scale.exp() + self.category_bias
             known = (there >= 0).float()
             entropy = F.binary_cross_entropy_with_logits(scores.T.float(), there.clamp(min=0), known, reduction="none")

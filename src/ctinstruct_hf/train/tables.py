@@ -69,6 +69,8 @@ def row_recipe(recipe: dict[str, Any], grains: Sequence[str], architecture: str,
         if tasks:
             parts.append({**part, "tasks": tasks})
     row = merge(recipe, {"mixture": parts, "vision": {"architecture": architecture}})
+    if architecture != "hybrid" and "loss_weights" in row:  # the other towers have no cells
+        row["loss_weights"] = {name: weight for name, weight in row["loss_weights"].items() if name != "cells"}
     row["learning_rates"] = {
         TRANSFORMER[architecture] if name == TRANSFORMER["hybrid"] else name: rate
         for name, rate in recipe.get("learning_rates", {}).items()
