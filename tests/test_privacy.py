@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -50,6 +51,8 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leaks(content: bytes) -> set[str]:
+    """What was planted and is in these bytes, or in the pictures within: in their base64 itself, four letters are chance."""
+    content = re.sub(rb"base64,([0-9A-Za-z+/=]+)", lambda match: base64.b64decode(match[1]), content)
     found = {match.decode() for match in re.findall(rb"PLANT[0-9A-F]{8}", content)}
     return found | {match.decode() for match in re.findall(rb"1873011[4-7]|1873-01-1[4-7]|137Y", content)}
 
