@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 CATEGORY_DESCRIPTIONS: dict[str, str] = {
     "medical material": "Medical material such as a pacemaker, a catheter, clips or wires is visible.",
     "calcification": "Calcium deposits, bright as bone, are visible.",
@@ -29,6 +31,11 @@ CATEGORY_DESCRIPTIONS: dict[str, str] = {
     "normal": "The scan is normal, without any abnormality.",
     "COVID infection": "Areas of the lungs are infected by COVID-19.",
 }
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """What stage one's grains say of a row: the names of its structures and the sentences of its categories."""
+    return [mask["name"] for mask in row["masks"]] + [describe_category(label["name"]) for label in row["labels"]]
 
 
 def describe_category(name: str) -> str:

@@ -127,7 +127,7 @@ def _what(config: dict[str, Any]) -> str:
 
 def _width(vision: dict[str, Any]) -> Any:
     planes = vision.get("bottleneck_planes")
-    return vision.get("hidden_size") or (planes[-1] * 4 if planes else "unknown")
+    return vision.get("hidden_size") or (planes[-1] * vision.get("bottleneck_expansion", 4) if planes else "unknown")
 
 
 def _use(title: str) -> str:

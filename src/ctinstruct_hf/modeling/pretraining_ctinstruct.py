@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError
-from .losses_ctinstruct import label_loss, masks_loss
+from .losses_ctinstruct import label_loss, masks_loss, weighted_mean
 from .modeling_ctinstruct import CTInstructPreTrainedModel
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
@@ -434,11 +434,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             means = entropy.sum(1) / known.sum(1).clamp(min=1)
             for mask, loss in zip(masks, means, strict=True):
                 losses[mask] = loss
-        each = torch.stack(losses)
-        if weights is None:
-            return each.mean()
-        weights = weights.to(each.device, each.dtype)
-        return (each * weights).sum() / weights.sum()
+        return weighted_mean(torch.stack(losses), weights)
 
     def segment(
         self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None

@@ -233,30 +233,20 @@ class _Instructs(MixtureLoop):
 
     held_out: list[list[Item]]
 
-    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.args.world_size == 1 or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        _, outputs = super().compute_loss(model, inputs, True)  # type: ignore[misc]
-        config = base_of(self.accelerator.unwrap_model(model)).config
-        return self.of_joined_batch(outputs, inputs, config)
-
-    def of_joined_batch(self: Any, outputs: Any, inputs: dict[str, Any], config: Any) -> torch.Tensor:
+    def loss_of(self: Any, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss whose gradients, averaged over the processes, are those of their batches in one: each part of it is a
         mean over its items (words, masks, known labels), of which processes have unequal numbers."""
+        if self.args.world_size == 1:
+            return outputs.loss
         words = (inputs["labels"][:, 1:] != -100).sum()
         masks = words.new_tensor(len(inputs.get("mask_labels") or ()))
         labels = inputs.get("disease_labels")
         known = words.new_zeros(()) if labels is None else (labels >= 0).sum().to(words)
         own = torch.stack([words, masks, known]).to(outputs.loss)
-        mean = self.accelerator.reduce(own.clone(), reduction="mean")
-        shares = own / mean.clamp(min=1e-6)
-        weights = (1.0, config.segmentation_loss_weight, config.disease_loss_weight)
+        shares = own / self.accelerator.reduce(own.clone(), reduction="mean").clamp(min=1e-6)
         parts = (outputs.lm_loss, outputs.segmentation_loss, outputs.disease_loss)
-        loss = outputs.loss
-        for share, weight, part in zip(shares, weights, parts, strict=True):
-            if part is not None:
-                loss = loss + (share - 1) * weight * part
-        return loss
+        scaled = [None if part is None else share * part for share, part in zip(shares, parts, strict=True)]
+        return base_of(self.accelerator.unwrap_model(self.model)).total_loss(*scaled, outputs.query_loss)
 
     @torch.no_grad()
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -364,9 +354,10 @@ def instruct(
             read = [*entries, *([held_out] if held_out else [])]
             tokens.fill(_images_to_read(read, with_masks=settings.align_prompts), tell)
     embed = None
-    if settings.align_prompts or settings.start_bridger:
+    starts = settings.start_bridger and start is None
+    if settings.align_prompts or starts:
         stage_one, embed = load_stage_one(str(settings.vision))
-        if settings.start_bridger and start is None:
+        if starts:
             assert tokens is not None
             start_bridger(base_of(model).model.bridger, stage_one, embed, tokens, entries)
     collator = InstructionCollator(

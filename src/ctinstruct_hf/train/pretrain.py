@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..data.descriptions import describe_category
+from ..data.descriptions import texts_of
 from ..data.mixture import MixtureEntry
 from ..data.parts import GRAINS, check_part, load_part
 from ..data.store import PatchStore
@@ -166,8 +166,7 @@ def spread_texts(model: CTInstructForPretraining, words: Any, entries: Sequence[
     reports: list[str] = []
     for entry in entries:
         for row in itertools.islice(iter(entry.rows), most):
-            names |= dict.fromkeys(mask["name"] for mask in row["masks"])
-            names |= dict.fromkeys(describe_category(label["name"]) for label in row["labels"])
+            names |= dict.fromkeys(texts_of(row))
             reports += row["texts"][:1]
     texts = [*names, *reports[:most]]
     if len(texts) < 3:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.descriptions import describe_category
+from ..data.descriptions import texts_of
 from ..data.mixture import MixtureEntry
 from ..data.samples import ImageRef
 from ..errors import CTInstructError
@@ -71,8 +71,7 @@ def start_bridger(
     images: dict[str, ImageRef] = {}
     for entry in entries:
         for row in itertools.islice(iter(entry.rows), 10_000):
-            names |= dict.fromkeys(mask["name"] for mask in row["masks"])
-            names |= dict.fromkeys(describe_category(label["name"]) for label in row["labels"])
+            names |= dict.fromkeys(texts_of(row))
             if len(images) < most_images:
                 images |= {image["path"]: ImageRef(**image) for image in row["images"]}
     if not names or not images:

@@ -166,7 +166,12 @@ class MixtureLoop:
             if value is not None:
                 self._parts[name][0] += float(value.detach())
                 self._parts[name][1] += 1
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = self.loss_of(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_of(self: Any, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """What a step learns from: the model's own loss."""
+        return outputs.loss
 
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # each part, averaged over the batches that had it

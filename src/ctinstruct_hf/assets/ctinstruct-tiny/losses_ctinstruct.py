@@ -118,6 +118,11 @@ def masks_loss(
     else:
         triples = zip(logits, labels, inside, strict=True)
         losses = torch.stack([mask_loss(one, truth, positive_weight=weight) for one, truth, weight in triples])
+    return weighted_mean(losses, weights)
+
+
+def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Mean of [n] by weights [n], alike without."""
     if weights is None:
         return losses.mean()
     weights = weights.to(losses.device, losses.dtype)
