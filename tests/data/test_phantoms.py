@@ -9,7 +9,7 @@ import pytest
 from conftest import shared
 
 from ctinstruct_hf import CTInstructError, read_volume
-from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
+from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, SIDED, UNIONS, _Canvas, make_phantom
 from ctinstruct_hf.data.reading import PhantomRef
 
 
@@ -157,3 +157,29 @@ def test_trunks_differ_and_short_scans_lie_anywhere() -> None:
         lowest.append(phantom.masks["lungs"].sum() > phantom.masks["liver"].sum())
     assert len(set(widths)) >= 4
     assert len(set(lowest)) == 2  # some of the chest, some of the abdomen
+
+
+def test_sides_are_those_of_what_is_seen() -> None:
+    for seed in range(6):
+        phantom = make_phantom(seed, (32, 96, 96), findings={"pleural effusion": 1, "kidney stone": 1})
+        for name, organ in SIDED.items():
+            for side in ("right", "left"):
+                if organ:
+                    half = phantom.finding_masks.get(name, np.zeros(1, bool)) & phantom.masks[f"{side} {organ}"]
+                    assert phantom.sides[f"{name} on the {side}"] == int(half.any())
+            told = {one.side for one in phantom.findings if one.name == name}
+            assert told == {side for side in ("right", "left") if phantom.sides[f"{name} on the {side}"]}
+
+
+def test_a_tube_is_round_and_grows_thin() -> None:
+    canvas = _Canvas(np.random.default_rng(0), (40, 40, 40), (2.0, 2.0, 2.0))
+    z, y, x = np.meshgrid(*[np.arange(40.0) * 2 - 39] * 3, indexing="ij")
+    canvas.x, canvas.y, canvas.z, canvas.centre = x, y, z, np.zeros(3)
+    canvas.turn = canvas.back = np.eye(3, dtype=np.float32)
+    box, inside = canvas.tube((-20, 0, 0), (20, 0, 0), 8.0, 4.0)  # type: ignore[misc]
+    whole = np.zeros(canvas.shape, bool)
+    whole[box] = inside
+    widths = whole[:, :, [10, 20, 29]].sum(axis=(0, 1)) * 4  # mm², at x = -19, 1 and 19
+    assert widths == pytest.approx([np.pi * (8 - (at + 20) / 10) ** 2 for at in (-19, 1, 19)], rel=0.2)
+    assert whole[20, 20, 7]  # a round end of 8 mm
+    assert not whole[:, :, :4].any()

@@ -116,7 +116,7 @@ def write_report(
 
 def with_article(name: str) -> str:
     """ "a pleural effusion", "an …"; conditions without number go without."""
-    if name in (
+    if name.partition(" on the ")[0] in (
         "emphysema",
         "cardiomegaly",
         "consolidation",

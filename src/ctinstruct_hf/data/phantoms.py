@@ -59,6 +59,14 @@ UNIONS: dict[str, tuple[str, ...]] = {
     "kidneys": ("right kidney", "left kidney"),
     "bones": ("spine", "ribs", "sternum"),
 }
+# findings with a side, and the organ whose half they lie in; a device is told by the painter's side
+SIDED: dict[str, str] = {
+    "pleural effusion": "lung",
+    "consolidation": "lung",
+    "atelectasis": "lung",
+    "kidney stone": "kidney",
+    "medical material": "",
+}
 # HU by contrast phase: native, arterial, portal venous; spread between patients
 _HU: dict[str, tuple[tuple[float, float, float], float]] = {
     "heart": ((40, 190, 120), 12),
@@ -122,6 +130,20 @@ class Phantom:
             found = self.finding_masks.get(name)
             masks[name] = found if found is not None else np.zeros(self.organ_map.shape, bool)
         return masks
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """{"<finding> on the right": 0 or 1, …} for both sides of every one of `SIDED`."""
+        told = {(one.name, one.side) for one in self.findings}
+        sides: dict[str, int] = {}
+        for name, organ in SIDED.items():
+            found = self.finding_masks.get(name)
+            for side in ("right", "left"):
+                there = (name, side) in told and found is not None
+                if there and organ:  # of a slice's findings, what lies in its neighbours is not seen
+                    there = bool(found[self.organ_map == ORGANS.index(f"{side} {organ}") + 1].any())
+                sides[f"{name} on the {side}"] = int(there)
+        return sides
 
 
 class _Canvas:
@@ -200,6 +222,26 @@ class _Canvas:
         distance += np.square((self.y[box] - np.float32(c[1])) * np.float32(1 / a[1]))
         distance += np.square((self.z[box] - np.float32(c[2])) * np.float32(1 / a[2]))
         return box, distance < 1
+
+    def tube(
+        self,
+        start: tuple[float, float, float],
+        end: tuple[float, float, float],
+        first_radius: float,
+        last_radius: float,
+    ) -> tuple[tuple[slice, slice, slice], np.ndarray] | None:
+        """(box, inside) of a straight tube between two points in the patient, with round ends."""
+        a, b = np.array(start), np.array(end)
+        box = self.box(np.minimum(a, b) - first_radius, np.maximum(a, b) + first_radius)
+        if box is None:
+            return None
+        along = (b - a).astype(np.float32)
+        x, y, z = (field[box] - np.float32(at) for field, at in zip((self.x, self.y, self.z), a, strict=True))
+        share = np.clip((x * along[0] + y * along[1] + z * along[2]) / np.square(along).sum(), 0, 1)
+        distance = np.square(x - share * along[0])
+        distance += np.square(y - share * along[1])
+        distance += np.square(z - share * along[2])
+        return box, distance < np.square(np.float32(first_radius) + share * np.float32(last_radius - first_radius))
 
     def organ(self, name: str, box: tuple[slice, slice, slice], inside: np.ndarray, hu: float) -> None:
         self.organs[box][inside] = ORGANS.index(name) + 1
@@ -394,8 +436,9 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     _back_muscles(c, hu, chest)
 
     _bones(c, hu, chest, fat_share, deep)
-    _chest(c, hu, present)
-    _abdomen(c, hu)
+    breath = _Diaphragm(float(rng.uniform(-16, 16)), float(rng.uniform(0.006, 0.014)), float(rng.uniform(0.005, 0.013)))
+    _chest(c, hu, present, breath)
+    _abdomen(c, hu, breath)
     _vessels(c, hu)
 
 
@@ -458,44 +501,56 @@ def _bones(c: _Canvas, hu: dict[str, float], chest: np.ndarray, fat_share: np.fl
         c.organ("sternum", box, inside & (chest[box] < 1), hu["sternum"])
 
 
-def _diaphragm(x: np.ndarray, y: np.ndarray, side: float) -> np.ndarray:
-    """Height of the dome under a lung: higher on the right, falling toward the wall and the back."""
-    top = 14.0 if side < 0 else 4.0
-    return (
-        np.float32(top)
-        - np.float32(0.010) * np.square(x - np.float32(side * 70))
-        - np.float32(0.0085) * np.square(y + np.float32(15))
-    )
+@dataclass(frozen=True)
+class _Diaphragm:
+    """How far a patient has breathed out, and how steep the domes are.
+
+    Attributes:
+        rise: mm above its mean place; the organs under it go with it.
+        across, along: how fast a dome falls toward the wall and toward the back.
+    """
+
+    rise: float
+    across: float
+    along: float
+
+    def height(self, x: np.ndarray, y: np.ndarray, side: float) -> np.ndarray:
+        """Height of the dome under a lung: higher on the right, falling toward the wall and the back."""
+        top = self.rise + (14.0 if side < 0 else 4.0)
+        return (
+            np.float32(top)
+            - np.float32(self.across) * np.square(x - np.float32(side * 70))
+            - np.float32(self.along) * np.square(y + np.float32(15))
+        )
 
 
-def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
+def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int], breath: _Diaphragm) -> None:
     rng = c.rng
     for name, side in (("right lung", -1.0), ("left lung", 1.0)):
-        part = c.ellipsoid((side * 73, 2, 75), (63, 86, 128))
+        part = c.ellipsoid((side * 73, 2, 75), tuple(np.array([63, 86, 128]) * rng.uniform(0.95, 1.05, 3)))  # type: ignore[arg-type]
         if part:
             box, inside = part
-            inside &= c.z[box] > _diaphragm(c.x[box], c.y[box], side)
+            inside &= c.z[box] > breath.height(c.x[box], c.y[box], side)
             inside &= side * c.x[box] > 14
             c.organ(name, box, inside, hu["lung"])
             # denser where gravity pulls
             c.hu[box][inside] += (np.float32(0.5) * (c.y[box] + 20))[inside]
-    for _ in range(60):  # lung vessels run away from the hilum
+    for _ in range(70):  # lung vessels run away from the hilum and grow thin
         side = rng.choice([-1.0, 1.0])
-        start = np.array([side * 35, 10, 60.0])
+        place = np.array([side * 35, 10, 60.0]) + rng.normal(0, 6, 3)
         direction = rng.normal(size=3)
         direction[0] = abs(direction[0]) * side
-        direction /= np.linalg.norm(direction)
-        for step in range(1, 5):
-            place = start + direction * step * 17 + rng.normal(0, 3, 3)
-            radius = max(2.0, 5.5 - step)
-            part = c.ellipsoid(
-                tuple(place),
-                (radius + abs(direction[0]) * 7, radius + abs(direction[1]) * 7, radius + abs(direction[2]) * 7),
-            )
-            if part:
-                box, inside = part
+        radius = float(rng.uniform(1.5, 4.0))
+        for _ in range(3):
+            direction = direction / np.linalg.norm(direction)
+            end = place + direction * rng.uniform(18, 32)
+            vessel = c.tube(tuple(place), tuple(end), radius, radius * 0.72)
+            if vessel:
+                box, inside = vessel
                 inside &= c.is_organ(box, "right lung", "left lung")
                 c.hu[box][inside] = 30
+            place, radius = end, radius * 0.72
+            direction = direction + rng.normal(0, 0.3, 3)
     # the mediastinum between the lungs
     part = c.box(np.array([-40, -80, -20]), np.array([40, 70, 215]))
     if part:
@@ -528,7 +583,7 @@ def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
         c.organ("esophagus", part, inside & ~c.is_organ(part, "spine"), hu["esophagus"])
 
 
-def _abdomen(c: _Canvas, hu: dict[str, float]) -> None:
+def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm) -> None:
     rng = c.rng
 
     def organ(
@@ -540,16 +595,17 @@ def _abdomen(c: _Canvas, hu: dict[str, float]) -> None:
             return
         box, inside = part
         if side:
-            inside &= c.z[box] < _diaphragm(c.x[box], c.y[box], side) - 2
+            inside &= c.z[box] < breath.height(c.x[box], c.y[box], side) - 2
         inside &= ~c.is_organ(box, "ribs", "spine", "subcutaneous fat", "right lung", "left lung", "heart")
         inside &= c.organs[box] > 0
         c.organ(name, box, inside, hu[name])
 
-    organ("liver", (-62, -6, -48), (88, 80, 72), side=-1.0)
-    organ("liver", (8, -42, -36), (62, 38, 34), side=-1.0)
-    organ("spleen", (98, 34, -46), (32, 48, 50), side=1.0)
-    organ("stomach", (56, -34, -52), (42, 34, 44), side=1.0)
-    part = c.ellipsoid((56, -34, -52), (38, 30, 40))
+    rise = breath.rise
+    organ("liver", (-62, -6, rise - 48), (88, 80, 72), side=-1.0)
+    organ("liver", (8, -42, rise - 36), (62, 38, 34), side=-1.0)
+    organ("spleen", (98, 34, rise - 46), (32, 48, 50), side=1.0)
+    organ("stomach", (56, -34, rise - 52), (42, 34, 44), side=1.0)
+    part = c.ellipsoid((56, -34, rise - 52), (38, 30, 40))
     if part:
         box, inside = part
         air = inside & c.is_organ(box, "stomach") & (c.y[box] < np.float32(-34 + rng.uniform(-14, 2)))
@@ -860,4 +916,4 @@ def _volume(c: _Canvas) -> CTVolume:
     return CTVolume(np.rint(c.hu).astype(np.int16), affine, source, [])
 
 
-__all__ = ["FINDINGS", "ORGANS", "UNIONS", "Phantom", "make_phantom"]
+__all__ = ["FINDINGS", "ORGANS", "SIDED", "UNIONS", "Phantom", "make_phantom"]

@@ -15,6 +15,8 @@ from .phantoms import FINDINGS, Phantom, make_phantom
 from .samples import ImageRef, MaskRef
 
 SLICE_KINDS = ("slice", "focus")
+# what slices of `focus` go through in turn: what is small or pale more often, and a level of chance
+_FOCUS: tuple[str | None, ...] = (*FINDINGS, "lung nodule", "liver lesion", "liver lesion", None, None, None)
 PHANTOM_KINDS = ("trunk", "cropped", "whole", *SLICE_KINDS)
 
 
@@ -24,7 +26,8 @@ class PhantomRef:
 
     `trunk` is 64 x 128 x 128 voxels of the whole chest and upper abdomen, `cropped` 32 x 128 x 128 of any part of it,
     `whole` 128 x 160 x 160, `slice` one axial slice of 128 x 128 at a level of chance, `focus` one at the level of a finding,
-    of each as often, in two of three made to be there and in the third made not to be; one in six is at a level of chance.
+    in two of three made to be there and in the third made not to be: lesions three times as often as most, nodules twice;
+    one in six is at a level of chance.
     """
 
     kind: str
@@ -52,8 +55,8 @@ class PhantomRef:
         field = rng.uniform(330, 420)
         if self.kind in SLICE_KINDS:
             spacing = (5.0, field / 128, field / 128)
-            turn, place = divmod(self.seed, len(FINDINGS) + 3)
-            through = FINDINGS[place] if self.kind == "focus" and place < len(FINDINGS) else None
+            turn, place = divmod(self.seed, len(_FOCUS))
+            through = _FOCUS[place] if self.kind == "focus" else None
             if through is not None:
                 changes = {through: int(turn % 3 > 0), **changes}
             return make_phantom(self.seed, (1, 128, 128), spacing, kind="slice", findings=changes, through=through)

@@ -40,7 +40,7 @@ def phantom_case(ref: PhantomRef, split: str) -> Case:
         source="phantoms",
         patient=f"phantom-{ref.seed}",
         texts={"report": phantom.report, "findings": findings, "impression": impression},
-        labels=[Label(name, value) for name, value in phantom.labels.items()],
+        labels=[Label(name, value) for name, value in (phantom.labels | phantom.sides).items()],
         masks=masks,
         structures=[*STRUCTURES, *FINDINGS],
         questions=questions,
