@@ -151,7 +151,7 @@ def test_made_up_scans_have_the_masks_of_their_phantom(tmp_path: Path) -> None:
     for name in ("liver", "lungs", "body", "right kidney", *[name for name, there in phantom.labels.items() if there]):
         canvas = store.mask(image, MaskRef(name, image.path))
         assert torch.equal(canvas > 0, store.image_processor.labels_to_canvas(phantom.masks[name].astype(np.uint8), phantom.volume) > 0)  # fmt: skip
-    assert {label["name"]: label["value"] for label in row["labels"]} == phantom.labels
+    assert {label["name"]: label["value"] for label in row["labels"]} == phantom.labels | phantom.sides
     assert phantom_rows("cropped", [4], "test", store=store, workers=1) == [{**row, "split": "test"}]
     without = PhantomRef("cropped", 4, (("lung nodule", 0),))
     assert PhantomRef.parse(str(without)) == without
@@ -265,7 +265,8 @@ def test_choices_are_made_from_labels() -> None:
             seen.add(wanted)
             options = dict(zip("ABCD", options_of(question), strict=False))
             sizes.add(len(options))
-            name, letter = re.fullmatch(r"(.+) \((.)\)", answer).groups()  # type: ignore[union-attr]
+            weighed, name, letter = re.fullmatch(r"(.+)\. Answer: (.+) \((.)\)", answer).groups()  # type: ignore[union-attr]
+            assert weighed == ", ".join(f"{one}: {('no', 'yes')[labels[one]]}" for one in options.values())
             assert options[letter] == name
             assert chosen_option(answer, list(options.values())) == "ABCD".index(letter)
             assert [one for one in options.values() if labels[one] == wanted] == [name]

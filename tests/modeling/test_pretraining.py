@@ -149,7 +149,10 @@ def test_the_cell_loss_by_hand(tiny_config) -> None:
     scores = [cells[own] @ text * model.category_scale.exp() for own, text in zip(rows, texts, strict=True)]
     truth = [torch.zeros_like(one) for one in scores]
     truth[1][3, 1 * columns + 0] = 1
-    each = [F.binary_cross_entropy_with_logits(a, b).item() for a, b in zip(scores, truth, strict=True)]
+    rarity = torch.tensor(15.0).sqrt()  # one cell of sixteen
+    each = [
+        F.binary_cross_entropy_with_logits(a, b, pos_weight=rarity).item() for a, b in zip(scores, truth, strict=True)
+    ]
     assert output.cell_loss.item() == pytest.approx(sum(each) / 3, rel=1e-4)
     weighted = model(**inputs, mask_weights=torch.tensor([1.0, 3.0, 0.0])).cell_loss
     assert weighted.item() == pytest.approx((each[0] + 3 * each[1]) / 4, rel=1e-4)

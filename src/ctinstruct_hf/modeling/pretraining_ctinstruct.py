@@ -401,7 +401,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         """Category alignment of each cell of the tower's last map with what lies in it; not in the paper.
 
         A slice's label does not say where a finding is, and the decoder marks it from earlier maps: neither teaches the
-        cells, whose mean is the slice's token, to know of something small.
+        cells, whose mean is the slice's token, to know of something small. Cells inside weigh sqrt(outside / inside), at
+        most 10: of a slice's cells, a lesion fills one or two.
 
         Args:
             features: with `hidden_states`, the cells [N, h*w, D] that the tokens are means of.
@@ -430,7 +431,11 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             there = there.unflatten(1, (z, s)).permute(0, 1, 3, 5, 2, 4, 6).flatten(1).float()
             scores = cells_of[owner].flatten(0, 1) @ texts[masks].T * self.category_scale.exp() + self.category_bias
             known = (there >= 0).float()
-            entropy = F.binary_cross_entropy_with_logits(scores.T.float(), there.clamp(min=0), known, reduction="none")
+            inside = (there > 0).float().sum(1, keepdim=True)
+            rarity = ((known.sum(1, keepdim=True) - inside) / inside.clamp(min=1)).sqrt().clamp(1, 10)
+            entropy = F.binary_cross_entropy_with_logits(
+                scores.T.float(), there.clamp(min=0), known, reduction="none", pos_weight=rarity
+            )
             means = entropy.sum(1) / known.sum(1).clamp(min=1)
             for mask, loss in zip(masks, means, strict=True):
                 losses[mask] = loss

@@ -27,6 +27,7 @@ from .batch_norm import FreezeBatchNorm, set_batch_norm
 from .checkpoints import place_to_start, save_trained
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
+from .stage_one import ALIGNED
 from .text_encoders import load_text_encoder
 from .trainer import MixtureTrainer, check_rates, check_voxels, data_seed, make_mixture
 
@@ -185,6 +186,12 @@ def spread_texts(model: CTInstructForPretraining, words: Any, entries: Sequence[
     model.text_projection.bias.copy_(-(turn @ white) @ middle)
 
 
+def category_names(entries: Sequence[MixtureEntry], most: int = 200) -> list[str]:
+    """What the category grain of a mixture is about, by the first rows of each part."""
+    rows = [row for entry in entries for row in itertools.islice(iter(entry.rows), most)]
+    return list(dict.fromkeys(label["name"] for row in rows for label in row["labels"]))
+
+
 class AlignmentTrainer(MixtureTrainer):
     """Stage one's Trainer: evaluation is retrieval, categories and masks on held-out rows."""
 
@@ -268,6 +275,8 @@ def pretrain(
     )
     if settings.model is None and start is None and settings.spread_texts:
         spread_texts(model, collator.words, entries)
+    if names := category_names(entries):
+        model.config.disease_lists = {ALIGNED: names}
     mixture = make_mixture(entries, args, start)
     callbacks: list[Any] = []
     if settings.freeze_batch_norm_from is not None:

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.descriptions import texts_of
+from ..data.descriptions import describe_category, texts_of
 from ..data.mixture import MixtureEntry
 from ..data.samples import ImageRef
 from ..errors import CTInstructError
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from .token_store import TokenStore
 
+ALIGNED = "stage one"  # the list of diseases in a stage-one model's config: the names of its category grain
 Texts = Callable[[Sequence[str]], torch.Tensor]
 
 
@@ -64,10 +65,11 @@ def start_bridger(
         stage_one: gives the category projection.
         embed: its texts.
         tokens: of the frozen tower.
-        entries: the mixture; its names of structures and categories are the texts.
+        entries: the mixture; its names of structures and categories, and stage one's own categories, are the texts.
         most_images: so many images of it give means and deviations.
     """
-    names: dict[str, None] = {}
+    known = stage_one.config.disease_lists.get(ALIGNED, [])
+    names = dict.fromkeys(describe_category(name) for name in known)
     images: dict[str, ImageRef] = {}
     for entry in entries:
         for row in itertools.islice(iter(entry.rows), 10_000):
@@ -93,4 +95,4 @@ def start_bridger(
             layer.bias -= shift.to(layer.bias)
 
 
-__all__ = ["load_stage_one", "start_bridger"]
+__all__ = ["ALIGNED", "load_stage_one", "start_bridger"]
