@@ -25,6 +25,7 @@ from .data.templates import (
     ask_segmentation,
 )
 from .errors import CTInstructError
+from .evaluation.text import chosen_option
 from .modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
 from .processing.processing_ctinstruct import CTInstructProcessor
 from .processing.volume import CTVolume
@@ -391,7 +392,7 @@ class Study:
 
     @torch.inference_mode()
     def choose(self, question: str, options: Sequence[str]) -> str:
-        """Multiple choice: the option that the model finds most likely as its answer.
+        """Multiple choice: the option that the model's answer names, or, where it names none, the likeliest as an answer.
 
         Raises:
             CTInstructError: for fewer than two options, or more than letters.
@@ -399,6 +400,13 @@ class Study:
         if not 2 <= len(options) <= len(LETTERS):
             raise CTInstructError(f"options has {len(options)} entries: give 2 to {len(LETTERS)}.")
         asked = ask_choice(question, options)
+        ((said, _, _),) = self._generate([asked], 128, {})
+        place = chosen_option(self.processor.write_out(said, []), options)
+        chosen = str(options[self._likeliest(asked, options) if place is None else place])
+        self.results.answers.append((asked, chosen))
+        return chosen
+
+    def _likeliest(self, asked: str, options: Sequence[str]) -> int:
         scores = []
         for letter, option in zip(LETTERS, options, strict=False):
             answer = f"({letter}) {option}"
@@ -406,9 +414,7 @@ class Study:
             count = len(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
             logits = self.model.lm_head(states[:, -count - 1 : -1]).float().log_softmax(-1)
             scores.append(float(logits.gather(-1, ids[:, -count:, None]).sum()))
-        chosen = str(options[int(np.argmax(scores))])
-        self.results.answers.append((asked, chosen))
-        return chosen
+        return int(np.argmax(scores))
 
     @torch.inference_mode()
     def segment(self, names: str | Sequence[str], threshold: float = 0.5) -> Any:

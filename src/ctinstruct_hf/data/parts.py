@@ -178,7 +178,8 @@ def choices_from_labels(
                 choices = [str(name) for name in rng.permutation([right, *wrong])]
                 question = templates.ask_choice(WHICH[kind], choices, rng)
                 content = [*([] if turn else images), {"type": "text", "text": question}]
-                answer = templates.answer_choice(choices, right)
+                there = [choice in sides[0] for choice in choices]
+                answer = templates.weigh_choices(choices, there, right)
                 messages += [
                     {"role": "user", "content": content},
                     {"role": "assistant", "content": [{"type": "text", "text": answer}]},

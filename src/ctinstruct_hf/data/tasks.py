@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import templates
-from .phantom_text import with_article
+from .phantom_text import WHICH, with_article
 from .samples import META, TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef, parts_of
 
 
@@ -114,8 +114,13 @@ def to_instructions(
         task = question.kind if question.kind in TASKS else "question"
         asked, answer = question.question, question.answer
         if question.choices:
+            labels = {label.name: label.value for label in case.labels if label.value >= 0}
+            if question.question in WHICH and set(question.choices) <= set(labels):
+                there = [labels[choice] == 1 for choice in question.choices]
+                answer = templates.weigh_choices(question.choices, there, answer)
+            else:
+                answer = templates.answer_choice(question.choices, answer)
             asked = templates.ask_choice(asked, question.choices, rng)
-            answer = templates.answer_choice(question.choices, answer)
         if question.follows and samples:
             samples[-1].messages += [
                 {"role": "user", "content": [{"type": "text", "text": asked}]},

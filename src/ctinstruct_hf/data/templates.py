@@ -123,3 +123,10 @@ def answer_choice(choices: Sequence[str], right: str) -> str:
     """ "pleural effusion (B)". The name comes first: a model that has named what it sees finds the letter before that name
     among the choices, but a letter can only be said first by one that has weighed all choices already."""
     return f"{right} ({LETTERS[list(choices).index(right)]})"
+
+
+def weigh_choices(choices: Sequence[str], there: Sequence[bool], right: str) -> str:
+    """ "pleural effusion: no, atelectasis: yes. Answer: atelectasis (B)": of findings, each is looked for before one is
+    chosen. A small language model that has to choose with its first word has to look for all at once."""
+    weighed = ", ".join(f"{name}: {'yes' if seen else 'no'}" for name, seen in zip(choices, there, strict=True))
+    return f"{weighed}. Answer: {answer_choice(choices, right)}"

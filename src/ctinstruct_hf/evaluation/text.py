@@ -185,14 +185,16 @@ def _meteor(prediction: str, references: list[str]) -> float:
 
 # multiple choice
 
+_CONCLUSION = re.compile(r"\b(?:final )?answer(?: is)?\s*:\s*", re.I)
 _LETTER = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?\(?([a-h])(?:[).:,]|\s*$|\s+(?=\W))", re.I)  # fmt: skip
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """Which option an answer names, by its letter ("(B) …", "B.", "Answer: B") or else by its text; None for no one.
 
-    An answer that names several options names none.
+    An answer that names several options names none; where it weighs them first, what follows its last "Answer:" counts.
     """
+    answer = _CONCLUSION.split(answer)[-1]
     letter = _LETTER.match(answer.strip())
     if letter:
         index = ord(letter[1].upper()) - ord("A")
