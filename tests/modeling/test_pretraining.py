@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining
-from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss, masks_loss, prompt_loss
+from ctinstruct_hf.modeling.losses_ctinstruct import hard_weights, label_loss, mask_loss, masks_loss, prompt_loss
 from ctinstruct_hf.modeling.pretraining_ctinstruct import contrastive_loss
 
 
@@ -245,3 +245,24 @@ def test_the_unet_runs_once_over_a_batch_and_paints_each_image_like_alone() -> N
     assert [tuple(mask.shape) for mask in together] == [(5, 64, 64), (4, 64, 64), (5, 64, 64)]
     for one, two in zip(alone, together, strict=True):
         torch.testing.assert_close(one, two.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_hard_names_count_more(tiny_config) -> None:
+    """Each name by its own loss: the weights are no part of the gradient, an unknown name is none."""
+    model = CTInstructForPretraining(tiny_config())
+    logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 0.2, 1.0]], requires_grad=True)
+    labels = torch.tensor([[1, 0, -1], [0, 1, -1]])
+    by_name = F.binary_cross_entropy_with_logits(logits[:, :2], labels[:, :2].float(), reduction="none").mean(0)
+    assert model.category_loss(logits, labels).item() == pytest.approx(by_name.mean().item(), rel=1e-6)
+    model.hard_names = 2.0
+    weights = by_name.detach() ** 2
+    wanted = (by_name * weights).sum() / weights.sum()
+    found = model.category_loss(logits, labels)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    (ours,) = torch.autograd.grad(found, logits, retain_graph=True)
+    (theirs,) = torch.autograd.grad(wanted, logits)
+    torch.testing.assert_close(ours, theirs)
+    assert model.category_loss(logits, torch.full((2, 3), -1)).item() == 0
+    losses = torch.tensor([0.5, 0.1])
+    assert hard_weights(losses, 0.0) is None
+    torch.testing.assert_close(hard_weights(losses, 1.0, torch.tensor([1.0, 5.0])), torch.tensor([0.5, 0.5]))

@@ -150,6 +150,22 @@ def test_losses_count_as_the_recipe_says(recipe: dict[str, Any]) -> None:
     assert step["loss"] == pytest.approx(weighted + 2 * step["cell_loss"], rel=1e-4)
 
 
+def test_hard_names_count_from_a_step_on(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    powers: list[float] = []
+    loss = CTInstructForPretraining.category_loss
+    monkeypatch.setattr(
+        CTInstructForPretraining,
+        "category_loss",
+        lambda self, *args: (powers.append(self.hard_names), loss(self, *args))[1],
+    )
+    recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 4, "evaluation": None}
+    recipe |= {"eval_strategy": "no", "metric_for_best_model": None, "save_strategy": "no"}
+    pretrain({**recipe, "hard_names": {"power": 1.5, "from": 0.5}})
+    assert powers == [0.0, 0.0, 1.5, 1.5]
+    model = CTInstructForPretraining.from_pretrained(Path(recipe["output_dir"]) / "model")
+    assert "pleural effusion on the left" in model.config.disease_lists["stage one"]
+
+
 def test_a_prepared_data_set_is_streamed_and_resumed(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Parquet rows of a prepared folder, stored and streamed, through the same trainer."""
     rows = phantom_rows("slice", range(6), store=PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"]))  # fmt: skip
@@ -356,6 +372,7 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
     ({"loss_weights": {"cells": 1}, "vision": {"architecture": "resnet3d"}}, "loss_weights.cells needs the hybrid tower"),
     ({"vision": {"stem_windows": [[1, -1]]}}, "stem_windows is"),
     ({"positive_voxels": {"heavy": 2}}, "positive_voxels has unknown heavy"),
+    ({"hard_names": {"strength": 2}}, "hard_names has unknown strength"),
     ({"batch_norm": "none"}, "batch_norm is 'none'"),
     ({"freeze_batch_norm_from": 2}, "freeze_batch_norm_from is 2"),
     ({"text_encoder": "/nowhere/at/all"}, "text_encoder '/nowhere/at/all' cannot be loaded"),

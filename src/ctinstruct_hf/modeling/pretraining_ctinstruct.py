@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError
-from .losses_ctinstruct import label_loss, masks_loss, weighted_mean
+from .losses_ctinstruct import hard_weights, label_loss, label_losses, masks_loss, weighted_mean
 from .modeling_ctinstruct import CTInstructPreTrainedModel
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
@@ -176,6 +176,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         self.positive_voxel_weight = 1.0
         self.positive_voxel_power: float | None = None
         self.loss_weights: dict[str, float] = {}
+        self.hard_names = 0.0  # power of its own loss by which a name counts in the category and the cell loss
         self._text_cache: dict[tuple[int, ...], torch.Tensor] = {}
         self.post_init()
 
@@ -349,7 +350,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             classes = F.normalize(self.embed_texts(class_input_ids, class_attention_mask), dim=-1)
             output.category_logits = self.categorise(features, slice_mask, classes)
             if class_labels is not None:
-                output.category_loss = label_loss(output.category_logits, class_labels)
+                output.category_loss = self.category_loss(output.category_logits, class_labels)
         if mask_input_ids is not None:
             queries = self.embed_texts(mask_input_ids, mask_attention_mask)
             output.mask_logits = self.segment(features, queries, mask_images)
@@ -389,6 +390,13 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         tokens = F.normalize(self.category_projection(features.last_hidden_state), dim=-1)
         scores = tokens @ classes.T * scale  # [N, categories]
         return smooth_max(scores, features.patch_grid, slice_mask) + self.category_bias
+
+    def category_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """L_cls of [images, categories], −1 unknown (equation 4); with `hard_names`, categories count by how hard they are."""
+        if not self.hard_names:
+            return label_loss(logits, labels)
+        losses = label_losses(logits, labels)
+        return weighted_mean(losses, hard_weights(losses, self.hard_names)) if len(losses) else logits.sum() * 0.0
 
     def cell_loss(
         self,
@@ -439,7 +447,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             means = entropy.sum(1) / known.sum(1).clamp(min=1)
             for mask, loss in zip(masks, means, strict=True):
                 losses[mask] = loss
-        return weighted_mean(torch.stack(losses), weights)
+        by_mask = torch.stack(losses)
+        return weighted_mean(by_mask, hard_weights(by_mask, self.hard_names, weights))
 
     def segment(
         self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None

@@ -29,7 +29,7 @@ from .collator import AlignmentCollator
 from .recipe import parse_recipe
 from .stage_one import ALIGNED
 from .text_encoders import load_text_encoder
-from .trainer import MixtureTrainer, check_rates, check_voxels, data_seed, make_mixture
+from .trainer import MixtureTrainer, base_of, check_rates, check_voxels, data_seed, make_mixture
 
 logger = logging.getLogger(__name__)
 PARTS = ("vision_tower", "segmentation_decoder", "text_encoder", "text_projection", "image_projection", "category_projection")  # fmt: skip
@@ -58,6 +58,8 @@ class PretrainSettings:
         positive_voxels: {weight, steps, end, power}: voxels inside a mask weigh so much in the cross entropy at first and
             `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
             With `power` that is the most, and large structures get less, see `masks_loss`.
+        hard_names: {power, from}: from this share of the steps on, a name counts in the category and the cell loss by its
+            own loss to this power, see `losses_ctinstruct.hard_weights`; 0, alike, by default.
         loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 3, and `cells`, 0 by
             default, of `CTInstructForPretraining.cell_loss`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
@@ -85,6 +87,7 @@ class PretrainSettings:
     freeze_batch_norm_from: float | None = None
     spread_texts: bool = True
     positive_voxels: dict[str, float] = field(default_factory=dict)
+    hard_names: dict[str, float] = field(default_factory=dict)
     loss_weights: dict[str, float] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
     early_stopping_patience: int | None = None
@@ -101,6 +104,8 @@ class PretrainSettings:
         if self.freeze_batch_norm_from is not None and not 0 <= self.freeze_batch_norm_from <= 1:
             raise CTInstructError(f"freeze_batch_norm_from is {self.freeze_batch_norm_from}: give a share from 0 to 1.")
         check_voxels(self.positive_voxels)
+        if wrong := sorted(set(self.hard_names) - {"power", "from"}):
+            raise CTInstructError(f"hard_names has unknown {', '.join(wrong)}: known are power, from.")
         losses = (*GRAINS, "cells")
         unknown = sorted(set(self.loss_weights) - set(losses))
         if unknown:
@@ -200,7 +205,14 @@ class AlignmentTrainer(MixtureTrainer):
         pool: int | None = 200, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.held_out, self.masks, self.pool = held_out, masks, pool
+        self.hard_names: dict[str, float] = {}
         super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        hard = {"power": 0.0, "from": 0.0, **self.hard_names}
+        began = self.state.global_step >= hard["from"] * self.args.max_steps
+        base_of(self.accelerator.unwrap_model(model)).hard_names = hard["power"] if began else 0.0
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
         """Scores of the held-out rows, shared out over the processes."""
@@ -297,6 +309,7 @@ def pretrain(
     )
     trainer.learning_rates = check_rates(settings.learning_rates, model)
     trainer.positive_voxels = settings.positive_voxels
+    trainer.hard_names = settings.hard_names
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()
