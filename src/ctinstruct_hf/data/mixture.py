@@ -6,6 +6,7 @@ are light; voxels are read by the collator, so that skipping to a step costs not
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,12 @@ class Item:
     row: dict[str, Any]
     tasks: tuple[str, ...]
     draw: int
+
+
+def first_rows(entries: Sequence[MixtureEntry], most: int) -> Iterator[dict[str, Any]]:
+    """Up to so many rows of each part, from its beginning: what is learned of a mixture's words without reading it all."""
+    for entry in entries:
+        yield from itertools.islice(iter(entry.rows), most)
 
 
 def _shares(entries: Sequence[MixtureEntry]) -> np.ndarray:

@@ -9,6 +9,14 @@ import numpy as np
 
 WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
 NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
+# findings with a side, and the organ whose half they lie in; a device is told by the painter's side
+SIDED: dict[str, str] = {
+    "pleural effusion": "lung",
+    "consolidation": "lung",
+    "atelectasis": "lung",
+    "kidney stone": "kidney",
+    "medical material": "",
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def write_questions(
             name=with_article(name)
         )
         add("short", asked, "Yes." if present else "No.", name)
-    for name in ("pleural effusion", "consolidation", "atelectasis", "kidney stone", "medical material"):
+    for name in SIDED:
         sides = sorted({finding.side for finding in findings if finding.name == name})
         if labels[name] and sides:
             answer = "Both sides." if len(sides) > 1 else f"{sides[0].capitalize()}."

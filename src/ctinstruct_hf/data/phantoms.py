@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume, VolumeSource
-from .phantom_text import PhantomFinding, write_questions, write_report
+from .phantom_text import SIDED, PhantomFinding, write_questions, write_report
 
 FINDINGS: list[str] = [
     "lung nodule",
@@ -58,14 +58,6 @@ UNIONS: dict[str, tuple[str, ...]] = {
     "lungs": ("right lung", "left lung"),
     "kidneys": ("right kidney", "left kidney"),
     "bones": ("spine", "ribs", "sternum"),
-}
-# findings with a side, and the organ whose half they lie in; a device is told by the painter's side
-SIDED: dict[str, str] = {
-    "pleural effusion": "lung",
-    "consolidation": "lung",
-    "atelectasis": "lung",
-    "kidney stone": "kidney",
-    "medical material": "",
 }
 # HU by contrast phase: native, arterial, portal venous; spread between patients
 _HU: dict[str, tuple[tuple[float, float, float], float]] = {

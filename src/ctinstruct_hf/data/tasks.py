@@ -110,13 +110,13 @@ def to_instructions(
         add("diagnosis", templates.ask_diagnosis(names, rng), templates.answer_diagnosis(names), labels=ordered)
         for label in _pick(rng, [label for label in case.labels if label.value >= 0], 2):
             add("question", *templates.ask_presence(with_article(label.name), label.name, label.value == 1, rng))
+    truth = {label.name: label.value for label in case.labels if label.value >= 0}
     for question in case.questions:
         task = question.kind if question.kind in TASKS else "question"
         asked, answer = question.question, question.answer
         if question.choices:
-            labels = {label.name: label.value for label in case.labels if label.value >= 0}
-            if question.question in WHICH and set(question.choices) <= set(labels):
-                there = [labels[choice] == 1 for choice in question.choices]
+            if question.question in WHICH and set(question.choices) <= set(truth):
+                there = [truth[choice] == 1 for choice in question.choices]
                 answer = templates.weigh_choices(question.choices, there, answer)
             else:
                 answer = templates.answer_choice(question.choices, answer)

@@ -185,7 +185,7 @@ def _meteor(prediction: str, references: list[str]) -> float:
 
 # multiple choice
 
-_CONCLUSION = re.compile(r"\b(?:final )?answer(?: is)?\s*:\s*", re.I)
+_CONCLUSION = re.compile(r"\banswer(?: is)?\s*:", re.I)
 _LETTER = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?\(?([a-h])(?:[).:,]|\s*$|\s+(?=\W))", re.I)  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from ..data.descriptions import texts_of
-from ..data.mixture import MixtureEntry
+from ..data.mixture import MixtureEntry, first_rows
 from ..data.parts import GRAINS, check_part, load_part
 from ..data.store import PatchStore
 from ..data.tiny import TINY_PATCH
@@ -170,10 +169,9 @@ def spread_texts(model: CTInstructForPretraining, words: Any, entries: Sequence[
     """
     names: dict[str, None] = {}
     reports: list[str] = []
-    for entry in entries:
-        for row in itertools.islice(iter(entry.rows), most):
-            names |= dict.fromkeys(texts_of(row))
-            reports += row["texts"][:1]
+    for row in first_rows(entries, most):
+        names |= dict.fromkeys(texts_of(row))
+        reports += row["texts"][:1]
     texts = [*names, *reports[:most]]
     if len(texts) < 3:
         return
@@ -193,8 +191,7 @@ def spread_texts(model: CTInstructForPretraining, words: Any, entries: Sequence[
 
 def category_names(entries: Sequence[MixtureEntry], most: int = 200) -> list[str]:
     """What the category grain of a mixture is about, by the first rows of each part."""
-    rows = [row for entry in entries for row in itertools.islice(iter(entry.rows), most)]
-    return list(dict.fromkeys(label["name"] for row in rows for label in row["labels"]))
+    return list(dict.fromkeys(label["name"] for row in first_rows(entries, most) for label in row["labels"]))
 
 
 class AlignmentTrainer(MixtureTrainer):

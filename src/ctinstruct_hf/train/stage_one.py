@@ -3,7 +3,6 @@ grain reads from a token."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.descriptions import describe_category, texts_of
-from ..data.mixture import MixtureEntry
+from ..data.mixture import MixtureEntry, first_rows
 from ..data.samples import ImageRef
 from ..errors import CTInstructError
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
@@ -71,11 +70,10 @@ def start_bridger(
     known = stage_one.config.disease_lists.get(ALIGNED, [])
     names = dict.fromkeys(describe_category(name) for name in known)
     images: dict[str, ImageRef] = {}
-    for entry in entries:
-        for row in itertools.islice(iter(entry.rows), 10_000):
-            names |= dict.fromkeys(texts_of(row))
-            if len(images) < most_images:
-                images |= {image["path"]: ImageRef(**image) for image in row["images"]}
+    for row in first_rows(entries, 10_000):
+        names |= dict.fromkeys(texts_of(row))
+        if len(images) < most_images:
+            images |= {image["path"]: ImageRef(**image) for image in row["images"]}
     if not names or not images:
         return
     whole = getattr(bridger, "modules_to_save", None)  # beside adapters, a copy is trained
