@@ -28,6 +28,8 @@ class CanvasFit:
         patch: (depth, height, width) voxels of a patch.
         grid: patches (Z, Y, X) along depth, height and width.
         corners: resize between the centres of the corner voxels (the release) instead of between their outer faces.
+        antialias: a voxel that is larger than those of the volume is a weighted mean of all that it covers, instead of the
+            two nearest along each axis.
     """
 
     volume: Size
@@ -38,6 +40,7 @@ class CanvasFit:
     patch: Size
     grid: Size
     corners: bool = False
+    antialias: bool = False
 
     @property
     def canvas(self) -> Size:
@@ -94,6 +97,7 @@ def fit_to_canvas(
     fit: str = "aspect",
     box: tuple[Size, Size] | None = None,
     zoom: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    antialias: bool = False,
 ) -> CanvasFit:
     """Choose the canvas of a volume and lay it in the middle.
 
@@ -103,6 +107,7 @@ def fit_to_canvas(
         fit: `aspect` scales all axes alike; `released` repeats the released code, which stretches square volumes.
         box: (start, size) of the part to fit; all by default.
         zoom: voxels after a change of spacing per voxel before, along each axis; all 1 for the stored spacing.
+        antialias: see `CanvasFit`.
     """
     start, size = box or ((0, 0, 0), volume)
     if volume[0] == 1:
@@ -112,7 +117,7 @@ def fit_to_canvas(
     canvas = tuple(count * side for count, side in zip(grid, patch, strict=True))
     resized = (released_size if fit == "released" else aspect_size)(shape, canvas)  # type: ignore[arg-type]
     offset = tuple((side - length) // 2 for side, length in zip(canvas, resized, strict=True))
-    return CanvasFit(volume, start, size, resized, offset, patch, grid, corners=fit == "released")  # type: ignore[arg-type]
+    return CanvasFit(volume, start, size, resized, offset, patch, grid, fit == "released", antialias)  # type: ignore[arg-type]
 
 
 def aspect_size(shape: Size, canvas: Size) -> Size:
@@ -145,33 +150,48 @@ def axis_places(source: int, target: int, corners: bool) -> torch.Tensor:
     return ((cells + 0.5) * (source / target) - 0.5).clamp(0, source - 1)
 
 
-def axis_weights(source: int, target: int, corners: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Linear resampling along one axis: (lower index, upper index, weight of the upper) [target]."""
+def axis_weights(
+    source: int, target: int, corners: bool = False, antialias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear resampling along one axis: which of the source's cells each of the target's is made of, and how much each
+    counts: int64 and float32 [target, cells].
+
+    With `antialias` a target's cell that is larger than the source's takes all in its reach, by a triangle as wide as itself
+    (as `torch.nn.functional.interpolate` does in a plane).
+    """
+    if antialias and target < source:
+        width = source / target
+        centres = (torch.arange(target, dtype=torch.float64) + 0.5)[:, None] * width
+        cells = (centres - width + 0.5).floor() + torch.arange(math.ceil(2 * width) + 1)
+        weights = (1 - (cells + 0.5 - centres).abs() / width).clamp(min=0)
+        weights[(cells < 0) | (cells >= source)] = 0
+        return cells.long().clamp(0, source - 1), (weights / weights.sum(1, keepdim=True)).float()
     places = axis_places(source, target, corners)
     lower = places.floor().long().clamp(max=source - 1)
     upper = (lower + 1).clamp(max=source - 1)
-    return lower, upper, (places - lower).float()
+    return torch.stack([lower, upper], 1), torch.stack([1 - (places - lower), places - lower], 1).float()
 
 
 def resized_slices(
-    volume: torch.Tensor, size: Size, corners: bool = False, chunk: int = 4
+    volume: torch.Tensor, size: Size, corners: bool = False, chunk: int = 4, antialias: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Trilinear resize, a few slices at a time, so that nothing of the volume's size is made.
 
     Args:
         volume: [D, H, W], any dtype.
         size: the new (depth, height, width).
-        corners: see `CanvasFit`.
+        corners, antialias: see `CanvasFit`.
         chunk: new slices per step.
 
     Yields:
         (first new slice, float32 [n, height, width]).
     """
-    lower, upper, weight = axis_weights(volume.shape[0], size[0], corners)
+    cells, weights = axis_weights(volume.shape[0], size[0], corners, antialias)
+    shares = weights / weights.cumsum(1).clamp(min=1e-12)  # of a cell beside all before it
     in_plane: dict[int, torch.Tensor] = {}
     for first in range(0, size[0], chunk):
         last = min(first + chunk, size[0])
-        needed = sorted({*lower[first:last].tolist(), *upper[first:last].tolist()})
+        needed = sorted(set(cells[first:last][weights[first:last] > 0].tolist()) | set(cells[first:last, 0].tolist()))
         fresh = [index for index in needed if index not in in_plane]
         for old in [index for index in in_plane if index < needed[0]]:
             del in_plane[old]
@@ -182,14 +202,18 @@ def resized_slices(
                 else volume[fresh[0] : fresh[-1] + 1].float()
             )
             if stack.shape[1:] != size[1:]:
-                stack = F.interpolate(stack[:, None], size=size[1:], mode="bilinear", align_corners=corners)[:, 0]
+                stack = F.interpolate(
+                    stack[:, None], size=size[1:], mode="bilinear", align_corners=corners, antialias=antialias
+                )[:, 0]
             in_plane.update(zip(fresh, stack, strict=True))
-        low = torch.stack([in_plane[index] for index in lower[first:last].tolist()])
-        if bool((weight[first:last] == 0).all()):
-            yield first, low
-            continue
-        high = torch.stack([in_plane[index] for index in upper[first:last].tolist()])
-        yield first, low.lerp_(high, weight[first:last, None, None])
+        slices = torch.stack([in_plane[index] for index in cells[first:last, 0].tolist()])
+        for column in range(1, cells.shape[1]):
+            share = shares[first:last, column]
+            if bool((share > 0).any()):
+                # a cell that does not count need not be there: any other, of which nothing is taken, will do
+                others = [in_plane.get(index, slices[0]) for index in cells[first:last, column].tolist()]
+                slices.lerp_(torch.stack(others), share[:, None, None])
+        yield first, slices
 
 
 def place_on_canvas(box: torch.Tensor, fit: CanvasFit, fill: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -205,7 +229,7 @@ def place_on_canvas(box: torch.Tensor, fit: CanvasFit, fill: float, dtype: torch
     """
     (z, y, x), (s, h, w) = fit.grid, fit.patch
     patches = torch.full((z, y, x, s, h, w), fill, dtype=dtype)
-    for first, slices in resized_slices(box, fit.resized, fit.corners):
+    for first, slices in resized_slices(box, fit.resized, fit.corners, antialias=fit.antialias):
         write_slices(patches, slices, first + fit.offset[0], fit)
     return patches.view(-1, h, w)
 

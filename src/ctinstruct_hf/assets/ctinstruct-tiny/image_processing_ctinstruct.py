@@ -42,6 +42,8 @@ class CTInstructImageProcessor(BaseImageProcessor):
             to 0…1.
         hu_window: [low, high] in HU for `window`.
         target_spacing: mm (depth, height, width) that a volume is brought to before it is fitted; None keeps its own.
+        antialias: a canvas coarser than the volume holds weighted means of all voxels that its own cover (less noise from
+            thin slices), instead of linear interpolation between the nearest, as in the release.
         mask_floors: {structure: [mL, logit]}: a mask of it is left empty unless more than so much of the scan has a
             higher logit. From `ctinstruct calibrate`; {} turns it off.
     """
@@ -57,6 +59,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         intensity: str = "window",
         hu_window: Sequence[float] = (-1000.0, 1000.0),
         target_spacing: Sequence[float] | None = None,
+        antialias: bool = False,
         mask_floors: dict[str, Sequence[float]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -68,6 +71,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         self.intensity = intensity
         self.hu_window = [float(value) for value in hu_window]
         self.target_spacing = None if target_spacing is None else [float(value) for value in target_spacing]
+        self.antialias = bool(antialias)
         self.mask_floors = {name: [float(one) for one in floor] for name, floor in (mask_floors or {}).items()}
         self._check(self._settings({}))
         wrong = [name for name, floor in self.mask_floors.items() if len(floor) != 2]
@@ -75,7 +79,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
             raise CTInstructError(f"mask_floors of {', '.join(wrong)}: give [mL, logit] each.")
 
     def _settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        names = ("patch_size", "max_patches", "fit", "axes", "intensity", "hu_window", "target_spacing")
+        names = ("patch_size", "max_patches", "fit", "axes", "intensity", "hu_window", "target_spacing", "antialias")
         return {name: overrides[name] if overrides.get(name) is not None else getattr(self, name) for name in names}
 
     @staticmethod
@@ -83,6 +87,8 @@ class CTInstructImageProcessor(BaseImageProcessor):
         for name, allowed in CHOICES.items():
             if settings[name] not in allowed:
                 raise CTInstructError(f"{name} is '{settings[name]}': use one of {', '.join(allowed)}.")
+        if settings["antialias"] and settings["fit"] == "released":
+            raise CTInstructError("antialias is for the fit 'aspect': the release interpolates linearly.")
         patch = settings["patch_size"]
         if (
             not {"depth", "height", "width"} <= set(patch)
@@ -211,6 +217,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
             settings["fit"],
             foreground_box(array) if settings["intensity"] == "zscore" else None,
             zoom,
+            settings["antialias"],
         )
 
     def labels_to_canvas(self, labels: Any, volume: CTVolume) -> torch.Tensor:
