@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -246,14 +245,14 @@ def test_questions_about_one_scan_become_a_conversation() -> None:
 
 
 def test_choices_are_made_from_labels() -> None:
-    """Every question has one right answer by the labels, and no two conversations of a scan are alike."""
+    """Right answers by the labels, one or any number of them, and no two conversations of a scan are alike."""
     rows = phantom_rows("trunk", range(3), samples="instructions", workers=1)
     rows[0]["labels"] = []  # whatever its task, a row without labels is no source
-    made = choices_from_labels(rows, conversations=5, turns=4)
+    made = choices_from_labels(rows, conversations=8, turns=4)
     samples = [from_row(row, "instructions") for row in made]
-    assert len(samples) == 15
-    assert len({repr(sample.messages) for sample in samples}) == 15  # type: ignore[union-attr]
-    seen, sizes = set(), set()
+    assert len(samples) == 24
+    assert len({repr(sample.messages) for sample in samples}) == 24  # type: ignore[union-attr]
+    asked_for, sizes, numbers = set(), set(), set()
     for sample in samples:
         assert sample.task == "multiple_choice"  # type: ignore[union-attr]
         labels = phantom_of(sample.images[0].path).labels  # type: ignore[union-attr]
@@ -261,18 +260,25 @@ def test_choices_are_made_from_labels() -> None:
         assert len(turns) == 8
         for asked, told in zip(turns[::2], turns[1::2], strict=True):
             question, answer = text_of(asked), text_of(told)
-            wanted = int("is present" in question)
-            seen.add(wanted)
+            wanted, several = int("present" in question), "findings are" in question
             options = dict(zip("ABCD", options_of(question), strict=False))
-            sizes.add(len(options))
-            weighed, name, letter = re.fullmatch(r"(.+)\. Answer: (.+) \((.)\)", answer).groups()  # type: ignore[union-attr]
+            weighed, chosen = answer.split(". Answer: ")
             assert weighed == ", ".join(f"{one}: {('no', 'yes')[labels[one]]}" for one in options.values())
-            assert options[letter] == name
-            assert chosen_option(answer, list(options.values())) == "ABCD".index(letter)
-            assert [one for one in options.values() if labels[one] == wanted] == [name]
-    assert seen == {0, 1}
+            right = [f"{one} ({letter})" for letter, one in options.items() if labels[one] == wanted]
+            assert chosen == (", ".join(right) or "none")
+            if not several:
+                assert len(right) == 1
+                assert chosen_option(answer, list(options.values())) == "ABCD".index(right[0][-2])
+            asked_for.add((wanted, several))
+            sizes.add(len(options))
+            numbers.add(len(right))
+    assert asked_for == {(0, False), (0, True), (1, False), (1, True)}
     assert sizes == {2, 3, 4}
-    assert choices_from_labels(rows, 5, 4) == made
+    assert numbers == {0, 1, 2, 3, 4}
+    assert choices_from_labels(rows, 8, 4) == made
+    single = [{**row, "labels": [{"name": "a", "value": 1}, {"name": "b", "value": 0}]} for row in rows[:1]]
+    for row in choices_from_labels(single, 8, 4):  # both, there are no others
+        assert all(len(options_of(text_of(turn))) == 2 for turn in row["messages"][::2])
     for row in rows:  # nothing to choose between
         row["labels"] = [{**label, "value": 1} for label in row["labels"]]
     assert choices_from_labels(rows, 5) == []

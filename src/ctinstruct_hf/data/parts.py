@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import CTInstructError
 from . import templates
 from .mixture import MixtureEntry
-from .phantom_text import WHICH
+from .phantom_text import WHICH, WHICH_ALL
 from .reading import PHANTOM_KINDS
 from .samples import SPLITS
 from .store import PatchStore
@@ -155,7 +155,8 @@ def choices_from_labels(
     Args:
         rows: of `InstructionSample`; of each image the first with a known label is taken.
         conversations: for each image.
-        turns: questions of one conversation, each with one right choice and one to three wrong ones: of two, choosing is learned first.
+        turns: questions of one conversation, half of them with one right choice and one to three wrong ones, half with two
+            to four choices of which any number is right: where it is always one, it can be guessed without the image.
         seed: of the choices, with the row's id.
     """
     asked: dict[str, dict[str, Any]] = {}
@@ -172,14 +173,16 @@ def choices_from_labels(
         for number in range(conversations):
             messages = []
             for turn in range(turns):
-                kind = int(rng.integers(2))
-                right = str(rng.choice(sides[kind]))
-                wrong = rng.permutation(sides[1 - kind])[: int(rng.integers(1, 4))]
-                choices = [str(name) for name in rng.permutation([right, *wrong])]
-                question = templates.ask_choice(WHICH[kind], choices, rng)
+                kind, several = (int(number) for number in rng.integers(2, size=2))
+                those, others = sides[kind], sides[1 - kind]
+                right = min(max(int(rng.integers(5)), 2 - len(others)), len(those)) if several else 1
+                wrong = int(rng.integers(max(0, 2 - right), 5 - right)) if several else int(rng.integers(1, 4))
+                picked = [*rng.permutation(those)[:right], *rng.permutation(others)[:wrong]]
+                choices = [str(name) for name in rng.permutation(picked)]
+                question = templates.ask_choice((WHICH_ALL if several else WHICH)[kind], choices, rng)
                 content = [*([] if turn else images), {"type": "text", "text": question}]
                 there = [choice in sides[0] for choice in choices]
-                answer = templates.weigh_choices(choices, there, right)
+                answer = templates.weigh_choices(choices, there, [choice for choice in choices if choice in those])
                 messages += [
                     {"role": "user", "content": content},
                     {"role": "assistant", "content": [{"type": "text", "text": answer}]},

@@ -117,7 +117,7 @@ def to_instructions(
         if question.choices:
             if question.question in WHICH and set(question.choices) <= set(truth):
                 there = [truth[choice] == 1 for choice in question.choices]
-                answer = templates.weigh_choices(question.choices, there, answer)
+                answer = templates.weigh_choices(question.choices, there, [answer])
             else:
                 answer = templates.answer_choice(question.choices, answer)
             asked = templates.ask_choice(asked, question.choices, rng)
