@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import shared
+from scipy import ndimage
 
 from ctinstruct_hf import CTInstructError, read_volume
 from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, SIDED, UNIONS, _Canvas, make_phantom
@@ -183,3 +184,22 @@ def test_a_tube_is_round_and_grows_thin() -> None:
     assert widths == pytest.approx([np.pi * (8 - (at + 20) / 10) ** 2 for at in (-19, 1, 19)], rel=0.2)
     assert whole[20, 20, 7]  # a round end of 8 mm
     assert not whole[:, :, :4].any()
+
+
+def test_lungs_are_as_dense_as_patients_and_gas_lies_beside_them() -> None:
+    """Lungs differ between patients, are densest over the dome and reach around it; beside them bowel holds gas."""
+    densities, beside = [], 0
+    for seed in range(12):
+        phantom = make_phantom(seed, (48, 96, 96), findings=dict.fromkeys(FINDINGS, 0))
+        hu, lungs = phantom.volume.hu, ndimage.binary_erosion(phantom.masks["lungs"])
+        levels = np.flatnonzero(lungs.any((1, 2)))
+        low, high = (np.median(hu[one][lungs[one]]) for one in (levels[1:4], levels[-8:-4]))
+        assert low > high, seed
+        densities.append(np.median(hu[lungs]))
+        elsewhere = ndimage.binary_dilation(phantom.masks["lungs"] | phantom.masks["trachea"])
+        inside = ndimage.binary_erosion(phantom.organ_map > 0, iterations=3)
+        gas = (hu < -800) & inside & ~elsewhere
+        beside += bool((gas.any((1, 2)) & phantom.masks["left lung"].any((1, 2))).sum() >= 3)
+    assert np.ptp(densities) > 60
+    assert -880 < np.median(densities) < -780
+    assert beside >= 8

@@ -76,9 +76,10 @@ _HU: dict[str, tuple[tuple[float, float, float], float]] = {
     "spine": ((190, 200, 210), 40),
     "ribs": ((330, 330, 340), 60),
     "sternum": ((160, 165, 170), 30),
-    "lung": ((-865, -860, -860), 25),
+    "lung": ((-845, -840, -840), 70),
     "trachea": ((-985, -985, -985), 8),
 }
+_GAS = -990.0  # HU of gas in the bowel
 _DEFAULT_SHAPE = (128, 160, 160)
 _FIELD_MM = (320.0, 384.0, 384.0)
 
@@ -411,8 +412,10 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     table = (np.abs(c.x) < 200) & (c.y > deep + 9) & (c.y < deep + 15) & (chest >= 1)
     c.hu[table] = -300
 
-    # the abdominal cavity: fat with bowel
-    below = (chest < (fat_share - np.float32(0.10)) ** 2) & (c.z < 0)
+    breath = _Diaphragm(float(rng.uniform(-16, 16)), float(rng.uniform(0.006, 0.014)), float(rng.uniform(0.005, 0.013)))
+    # the abdominal cavity: fat with bowel, up to the domes
+    roof = np.where(c.x < 0, breath.height(c.x, c.y, -1.0), breath.height(c.x, c.y, 1.0))
+    below = (chest < (fat_share - np.float32(0.10)) ** 2) & (c.z < np.maximum(roof, 0))
     c.organ("body", everything, below, -98 + 4 * rng.normal())
     for _ in range(int(rng.integers(10, 26))):  # small bowel
         centre = (rng.uniform(-95, 95), rng.uniform(-75, 20), rng.uniform(-240, -75))
@@ -428,7 +431,6 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     _back_muscles(c, hu, chest)
 
     _bones(c, hu, chest, fat_share, deep)
-    breath = _Diaphragm(float(rng.uniform(-16, 16)), float(rng.uniform(0.006, 0.014)), float(rng.uniform(0.005, 0.013)))
     _chest(c, hu, present, breath)
     _abdomen(c, hu, breath)
     _vessels(c, hu)
@@ -449,7 +451,7 @@ def _bowel(
         inside &= cavity[box]
         c.hu[box][inside] = hu
         if gas:
-            c.hu[box][inside & (c.y[box] < np.float32(centre[1] - axes[1] * 0.35))] = -900
+            c.hu[box][inside & (c.y[box] < np.float32(centre[1] - axes[1] * 0.35))] = _GAS
 
 
 def _back_muscles(c: _Canvas, hu: dict[str, float], chest: np.ndarray) -> None:
@@ -518,15 +520,26 @@ class _Diaphragm:
 
 def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int], breath: _Diaphragm) -> None:
     rng = c.rng
+    gravity, base = np.float32(rng.uniform(0.2, 1.2)), np.float32(rng.uniform(0, 150))
     for name, side in (("right lung", -1.0), ("left lung", 1.0)):
-        part = c.ellipsoid((side * 73, 2, 75), tuple(np.array([63, 86, 128]) * rng.uniform(0.95, 1.05, 3)))  # type: ignore[arg-type]
-        if part:
-            box, inside = part
-            inside &= c.z[box] > breath.height(c.x[box], c.y[box], side)
+        # an ellipsoid above; below, the chest wall holds its width down to the recesses around the dome
+        centre, axes = np.array([side * 73, 2, 75]), np.array([63, 86, 128]) * rng.uniform(0.95, 1.05, 3)
+        down = 1.2 * float(axes[2])
+        box = c.box(centre - (axes[0], axes[1], down), centre + axes)
+        if box:
+            x, y, z = (
+                (one[box] - np.float32(middle)) / np.float32(axis)
+                for one, middle, axis in zip((c.x, c.y, c.z), centre, axes, strict=True)
+            )
+            along = np.where(z > 0, np.square(z), np.square(np.square(z * np.float32(axes[2] / down))))
+            inside = np.square(x) + np.square(y) + along < 1
+            above = c.z[box] - breath.height(c.x[box], c.y[box], side)
+            inside &= above > 0
             inside &= side * c.x[box] > 14
             c.organ(name, box, inside, hu["lung"])
-            # denser where gravity pulls
-            c.hu[box][inside] += (np.float32(0.5) * (c.y[box] + 20))[inside]
+            # denser where gravity pulls, and over the dome
+            denser = gravity * (c.y[box] + np.float32(20)) + base * np.exp(np.float32(-1 / 25) * np.maximum(above, 0))
+            c.hu[box][inside] += denser[inside]
     for _ in range(70):  # lung vessels run away from the hilum and grow thin
         side = rng.choice([-1.0, 1.0])
         place = np.array([side * 35, 10, 60.0]) + rng.normal(0, 6, 3)
@@ -598,10 +611,11 @@ def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm) -> None:
     organ("spleen", (98, 34, rise - 46), (32, 48, 50), side=1.0)
     organ("stomach", (56, -34, rise - 52), (42, 34, 44), side=1.0)
     part = c.ellipsoid((56, -34, rise - 52), (38, 30, 40))
+    level = np.float32(-34 + rng.uniform(-24, 4))
     if part:
         box, inside = part
-        air = inside & c.is_organ(box, "stomach") & (c.y[box] < np.float32(-34 + rng.uniform(-14, 2)))
-        c.hu[box][air] = -920
+        c.hu[box][inside & c.is_organ(box, "stomach") & (c.y[box] < level)] = _GAS
+    _left_flexure(c, breath)
     organ("pancreas", (12, 8, -84), (52, 13, 14))
     organ("right kidney", (-58, 52, -112), (27, 27, 53))
     organ("left kidney", (58, 52, -102), (27, 27, 53))
@@ -612,6 +626,28 @@ def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm) -> None:
             pelvis = inside & c.is_organ(box, "right kidney", "left kidney")
             c.hu[box][pelvis] = hu["right kidney"] * 0.4 - 20
     organ("urinary bladder", (0, -22, -290), (38, 32, 32))
+
+
+def _left_flexure(c: _Canvas, breath: _Diaphragm) -> None:
+    """The colon's bend under the left dome, close to the lung and often full of gas."""
+    rng = c.rng
+    stool = rng.uniform(-60, 60)
+    for _ in range(int(rng.integers(2, 7))):
+        x, y = rng.uniform(50, 112), rng.uniform(-70, 10)
+        axes = tuple(rng.uniform(9, 20, 3))
+        top = float(breath.height(np.float32(x), np.float32(y), 1.0))
+        centre = (x, y, top - axes[2] - rng.uniform(2, 30))
+        gas = rng.random() < 0.7
+        part = c.ellipsoid(centre, axes)
+        if part:
+            box, inside = part
+            inside &= c.z[box] < breath.height(c.x[box], c.y[box], 1.0) - 3
+            inside &= ~c.is_organ(box, "ribs", "spine", "muscle", "subcutaneous fat", "left lung", "heart", "liver")
+            inside &= c.organs[box] > 0
+            c.organ("body", box, inside, stool)
+            if gas:
+                deep = [(a - b) / (n - 3) for a, b, n in zip((c.x[box], c.y[box], c.z[box]), centre, axes, strict=True)]
+                c.hu[box][inside & (sum(np.square(one) for one in deep) < 1) & (deep[1] < 0.5)] = _GAS
 
 
 def _vessels(c: _Canvas, hu: dict[str, float]) -> None:
@@ -873,7 +909,7 @@ def _acquire(c: _Canvas, rng: np.random.Generator) -> None:
     metal = c.finding_masks.get("medical material")
     if metal is not None and metal.any():
         _streaks(c, metal, rng)
-    sigma = float(rng.uniform(8, 24))
+    sigma = float(rng.uniform(4, 24))
     noise = rng.standard_normal(c.shape, dtype=np.float32)
     for axis in (2, 1, 0):  # neighbours in plane share their noise, as after a smooth kernel
         if c.shape[axis] > 1:

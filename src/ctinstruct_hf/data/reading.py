@@ -16,7 +16,9 @@ from .samples import ImageRef, MaskRef
 
 SLICE_KINDS = ("slice", "focus")
 # what slices of `focus` go through in turn: what is small or pale more often, and a level of chance
-_FOCUS: tuple[str | None, ...] = (*FINDINGS, "lung nodule", "liver lesion", "liver lesion", None, None, None)
+_FOCUS: tuple[str | None, ...] = (
+    *FINDINGS, *["lung nodule"] * 2, *["lymphadenopathy"] * 3, *["liver lesion"] * 7, *[None] * 3
+)  # fmt: skip
 PHANTOM_KINDS = ("trunk", "cropped", "whole", *SLICE_KINDS)
 
 
