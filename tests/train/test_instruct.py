@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fsdp_on_cpu
 import pytest
 import torch
 
@@ -449,6 +451,30 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     check_equal(tmp_path / "whole", tmp_path / "second")
     one, two = losses(tmp_path / "whole")[2:], losses(tmp_path / "second")[2:]
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-3)
+
+
+def test_fsdp_trains_as_ddp_does_saves_and_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes of which each holds half of the weights, by the FSDP2 configuration among the recipes."""
+    recipe |= {
+        "optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.01, "max_grad_norm": 0.0, "max_steps": 4,
+        "save_steps": 2, "lr_scheduler_type": "constant", "freeze": ["vision_tower"],
+        "evaluation": {"phantoms": {"kind": "slice", "seeds": [100, 102]}, "batches": 2},
+    }  # fmt: skip
+    runs = {"ddp": tmp_path / "ddp", "fsdp": tmp_path / "fsdp"}
+    for name, folder in runs.items():
+        fsdp_on_cpu.launch({**recipe, "output_dir": str(folder)}, tmp_path / f"{name}-run", sharded=name == "fsdp")
+    check_equal(*runs.values())
+    shutil.rmtree(runs["fsdp"] / "checkpoint-4")
+    shutil.rmtree(runs["fsdp"] / "model")
+    fsdp_on_cpu.launch({**recipe, "output_dir": str(runs["fsdp"])}, tmp_path / "again", sharded=True)
+    check_equal(*runs.values())
+    for one, two in zip(*(losses(folder) for folder in runs.values()), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_adapters_are_refused_under_fsdp(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="lora does not go with FSDP"):
+        fsdp_on_cpu.launch({**recipe, "lora": {"r": 4}}, tmp_path / "lora", sharded=True)
 
 
 def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], stage_one: Path, tmp_path: Path) -> None:

@@ -164,9 +164,11 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         self.text_projection = nn.Linear(text_width, width)
         self.image_projection = nn.Linear(config.vision_config.hidden_size, width)
         self.category_projection = nn.Linear(config.vision_config.hidden_size, width)
-        self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=config.learn_temperature)
-        self.category_scale = nn.Parameter(torch.zeros(()))
-        self.category_bias = nn.Parameter(torch.zeros(()))
+        self.logit_scale = nn.Parameter(
+            torch.zeros(1), requires_grad=config.learn_temperature
+        )  # FSDP shards no scalars
+        self.category_scale = nn.Parameter(torch.zeros(1))
+        self.category_bias = nn.Parameter(torch.zeros(1))
         if config.queue_size:
             self.queue = FeatureQueue(config.queue_size, width)
             self.momentum_tower = copy.deepcopy(self.vision_tower).requires_grad_(False)
@@ -470,7 +472,9 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
     ) -> torch.Tensor:
         """L_CLIP of the batch, over all processes and past samples where the config asks for them."""
         scale = self.logit_scale.exp().clamp(max=100.0)
-        if self.config.gather_features and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        # not where nothing is learned: processes that score share their images out, one may have more than another
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.config.gather_features and several and torch.is_grad_enabled():
             images, texts = GatherWithGradient.apply(images), GatherWithGradient.apply(texts)
         if not self.config.queue_size:
             scores = images @ texts.T * scale
@@ -505,7 +509,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             (self.text_projection, self.momentum_text_projection),
         ):
             for new, old in zip(fast.parameters(), slow.parameters(), strict=True):
-                old.mul_(momentum).add_(new.detach().to(old.dtype), alpha=1 - momentum)
+                whole = new.full_tensor() if hasattr(new, "full_tensor") else new  # FSDP may hold a part of it only
+                old.mul_(momentum).add_(whole.detach().to(old.dtype), alpha=1 - momentum)
 
 
 __all__ = ["CTInstructForPretraining"]

@@ -34,7 +34,8 @@ def missing_in(checkpoint: Path) -> list[str]:
     except (OSError, ValueError):
         return [MARK]
     lost = [name for name, size in files.items() if not _has_size(checkpoint / name, size)]
-    sharded = any("optimizer" in name and "/" in name for name in files)  # FSDP and DeepSpeed write folders
+    # FSDP writes optimizer.bin or a folder, DeepSpeed a folder
+    sharded = "optimizer.bin" in files or any("optimizer" in name and "/" in name for name in files)
     needed = NEEDED[:1] if sharded else NEEDED
     lost += [name for name in needed if name not in files]
     if not any(name.startswith("rng_state") for name in files):

@@ -26,6 +26,7 @@ from .checkpoints import place_to_start, save_trained
 from .collator import InstructionCollator
 from .language_models import load_language_model
 from .recipe import parse_recipe
+from .sharded import whole_model
 from .stage_one import load_stage_one, start_bridger
 from .token_store import TokenStore
 from .trainer import (
@@ -370,14 +371,20 @@ def instruct(
         trainer: Any = sft_trainer(model, args, mixture, collator, entries, eval_dataset=looked_at)
     else:
         trainer = InstructionTrainer(model, args, mixture, collator, eval_dataset=looked_at)
+    if settings.lora is not None and trainer.is_fsdp_enabled:
+        raise CTInstructError(
+            "lora does not go with FSDP, which shards the embeddings of an adapted model twice: use DDP."
+        )
     trainer.learning_rates = check_rates(settings.learning_rates, base_of(model))
     trainer.positive_voxels = settings.positive_voxels
     trainer.held_out = _held_out_batches(held_out, args, int((settings.evaluation or {}).get("batches", 8)))
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     metrics = trainer.evaluate() if trainer.held_out else {}
+    if settings.lora is not None:
+        trainer.make_anew = lambda: build_model(settings)[0]
+    trained = whole_model(trainer)
     if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(trained, "merge_and_unload"):  # adapters go into the weights
             trained = trained.merge_and_unload()
         save_trained(folder / "model", trained, processor)

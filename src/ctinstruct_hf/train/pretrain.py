@@ -26,6 +26,7 @@ from .batch_norm import FreezeBatchNorm, set_batch_norm
 from .checkpoints import place_to_start, save_trained
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
+from .sharded import whole_model
 from .stage_one import ALIGNED
 from .text_encoders import load_text_encoder
 from .trainer import MixtureTrainer, base_of, check_rates, check_voxels, data_seed, make_mixture
@@ -213,7 +214,10 @@ class AlignmentTrainer(MixtureTrainer):
 
     def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
         """Scores of the held-out rows, shared out over the processes."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        model: Any = whole_model(self, everywhere=True)
+        if self.args.world_size > 1:  # running statistics are each process's own: those of the first are saved
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         collator: AlignmentCollator = self.data_collator  # type: ignore[assignment]
         share = (self.args.process_index, self.args.world_size)
         return score_alignment(
@@ -310,8 +314,9 @@ def pretrain(
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()
+    trained = whole_model(trainer)
     if trainer.is_world_process_zero():
-        save_trained(folder / "model", trainer.accelerator.unwrap_model(trainer.model), tokenizer, processor)
+        save_trained(folder / "model", trained, tokenizer, processor)
         write_scores(folder / "scores.json", scores)
     trainer.accelerator.wait_for_everyone()
     return scores.metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixtur
 from ..errors import CTInstructError
 from .bad_numbers import BadSteps, check_weights
 from .checkpoints import mark_complete
+from .sharded import FreshOptimizerState, keep_frozen_whole
 
 LOSSES = (
     "contrastive_loss",
@@ -104,6 +105,11 @@ class MixtureLoop:
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.bad_steps = BadSteps()
         self.add_callback(self.bad_steps)
+        kind, config = type(self.model), self.model.config
+        self.make_anew: Callable[[], Any] = lambda: kind(config)
+        if self.is_fsdp_enabled:
+            keep_frozen_whole(self)
+            self.add_callback(FreshOptimizerState())
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers. Raises CTInstructError for weights that are no numbers, and where ten steps in a row were."""

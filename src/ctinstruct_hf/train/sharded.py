@@ -1,0 +1,70 @@
+"""Trainings whose weights are shared out over processes (FSDP, DeepSpeed): what stays whole, and the whole model in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+def keep_frozen_whole(trainer: Any) -> None:
+    """What is frozen in stage one stays whole on every process: each reads only texts that it has not read before, one more or
+    less than the others, and momentum copies are written to within a forward pass."""
+    encoder = getattr(trainer.model, "text_encoder", None)
+    if encoder is None:
+        return
+    parts = [part for part in trainer.model.children() if not any(one.requires_grad for one in part.parameters())]
+    trainer.accelerator.state.fsdp_plugin.ignored_modules = parts
+    own = set(trainer.model._no_split_modules or ()) - set(encoder._no_split_modules or ())
+    trainer.model._no_split_modules = sorted(own)
+
+
+class FreshOptimizerState(TrainerCallback):
+    """Gives every trained weight an optimizer state from the start: one that no step has used has none otherwise, and a
+    checkpoint without it is refused on resume."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is None or inner.state:  # resumed
+            return
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], torch.Tensor) else 0.0
+            for weight in group["params"]:
+                weight.grad = torch.zeros_like(weight)
+        inner.step()
+        inner.zero_grad(set_to_none=True)
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for values in inner.state.values():
+            for value in values.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+
+def whole_model(trainer: Any, everywhere: bool = False) -> Any:
+    """The model with all its weights: itself, or, where every process holds a part of them, another of its kind with the
+    weights of all. Every process has to call it.
+
+    Args:
+        trainer: a `MixtureLoop`, whose `make_anew` gives another model of the kind.
+        everywhere: all processes need it; else only the main one gets it, and None the others.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return model
+    if everywhere and trainer.is_fsdp_enabled:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        weights = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True))
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+    if not (everywhere or trainer.is_world_process_zero()):
+        return None
+    whole = trainer.make_anew()
+    whole.load_state_dict(weights)
+    return whole.to(trainer.args.device if everywhere else "cpu")
+
+
+__all__ = ["FreshOptimizerState", "keep_frozen_whole", "whole_model"]
