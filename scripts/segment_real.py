@@ -1,6 +1,6 @@
 """Dice of a model of either stage on a real labelled scan, by name, on the scan's own grid.
 
-python scripts/segment_real.py --model runs/tiny-stage-one/model --scan ct.nii.gz --labels labels.nii.gz --names label_names.json
+python scripts/segment_real.py --model runs/tiny-stage-one/model --scan ct.nii.gz --labels labels.nii.gz --names label_names.json [--spacing 6 3.4 3.4]
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ STRUCTURES = {
 
 
 @torch.no_grad()
-def masks_of(folder: Path, volume: CTVolume) -> dict[str, np.ndarray]:
+def masks_of(folder: Path, volume: CTVolume, spacing: list[float] | None = None) -> dict[str, np.ndarray]:
     """The mask of each of `STRUCTURES`, by a stage-one model or through `<SEG>`."""
     if "CTInstructForPretraining" not in json.loads((folder / "config.json").read_text())["architectures"]:
         return Study(volume, *load_model(str(folder))).segment(list(STRUCTURES))
     model = CTInstructForPretraining.from_pretrained(folder).eval()
     processor = CTInstructImageProcessor.from_pretrained(folder)
+    if spacing is not None:  # as `bundle_tiny.py` sets for the bundled model
+        processor.target_spacing, processor.antialias = spacing, True
     words = AutoTokenizer.from_pretrained(folder)(list(STRUCTURES), return_tensors="pt", padding=True)
     outputs = model(
         **processor(images=[volume], return_tensors="pt"),
@@ -57,11 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "scan", "labels", "names"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--spacing", type=float, nargs=3, help="mm to bring the scan to, for a stage-one model")
     options = parser.parse_args()
     volume = read_volume(options.scan)
     labels = open_labels(str(options.labels), volume)
     ids = {name: int(key) for key, name in json.loads(options.names.read_text()).items()}
-    marked = masks_of(options.model, volume)
+    marked = masks_of(options.model, volume, options.spacing)
     print("| structure | voxels | Dice |\n|---|---|---|")
     for name, beginnings in STRUCTURES.items():
         truth = np.isin(labels, [ids[one] for one in ids if one.startswith(beginnings)])
