@@ -13,6 +13,7 @@ from typing import Any
 import fsdp_on_cpu
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ctinstruct_hf import (  # fmt: skip
     CTInstructConfig,
@@ -308,6 +309,51 @@ def test_the_bridger_starts_with_what_the_category_grain_reads(
     assert new.mean(0).abs().max() < 1e-3
     assert new.var(0).sum().item() == pytest.approx(13, rel=1e-2)
     assert sizes[13] < 1e-3 * sizes[0]
+
+
+def test_qlora_trains_four_bits_and_saves_what_loads_without_them(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which bitsandbytes knows too: the saved weights are those of the language model, rounded, and the adapters'."""
+    bits = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from ctinstruct_hf.train import instruct as stage_two
+    from ctinstruct_hf.train.language_models import load_language_model
+
+    torch.manual_seed(0)
+    for part in load_language_model("tiny"):
+        part.save_pretrained(tmp_path / "lm")
+    recipe |= {
+        "language_model": str(tmp_path / "lm"),
+        "lora": {"r": 4},
+        "load_in_4bit": True,
+        "freeze": ["vision_tower"],
+    }
+    trained: dict[str, torch.Tensor] = {}
+    in_full = stage_two._in_full
+
+    def watched(model: Any) -> Any:
+        layers = {name: part for name, part in model.named_modules() if isinstance(part, bits.nn.Linear4bit)}
+        assert len(layers) > 10
+        trained.update(
+            {
+                name: part.weight.data
+                for name, part in model.named_modules()
+                if "lora_B" in name and hasattr(part, "weight")
+            }
+        )
+        return in_full(model)
+
+    monkeypatch.setattr(stage_two, "_in_full", watched)
+    instruct(recipe)
+    assert max(float(weight.abs().max()) for weight in trained.values()) > 0  # adapters begin at zero
+    assert "quantization" not in (tmp_path / "run" / "model" / "config.json").read_text()
+    saved = CTInstructForConditionalGeneration.from_pretrained(tmp_path / "run" / "model").model.language_model
+    whole = load_file(tmp_path / "lm" / "model.safetensors")
+    for place in ("layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight"):
+        before, after = whole[f"model.{place}"], saved.get_parameter(place).detach()
+        assert after.dtype == torch.float32
+        assert not torch.equal(before, after)
+        assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.98
 
 
 def test_a_run_with_a_started_bridger_trains(recipe: dict[str, Any], tmp_path: Path) -> None:

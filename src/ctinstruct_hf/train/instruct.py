@@ -66,7 +66,7 @@ class InstructSettings:
         disease_lists: {name: diseases} beside the config's own; `only_these_lists` leaves the config's own out.
         freeze: parts that are not trained, of `PARTS`.
         lora: arguments of peft's `LoraConfig` for the language model; what is new in the model is trained whole.
-        load_in_4bit: QLoRA: the language model in 4 bits by bitsandbytes, on a GPU.
+        load_in_4bit: QLoRA: the language model in 4 bits by bitsandbytes; what is saved has plain weights.
         trainer: `trl` or `transformers`.
         mixture: parts {dataset | phantoms, tasks, weight, batch_size …}, see `data.parts`.
         evaluation: one such part, with `batches` (how many are scored).
@@ -153,11 +153,7 @@ def build_model(settings: InstructSettings) -> tuple[Any, CTInstructProcessor]:
     Raises:
         CTInstructError: where the parts do not fit each other or the tokenizer.
     """
-    loading: dict[str, Any] = {}
-    if settings.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    loading: dict[str, Any] = {"quantization_config": _four_bits()} if settings.load_in_4bit else {}
     if settings.model is not None:
         from ..study import load_processor
 
@@ -385,12 +381,33 @@ def instruct(
         trainer.make_anew = lambda: build_model(settings)[0]
     trained = whole_model(trainer)
     if trainer.is_world_process_zero():
+        if settings.load_in_4bit:
+            trained = _in_full(trained)
         if hasattr(trained, "merge_and_unload"):  # adapters go into the weights
             trained = trained.merge_and_unload()
         save_trained(folder / "model", trained, processor)
         write_whole(folder / "scores.json", json.dumps(metrics, indent=1))
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _four_bits() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _in_full(model: Any) -> Any:
+    """Weights of 4 bits as the numbers that they stand for: adapters can go into them, and the model loads without
+    bitsandbytes."""
+    from transformers.integrations.bitsandbytes import dequantize_and_replace
+
+    model = dequantize_and_replace(model, _four_bits(), torch.float32)
+    config = base_of(model).config
+    for one in (config, config.text_config):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+    return model
 
 
 def check_rows(entry: MixtureEntry) -> None:
