@@ -26,7 +26,7 @@ from .checkpoints import place_to_start, save_trained
 from .collator import InstructionCollator
 from .language_models import load_language_model
 from .recipe import parse_recipe
-from .sharded import whole_model
+from .sharded import built_whole, whole_model
 from .stage_one import load_stage_one, start_bridger
 from .token_store import TokenStore
 from .trainer import (
@@ -332,7 +332,8 @@ def instruct(
     from transformers import set_seed
 
     set_seed(args.seed)
-    model, processor = build_model(settings)
+    with built_whole(args):
+        model, processor = build_model(settings)
     store = PatchStore(processor.image_processor, settings.cache)
     with args.main_process_first(desc="data"):
         entries = [load_part(part, "instructions", store) for part in settings.mixture]

@@ -26,7 +26,7 @@ from .batch_norm import FreezeBatchNorm, set_batch_norm
 from .checkpoints import place_to_start, save_trained
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
-from .sharded import whole_model
+from .sharded import built_whole, whole_model
 from .stage_one import ALIGNED
 from .text_encoders import load_text_encoder
 from .trainer import MixtureTrainer, base_of, check_rates, check_voxels, data_seed, make_mixture
@@ -265,7 +265,8 @@ def pretrain(
     from transformers import EarlyStoppingCallback, set_seed
 
     set_seed(args.seed)
-    model, tokenizer = build_model(settings)
+    with built_whole(args):
+        model, tokenizer = build_model(settings)
     processor = CTInstructImageProcessor(
         **{
             **({"patch_size": TINY_PATCH, "max_patches": 4} if settings.preset == "tiny" else {}),

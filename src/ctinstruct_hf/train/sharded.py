@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+
+@contextmanager
+def built_whole(args: Any) -> Iterator[None]:
+    """Models are put together whole on every process; DeepSpeed shares their weights out when the training begins, and not, as
+    Transformers would have it for ZeRO 3, while they are made."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if getattr(plugin, "dschf", None) is not None:
+            set_hf_deepspeed_config(plugin.dschf)
 
 
 def keep_frozen_whole(trainer: Any) -> None:
@@ -67,4 +87,4 @@ def whole_model(trainer: Any, everywhere: bool = False) -> Any:
     return whole.to(trainer.args.device if everywhere else "cpu")
 
 
-__all__ = ["FreshOptimizerState", "keep_frozen_whole", "whole_model"]
+__all__ = ["FreshOptimizerState", "built_whole", "keep_frozen_whole", "whole_model"]
