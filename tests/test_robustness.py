@@ -84,10 +84,9 @@ CHANGES: dict[str, tuple[Callable[[int, nib.Nifti1Image, Path], Any], tuple[floa
     "float32 voxels": (lambda seed, image, place: changed(image, lambda hu: hu, np.float32), (1e-4, 0, 0.999)),
     "axes right, front, feet": (lambda seed, image, place: turned(image, "RAI"), (1e-4, 0, 0.999)),
     "axes feet, left, back": (lambda seed, image, place: turned(image, "ILP"), (1e-4, 0, 0.999)),
-    # in one of the two patients atelectasis is taken for consolidation: a probability moves from 0 to 1
-    "slices of 1 mm": (lambda seed, image, place: scan(seed, 1), (1.0, 3, 0.9)),
-    "slices of 2 mm": (lambda seed, image, place: scan(seed, 2), (1.0, 3, 0.9)),
-    "slices of 3 mm": (lambda seed, image, place: scan(seed, 3), (0.8, 3, 0.9)),
+    "slices of 1 mm": (lambda seed, image, place: scan(seed, 1), (0.2, 2, 0.94)),
+    "slices of 2 mm": (lambda seed, image, place: scan(seed, 2), (0.2, 2, 0.94)),
+    "slices of 3 mm": (lambda seed, image, place: scan(seed, 3), (0.2, 2, 0.94)),
     "noise of 10 HU more": (lambda seed, image, place: noisy(image, 10), (0.2, 2, 0.95)),
     "noise of 30 HU more": (lambda seed, image, place: noisy(image, 30), (0.2, 3, 0.9)),
     "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.2, 3, 0.9)),
