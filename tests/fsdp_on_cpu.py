@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,19 @@ def launch(recipe: dict[str, Any], folder: Path, sharded: bool) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("sharded: True" in done.stdout) == sharded
+
+
+def train_both_ways(recipe: dict[str, Any], folder: Path, check: Callable[[Path, Path], None]) -> None:
+    """Train as DDP and by FSDP, take the end of the second away, and let it go on from what is left; `check` is called with
+    the folders of the two runs, before and after."""
+    ddp, fsdp = folder / "ddp", folder / "fsdp"
+    for run in (ddp, fsdp):
+        launch({**recipe, "output_dir": str(run)}, folder / f"{run.name}-run", sharded=run == fsdp)
+    check(ddp, fsdp)
+    shutil.rmtree(fsdp / f"checkpoint-{recipe['max_steps']}")
+    shutil.rmtree(fsdp / "model")
+    launch({**recipe, "output_dir": str(fsdp)}, folder / "again", sharded=True)
+    check(ddp, fsdp)
 
 
 def _shard_on_cpus() -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -371,25 +370,18 @@ def test_fsdp_trains_as_ddp_does_saves_scores_and_resumes(recipe: dict[str, Any]
         "lr_scheduler_type": "constant", "alignment": {"gather_features": True, "queue_size": 8},
         "evaluation": {"phantoms": {"kind": "slice", "seeds": [100, 105]}, "masks": 3},
     }  # fmt: skip
-    runs = {"ddp": tmp_path / "ddp", "fsdp": tmp_path / "fsdp"}
-    for name, folder in runs.items():
-        fsdp_on_cpu.launch({**recipe, "output_dir": str(folder)}, tmp_path / f"{name}-run", sharded=name == "fsdp")
 
-    def check() -> None:
-        one, two = (CTInstructForPretraining.from_pretrained(folder / "model").state_dict() for folder in runs.values())
+    def check(*runs: Path) -> None:
+        one, two = (CTInstructForPretraining.from_pretrained(folder / "model").state_dict() for folder in runs)
         assert one.keys() == two.keys()
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
-        one, two = (json.loads((folder / "scores.json").read_text())["metrics"] for folder in runs.values())
+        one, two = (json.loads((folder / "scores.json").read_text())["metrics"] for folder in runs)
         assert two == pytest.approx(one, abs=1e-3)
+        for one, two in zip(*(losses(folder) for folder in runs), strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
 
-    check()
-    shutil.rmtree(runs["fsdp"] / "checkpoint-4")
-    shutil.rmtree(runs["fsdp"] / "model")
-    fsdp_on_cpu.launch({**recipe, "output_dir": str(runs["fsdp"])}, tmp_path / "again", sharded=True)
-    for one, two in zip(*(losses(folder) for folder in runs.values()), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-    check()
+    fsdp_on_cpu.train_both_ways(recipe, tmp_path, check)
 
 
 @pytest.mark.parametrize(("change", "told"), [
