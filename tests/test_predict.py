@@ -115,7 +115,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> 
     ("options", "message"),
     [
         (["--diagnose", "nothing known"], "no head for nothing known"),
-        (["--model", "/nowhere"], "cannot be loaded"),
+        (["--model", "/nowhere/at/all"], "neither a folder nor a name on the Hub"),
         (["--device", "cuda:7"], "cannot be used"),
         (["--dtype", "float7"], "use float32"),
         (["--spacing", "1,2"], "three numbers"),

@@ -24,7 +24,7 @@ from .data.templates import (
     ask_diagnosis,
     ask_segmentation,
 )
-from .errors import CTInstructError
+from .errors import CTInstructError, cannot_load
 from .evaluation.text import chosen_option
 from .modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
 from .processing.processing_ctinstruct import CTInstructProcessor
@@ -90,7 +90,7 @@ def load_processor(model: str | None = None) -> CTInstructProcessor:
     except CTInstructError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CTInstructError(f"model '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise cannot_load("model", folder, error) from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -123,7 +123,7 @@ def load_model(
     except CTInstructError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CTInstructError(f"model '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise cannot_load("model", folder, error) from error
     return network.to(target).eval(), processor
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from ..data.reading import PHANTOM_KINDS, open_volume
 from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
 from ..data.tasks import with_names
-from ..errors import CTInstructError
+from ..errors import CTInstructError, cannot_load
 from ..files import whole_folder, write_whole
 from .alignment import questions_of
 from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
@@ -247,7 +247,7 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise CTInstructError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise cannot_load("model", model, error) from error
     if "CTInstructForPretraining" in (getattr(config, "architectures", None) or []):
         return StageOne(model, device)
     return StageTwo(model, device, dtype)
@@ -428,7 +428,7 @@ class StageOne:
             self.processor = CTInstructImageProcessor.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CTInstructError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise cannot_load("model", model, error) from error
         self.store = PatchStore(self.processor, None)
         self.words = AlignmentCollator(self.store, tokenizer).words
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import CTInstructError
+from ..errors import CTInstructError, cannot_load
 
 HUB_NAMES = {"biolord-2023": "FremyCompany/BioLORD-2023"}
 PACKAGED = "all-minilm-l6-v2"
@@ -67,5 +67,4 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         hint = f" Without network, use text_encoder: {PACKAGED}." if source != str(cache_folder() / PACKAGED) else ""
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CTInstructError(f"text_encoder '{name}' cannot be loaded: {first}{hint}") from error
+        raise cannot_load("text_encoder", name, error, hint) from error
