@@ -41,11 +41,21 @@ def test_left_is_left_and_the_heart_points_left(phantom) -> None:
     assert sum(masks[name].any() for name in ORGANS) >= 14
 
 
-def test_fluid_lies_at_the_back() -> None:
-    phantom = make_phantom(3, shape=(64, 96, 96), findings={"pleural effusion": 1})
-    fluid, lungs = phantom.masks["pleural effusion"], phantom.masks["lungs"]
+def test_fluid_lies_at_the_back_and_displaces_the_lung() -> None:
+    with_it, without = (make_phantom(3, (64, 96, 96), findings={"pleural effusion": there}) for there in (1, 0))
+    fluid, lungs = with_it.masks["pleural effusion"], with_it.masks["lungs"]
     assert centre(fluid)[1] > centre(lungs)[1]
-    assert not (fluid & ~lungs).any()
+    assert np.array_equal(without.masks["lungs"], lungs | fluid)
+    assert not (lungs & fluid).any()
+    assert with_it.masks["body"][fluid].all()
+
+
+@pytest.mark.parametrize("finding", ["pericardial effusion", "hiatal hernia"])
+def test_what_displaces_the_lung_is_no_lung(finding: str) -> None:
+    with_it, without = (make_phantom(1, (64, 96, 96), findings={finding: there}) for there in (1, 0))
+    there = with_it.masks[finding]
+    assert (there & without.masks["lungs"]).sum() >= 8
+    assert not (there & with_it.masks["lungs"]).any()
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
@@ -163,13 +173,37 @@ def test_trunks_differ_and_short_scans_lie_anywhere() -> None:
 def test_sides_are_those_of_what_is_seen() -> None:
     for seed in range(6):
         phantom = make_phantom(seed, (32, 96, 96), findings={"pleural effusion": 1, "kidney stone": 1})
-        for name, organ in SIDED.items():
+        lungs = make_phantom(seed, (32, 96, 96), findings={"pleural effusion": 0, "kidney stone": 1}).masks
+        for name, organs in (
+            ("pleural effusion", lungs),
+            ("consolidation", phantom.masks),
+            ("kidney stone", phantom.masks),
+        ):
             for side in ("right", "left"):
-                if organ:
-                    half = phantom.finding_masks.get(name, np.zeros(1, bool)) & phantom.masks[f"{side} {organ}"]
-                    assert phantom.sides[f"{name} on the {side}"] == int(half.any())
+                half = organs[f"{side} {'kidney' if name == 'kidney stone' else 'lung'}"]
+                assert phantom.sides[f"{name} on the {side}"] == int((phantom.masks[name] & half).any())
+        assert set(phantom.sides) == {f"{name} on the {side}" for name in SIDED for side in ("right", "left")}
+        for name in SIDED:
             told = {one.side for one in phantom.findings if one.name == name}
             assert told == {side for side in ("right", "left") if phantom.sides[f"{name} on the {side}"]}
+
+
+def test_a_slice_tells_of_no_side_that_its_neighbour_shows() -> None:
+    """A slice is painted with its neighbours; a finding of one of them alone is not told of."""
+    canvas = _Canvas(np.random.default_rng(0), (3, 16, 16), (5.0, 6.0, 6.0))
+    box = (slice(0, 1), slice(None), slice(None))
+    canvas.finding("pleural effusion", box, np.ones((1, 16, 16), bool), 10.0, "right")
+    canvas.finding("pleural effusion", (slice(1, 2), *box[1:]), np.ones((1, 16, 16), bool), 10.0, "left")
+    canvas.keep_middle()
+    assert not canvas.side_masks["pleural effusion", "right"].any()
+    assert canvas.side_masks["pleural effusion", "left"].all()
+    for seed in range(300):
+        phantom = make_phantom(
+            seed, (1, 48, 48), kind="slice", through="pleural effusion", findings={"pleural effusion": 1}
+        )
+        columns = np.nonzero(phantom.masks["pleural effusion"])[2]
+        for side, there in (("right", (columns < 20).any()), ("left", (columns > 27).any())):
+            assert not there or phantom.sides[f"pleural effusion on the {side}"], (seed, side)
 
 
 def test_a_tube_is_round_and_grows_thin() -> None:

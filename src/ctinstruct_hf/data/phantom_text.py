@@ -10,14 +10,7 @@ import numpy as np
 WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
 WHICH_ALL = ("Which of these findings are present?", "Which of these findings are absent?")  # none, one or several
 NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
-# findings with a side, and the organ whose half they lie in; a device is told by the painter's side
-SIDED: dict[str, str] = {
-    "pleural effusion": "lung",
-    "consolidation": "lung",
-    "atelectasis": "lung",
-    "kidney stone": "kidney",
-    "medical material": "",
-}
+SIDED = ("pleural effusion", "consolidation", "atelectasis", "kidney stone", "medical material")  # lie left or right
 
 
 @dataclass(frozen=True)

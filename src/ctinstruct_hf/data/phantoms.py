@@ -128,15 +128,7 @@ class Phantom:
     def sides(self) -> dict[str, int]:
         """{"<finding> on the right": 0 or 1, …} for both sides of every one of `SIDED`."""
         told = {(one.name, one.side) for one in self.findings}
-        sides: dict[str, int] = {}
-        for name, organ in SIDED.items():
-            found = self.finding_masks.get(name)
-            for side in ("right", "left"):
-                there = (name, side) in told and found is not None
-                if there and organ:  # of a slice's findings, what lies in its neighbours is not seen
-                    there = bool(found[self.organ_map == ORGANS.index(f"{side} {organ}") + 1].any())
-                sides[f"{name} on the {side}"] = int(there)
-        return sides
+        return {f"{name} on the {side}": int((name, side) in told) for name in SIDED for side in ("right", "left")}
 
 
 class _Canvas:
@@ -166,6 +158,7 @@ class _Canvas:
         self.hu = np.full(shape, -1000.0, dtype=np.float32)
         self.organs = np.zeros(shape, dtype=np.uint8)
         self.finding_masks: dict[str, np.ndarray] = {}
+        self.side_masks: dict[tuple[str, str], np.ndarray] = {}  # the same of one side, for findings that have one
 
     def move_to(self, level: float) -> None:
         """Put the scan's middle at this height of the patient, mm."""
@@ -240,10 +233,23 @@ class _Canvas:
         self.organs[box][inside] = ORGANS.index(name) + 1
         self.hu[box][inside] = hu
 
-    def finding(self, name: str, box: tuple[slice, slice, slice], inside: np.ndarray, hu: float | None) -> int:
-        """Mark a finding and give it its HU; the number of voxels it got."""
-        mask = self.finding_masks.setdefault(name, np.zeros(self.shape, bool))
-        mask[box] |= inside
+    def finding(
+        self,
+        name: str,
+        box: tuple[slice, slice, slice],
+        inside: np.ndarray,
+        hu: float | None,
+        side: str = "",
+        displaces_lung: bool = False,
+    ) -> int:
+        """Mark a finding and give it its HU; the number of voxels it got. What displaces lung is no lung."""
+        masks = [self.finding_masks.setdefault(name, np.zeros(self.shape, bool))]
+        if side:
+            masks.append(self.side_masks.setdefault((name, side), np.zeros(self.shape, bool)))
+        for mask in masks:
+            mask[box] |= inside
+        if displaces_lung:
+            self.organs[box][inside & self.is_organ(box, "left lung", "right lung")] = ORGANS.index("body") + 1
         if hu is not None:
             self.hu[box][inside] = hu
         return int(inside.sum())
@@ -253,6 +259,7 @@ class _Canvas:
         self.shape = (1, *self.shape[1:])
         self.hu, self.organs = self.hu[1:2].copy(), self.organs[1:2].copy()
         self.finding_masks = {name: mask[1:2].copy() for name, mask in self.finding_masks.items()}
+        self.side_masks = {key: mask[1:2].copy() for key, mask in self.side_masks.items()}
 
     def is_organ(self, box: tuple[slice, slice, slice], *names: str) -> np.ndarray:
         labels = self.organs[box]
@@ -339,7 +346,9 @@ def make_phantom(
         if name in canvas.finding_masks and (name not in seen or not canvas.finding_masks[name].any()):
             del canvas.finding_masks[name]
     labels = {name: int(name in canvas.finding_masks) for name in FINDINGS}
-    found = [one for one in found if labels[one.name]]
+    # of a slice's findings, what lies in its neighbours is not seen
+    hidden = {key for key, mask in canvas.side_masks.items() if not mask.any()}
+    found = [one for one in found if labels[one.name] and (one.name, one.side) not in hidden]
 
     structures = [name for index, name in enumerate(ORGANS) if index and (canvas.organs == index + 1).sum() >= 8]
     volume = _volume(canvas)
@@ -377,7 +386,9 @@ class _Plan:
     def is_organ(self, box: tuple[slice, slice, slice], *names: str) -> np.ndarray:
         return np.zeros(0, bool)
 
-    def finding(self, name: str, box: tuple[slice, slice, slice], inside: np.ndarray, hu: float | None) -> int:
+    def finding(
+        self, name: str, box: object, inside: object, hu: object, side: str = "", displaces_lung: bool = False
+    ) -> int:
         return 0
 
 
@@ -713,10 +724,9 @@ def _paint_effusion(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) 
         if part is None:
             continue
         height = np.float32(rng.uniform(60, 140))
-        inside = c.is_organ(part, f"{side} lung") & (
-            c.y[part] > np.float32(level) + np.float32(0.28) * (c.z[part] - height * 0.5)
-        )
-        if c.finding("pleural effusion", part, inside, float(rng.uniform(2, 18))) >= 8:
+        inside = c.is_organ(part, f"{side} lung") & ~_taken(c, part)
+        inside &= c.y[part] > np.float32(level) + np.float32(0.28) * (c.z[part] - height * 0.5)
+        if c.finding("pleural effusion", part, inside, float(rng.uniform(2, 18)), side, displaces_lung=True) >= 8:
             yield PhantomFinding("pleural effusion", side, 0, "", "large" if level < 26 else "small")
 
 
@@ -728,7 +738,7 @@ def _paint_consolidation(c: _Canvas, rng: np.random.Generator, hu: dict[str, flo
         return
     box, inside = part
     inside &= c.is_organ(box, f"{side} lung") & ~_taken(c, box)
-    if c.finding("consolidation", box, inside, 30.0) >= 8:
+    if c.finding("consolidation", box, inside, 30.0, side) >= 8:
         for step in range(4):  # air bronchograms
             tube = c.ellipsoid((place[0] + sign * step * 6, place[1], place[2] - step * 4), (5, 3, 3))
             if tube:
@@ -778,7 +788,7 @@ def _paint_pericardial(c: _Canvas, rng: np.random.Generator, hu: dict[str, float
     box, inside = part
     inside &= ~c.is_organ(box, "heart", "aorta", "sternum", "ribs", "spine", "esophagus", "trachea", "liver", "stomach")
     inside &= (c.organs[box] > 0) & (c.z[box] > -10)
-    if c.finding("pericardial effusion", box, inside, 12.0) >= 8:
+    if c.finding("pericardial effusion", box, inside, 12.0, displaces_lung=True) >= 8:
         yield PhantomFinding("pericardial effusion", "", round(width))
 
 
@@ -791,7 +801,7 @@ def _paint_atelectasis(c: _Canvas, rng: np.random.Generator, hu: dict[str, float
         return
     band = np.abs(c.z[part] - height - slope * (c.y[part] - 20)) < 5.5
     inside = c.is_organ(part, f"{side} lung") & band & (c.y[part] > -30) & ~_taken(c, part)
-    if c.finding("atelectasis", part, inside, 15.0) >= 8:
+    if c.finding("atelectasis", part, inside, 15.0, side) >= 8:
         yield PhantomFinding("atelectasis", side, 0, f"{side} lower lobe")
 
 
@@ -802,7 +812,7 @@ def _paint_hernia(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) ->
         return
     box, inside = part
     inside &= ~c.is_organ(box, "spine", "aorta") & (c.organs[box] > 0)
-    if c.finding("hiatal hernia", box, inside, 40.0) >= 8:
+    if c.finding("hiatal hernia", box, inside, 40.0, displaces_lung=True) >= 8:
         air = inside & (c.y[box] < 24)
         c.hu[box][air] = -900
         yield PhantomFinding("hiatal hernia", "", round(2 * radius))
@@ -815,13 +825,13 @@ def _paint_device(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) ->
     if part:
         box, inside = part
         inside &= c.organs[box] > 0
-        painted += c.finding("medical material", box, inside, 2800.0)
+        painted += c.finding("medical material", box, inside, 2800.0, side)
     for step in range(22):  # the lead toward the heart
         t = step / 21
         place = (sign * 75 * (1 - t) + 10 * t, -80 + 52 * t, 150 - 100 * t)
         lead = c.ellipsoid(place, (3.2, 3.2, 4.5))
         if lead:
-            painted += c.finding("medical material", lead[0], lead[1] & (c.organs[lead[0]] > 0), 2500.0)
+            painted += c.finding("medical material", lead[0], lead[1] & (c.organs[lead[0]] > 0), 2500.0, side)
     if painted >= 4:
         yield PhantomFinding("medical material", side)
 
@@ -834,6 +844,7 @@ def _paint_nodes(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) -> 
         if part:
             box, inside = part
             inside &= ~c.is_organ(box, "trachea", "aorta", "spine", "esophagus", "heart", "right lung", "left lung")
+            inside &= ~_taken(c, box)
             count = c.finding("lymphadenopathy", box, inside & (c.organs[box] > 0), 45.0)
             painted += count
             largest = max(largest, size if count else 0.0)
@@ -850,7 +861,7 @@ def _paint_stone(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) -> 
         return
     box, inside = part
     inside &= c.is_organ(box, f"{side} kidney")
-    if c.finding("kidney stone", box, inside, float(rng.uniform(700, 1200))) >= 3:
+    if c.finding("kidney stone", box, inside, float(rng.uniform(700, 1200)), side) >= 3:
         yield PhantomFinding("kidney stone", side, round(size))
 
 
@@ -868,7 +879,7 @@ def _paint_lesion(c: _Canvas, rng: np.random.Generator, hu: dict[str, float]) ->
 
 
 def _taken(c: _Canvas, box: tuple[slice, slice, slice]) -> np.ndarray:
-    """Lung that another finding already fills."""
+    """What was lung and another finding already fills."""
     taken = np.zeros(c.organs[box].shape, bool)
     for name in ("lung nodule", "pleural effusion", "consolidation"):
         if name in c.finding_masks:
