@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("The answer is B.", 1),
         ("Answer: (A)", 0),
         ("emphysema", 1),
-        ("lung mass: no, emphysema: yes, pleural effusion: no. Answer: emphysema (B)", 1),
+        ("lung mass? No. emphysema? Yes. pleural effusion? No. Answer: emphysema (B)", 1),
         ("(A) is unlikely. The answer is: (C)", 2),
         ("A nodule", None),
         ("It shows no pleural effusion.", 3),

@@ -155,8 +155,9 @@ def choices_from_labels(
     Args:
         rows: of `InstructionSample`; of each image the first with a known label is taken.
         conversations: for each image.
-        turns: questions of one conversation, half of them with one right choice and one to three wrong ones, half with two
-            to four choices of which any number is right: where it is always one, it can be guessed without the image.
+        turns: questions of one conversation, of one to four choices. Whether a choice is right is drawn for each alone:
+            where their number is fixed, or drawn, what was said of one choice foretells the next without the image. Half
+            of those with one right choice ask for one ("Which … is present?"), all others for any number ("are present").
         seed: of the choices, with the row's id.
     """
     asked: dict[str, dict[str, Any]] = {}
@@ -173,13 +174,16 @@ def choices_from_labels(
         for number in range(conversations):
             messages = []
             for turn in range(turns):
-                kind, several = (int(number) for number in rng.integers(2, size=2))
+                kind, one = (int(number) for number in rng.integers(2, size=2))
                 those, others = sides[kind], sides[1 - kind]
-                right = min(max(int(rng.integers(5)), 2 - len(others)), len(those)) if several else 1
-                wrong = int(rng.integers(max(0, 2 - right), 5 - right)) if several else int(rng.integers(1, 4))
-                picked = [*rng.permutation(those)[:right], *rng.permutation(others)[:wrong]]
+                number_of_choices = int(rng.integers(1, 5))
+                right = int(rng.binomial(number_of_choices, 0.5))
+                right = min(max(right, number_of_choices - len(others)), len(those))
+                picked = [*rng.permutation(those)[:right], *rng.permutation(others)[: number_of_choices - right]]
                 choices = [str(name) for name in rng.permutation(picked)]
-                question = templates.ask_choice((WHICH_ALL if several else WHICH)[kind], choices, rng)
+                question = templates.ask_choice(
+                    (WHICH if one and right == 1 < len(choices) else WHICH_ALL)[kind], choices, rng
+                )
                 content = [*([] if turn else images), {"type": "text", "text": question}]
                 there = [choice in sides[0] for choice in choices]
                 answer = templates.weigh_choices(choices, there, [choice for choice in choices if choice in those])

@@ -126,8 +126,8 @@ def answer_choice(choices: Sequence[str], right: str) -> str:
 
 
 def weigh_choices(choices: Sequence[str], there: Sequence[bool], right: Sequence[str]) -> str:
-    """ "pleural effusion: no, atelectasis: yes. Answer: atelectasis (B)": of findings, each is looked for before any is
+    """ "pleural effusion? No. atelectasis? Yes. Answer: atelectasis (B)": of findings, each is looked for before any is
     chosen, of which there may be several or "none". A small language model that has to choose with its first word has to
     look for all at once."""
-    weighed = ", ".join(f"{name}: {'yes' if seen else 'no'}" for name, seen in zip(choices, there, strict=True))
-    return f"{weighed}. Answer: {', '.join(answer_choice(choices, one) for one in right) or 'none'}"
+    weighed = " ".join(f"{name}? {'Yes' if seen else 'No'}." for name, seen in zip(choices, there, strict=True))
+    return f"{weighed} Answer: {', '.join(answer_choice(choices, one) for one in right) or 'none'}"
