@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
 from . import templates
-from .phantom_text import PhantomFinding, write_questions, write_report
+from .phantom_text import WHICH_ALL, PhantomFinding, with_article, write_questions, write_report
 from .phantoms import FINDINGS, ORGANS, UNIONS
 
 # in the order of their ids, which CTInstructConfig's defaults name
@@ -27,11 +27,12 @@ SPECIAL_TOKENS = (
 
 
 def corpus(count: int = 3000) -> Iterator[str]:
-    """Reports, questions and instructions about made-up findings."""
+    """Reports, questions, instructions and their answers about made-up findings, and the words of the chat template."""
     names = [*ORGANS, *UNIONS, *FINDINGS, *CT_RATE_DISEASES, *RAD_CHESTCT_DISEASES]
     yield from names
     for options in (templates.REPORT, templates.CAPTION):
         yield from options
+    yield from ("system", "user", "assistant")
     lobes = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
     for seed in range(count):
         rng = np.random.default_rng([7, seed])
@@ -58,6 +59,11 @@ def corpus(count: int = 3000) -> Iterator[str]:
         yield templates.ask_segmentation(chosen[:1], rng)
         yield templates.ask_segmentation(chosen, rng)
         yield templates.ask_diagnosis(chosen, rng)
+        yield templates.answer_segmentation(chosen)
+        asked, present = FINDINGS[int(rng.integers(len(FINDINGS)))], bool(rng.integers(2))
+        yield from templates.ask_presence(with_article(asked), asked, present, rng)
+        yield templates.ask_choice(WHICH_ALL[int(rng.integers(2))], FINDINGS[:2], rng)
+        yield templates.weigh_choices(FINDINGS, list(labels.values()), [])
 
 
 def train_tokenizer(vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ..errors import CTInstructError
+from ..errors import CTInstructError, cannot_load
 
 FRESH = "tiny"
 PACKAGED = "smollm2"
@@ -32,6 +32,7 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
         tokenizer = train_tokenizer()
         config = CTInstructConfig.preset("tiny").text_config
         config.vocab_size = len(tokenizer)
+        config.initializer_range = 0.06  # about 1/√width; Qwen2's own, for widths of thousands, learns later
         return AutoModelForCausalLM.from_config(config), tokenizer
     try:
         if name == PACKAGED:
@@ -40,8 +41,7 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
             return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
         return AutoModelForCausalLM.from_pretrained(name, **loading), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CTInstructError(f"language_model '{name}' cannot be loaded: {first}") from error
+        raise cannot_load("language_model", name, error) from error
 
 
 def _packaged() -> tuple[str, str]:
