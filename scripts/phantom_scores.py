@@ -1,5 +1,6 @@
 """What a stage-two model says about held-out phantoms, beside the metrics of `ctinstruct evaluate`: which findings its reports
-mention, answers by kind of question, and whether answers follow the picture (the same scan with a finding and without).
+mention, answers by kind of question, how choices are weighed, and whether answers follow the picture (the same scan with a finding
+and without).
 
 python scripts/phantom_scores.py --model runs/tiny-stage-two/model --predictions eval/predictions.jsonl [--pairs 40]
 """
@@ -68,6 +69,13 @@ def main() -> None:
             kinds.setdefault(kind, []).append(record.prediction.strip() == record.reference.strip())
     for kind, right in kinds.items():
         print(f"questions, {kind}: exact {np.mean(right):.3f} of {len(right)}")
+    weighed = [
+        [one in record.prediction for one in re.findall(r"[a-z][a-z ]*\? (?:Yes|No)", record.reference)]
+        for record in found.good
+        if record.task == "multiple_choice"
+    ]
+    lists, choices = [all(one) for one in weighed], [right for one in weighed for right in one]
+    print(f"choices weighed rightly: {sum(choices)} of {len(choices)}, whole lists {sum(lists)} of {len(lists)}")
     model = load_model(options.model)
     changed: dict[str, list[bool]] = {name: [] for name in FINDINGS}
     for number in range(options.pairs):

@@ -174,16 +174,15 @@ def choices_from_labels(
         for number in range(conversations):
             messages = []
             for turn in range(turns):
-                kind, one = (int(number) for number in rng.integers(2, size=2))
+                kind, asks_for_one = (int(number) for number in rng.integers(2, size=2))
                 those, others = sides[kind], sides[1 - kind]
                 number_of_choices = int(rng.integers(1, 5))
                 right = int(rng.binomial(number_of_choices, 0.5))
                 right = min(max(right, number_of_choices - len(others)), len(those))
                 picked = [*rng.permutation(those)[:right], *rng.permutation(others)[: number_of_choices - right]]
                 choices = [str(name) for name in rng.permutation(picked)]
-                question = templates.ask_choice(
-                    (WHICH if one and right == 1 < len(choices) else WHICH_ALL)[kind], choices, rng
-                )
+                single = asks_for_one and right == 1 and len(choices) > 1
+                question = templates.ask_choice((WHICH if single else WHICH_ALL)[kind], choices, rng)
                 content = [*([] if turn else images), {"type": "text", "text": question}]
                 there = [choice in sides[0] for choice in choices]
                 answer = templates.weigh_choices(choices, there, [choice for choice in choices if choice in those])
