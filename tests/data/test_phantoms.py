@@ -220,6 +220,25 @@ def test_a_tube_is_round_and_grows_thin() -> None:
     assert not whole[:, :, :4].any()
 
 
+def test_what_lies_around_a_patient_differs_and_is_no_part_of_one() -> None:
+    """Tables of one or two shells, flat or hollow, with or without a mat; cloth over the front of some."""
+    shells, hollows, over = set(), set(), set()
+    for seed in range(12):
+        phantom = make_phantom(seed, (8, 160, 160))
+        hu, body = phantom.volume.hu[4], phantom.masks["body"][4]
+        around = ndimage.binary_dilation(body, iterations=2)
+        solid = (hu > -600) & ~around
+        column = solid[:, 80]
+        shells.add(int(np.diff(np.flatnonzero(column), prepend=-9).clip(0, 2).sum() // 2))
+        height = [int(np.flatnonzero(solid[:, place])[-1]) for place in (80, 28) if solid[:, place].any()]
+        hollows.add(len(height) == 2 and height[0] - height[1] > 6)
+        front = (hu > -900) & ~around
+        over.add(bool(front[: np.flatnonzero(body.any(1))[0]].sum() > 20))
+    assert shells >= {1, 2}
+    assert hollows == {False, True}
+    assert over == {False, True}
+
+
 def test_lungs_are_as_dense_as_patients_and_gas_lies_beside_them() -> None:
     """Lungs differ between patients, are densest over the dome and reach around it; beside them bowel holds gas."""
     densities, beside = [], 0

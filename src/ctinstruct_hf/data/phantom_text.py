@@ -32,6 +32,12 @@ class PhantomFinding:
     extent: str = ""
 
 
+def sides_of(findings: Sequence[PhantomFinding]) -> dict[str, int]:
+    """{"<finding> on the right": 0 or 1, …} for both sides of every one of `SIDED`."""
+    told = {(one.name, one.side) for one in findings}
+    return {f"{name} on the {side}": int((name, side) in told) for name in SIDED for side in ("right", "left")}
+
+
 # how a present finding is told: {size}, {place}, {side}, {extent} are filled in
 _PRESENT: dict[str, tuple[str, ...]] = {
     "lung nodule": (

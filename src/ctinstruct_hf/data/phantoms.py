@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume, VolumeSource
-from .phantom_text import SIDED, PhantomFinding, write_questions, write_report
+from .phantom_text import SIDED, PhantomFinding, sides_of, write_questions, write_report
 
 FINDINGS: list[str] = [
     "lung nodule",
@@ -127,8 +127,7 @@ class Phantom:
     @property
     def sides(self) -> dict[str, int]:
         """{"<finding> on the right": 0 or 1, …} for both sides of every one of `SIDED`."""
-        told = {(one.name, one.side) for one in self.findings}
-        return {f"{name} on the {side}": int((name, side) in told) for name in SIDED for side in ("right", "left")}
+        return sides_of(self.findings)
 
 
 class _Canvas:
@@ -419,11 +418,14 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     c.organ("subcutaneous fat", everything, chest < 1, hu["subcutaneous fat"])
     c.organ("muscle", everything, inner, hu["muscle"])
     c.hu[(chest >= np.float32(0.97)) & (chest < 1)] = 10  # skin
-    # the table below the back
-    table = (np.abs(c.x) < 200) & (c.y > deep + 9) & (c.y < deep + 15) & (chest >= 1)
-    c.hu[table] = -300
+    _surroundings(c, chest, deep)
 
-    breath = _Diaphragm(float(rng.uniform(-16, 16)), float(rng.uniform(0.006, 0.014)), float(rng.uniform(0.005, 0.013)))
+    breath = _Diaphragm(
+        float(rng.uniform(-16, 16)),
+        float(rng.uniform(0.006, 0.014)),
+        float(rng.uniform(0.005, 0.013)),
+        float(rng.uniform(0, 45)),
+    )
     # the abdominal cavity: fat with bowel, up to the domes
     roof = np.where(c.x < 0, breath.height(c.x, c.y, -1.0), breath.height(c.x, c.y, 1.0))
     below = (chest < (fat_share - np.float32(0.10)) ** 2) & (c.z < np.maximum(roof, 0))
@@ -445,6 +447,32 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
     _chest(c, hu, present, breath)
     _abdomen(c, hu, breath)
     _vessels(c, hu)
+
+
+def _surroundings(c: _Canvas, chest: np.ndarray, deep: float) -> None:
+    """Around the patient: a table, flat or hollow, of one or two shells with a mat on it, and clothes or a blanket. The
+    air between them lies enclosed as that of a lung does."""
+    rng = c.rng
+    outside = chest >= 1
+    hollow = np.float32(rng.uniform(0.5, 2.5) * 1e-3 if rng.random() < 0.6 else 0.0)
+    below = c.y + hollow * np.square(c.x)  # mm; of a hollow table the edges lie higher
+    below -= np.float32(deep + 9)
+    wide = outside & (np.abs(c.x) < np.float32(rng.uniform(170, 260)))
+    foam, thick = np.float32(rng.uniform(0, 22)), np.float32(rng.uniform(2, 6))
+    core = np.float32(rng.uniform(8, 40) if rng.random() < 0.6 else 0.0)
+    c.hu[wide & (below > 0) & (below < foam)] = rng.uniform(-985, -880)
+    shells = (below > foam) & (below < foam + thick)
+    if core:
+        c.hu[wide & (below > foam) & (below < foam + core)] = rng.uniform(-1000, -930)
+        shells |= (below > foam + core) & (below < foam + core + thick)
+    c.hu[wide & shells] = rng.uniform(-500, 150)
+    for _ in range(int(rng.integers(3))):  # layers of cloth over the front
+        away = np.float32(1 + rng.uniform(0.02, 0.5))
+        folds = np.sin(c.x * np.float32(rng.uniform(0.03, 0.12)) + np.float32(rng.uniform(0, 6)))
+        folds *= np.float32(rng.uniform(0.0, 0.1))
+        folds += chest
+        layer = outside & (np.abs(folds - away) < np.float32(rng.uniform(0.01, 0.03))) & (below < 0)
+        c.hu[layer] = rng.uniform(-950, -650)
 
 
 def _bowel(
@@ -513,19 +541,24 @@ class _Diaphragm:
     Attributes:
         rise: mm above its mean place; the organs under it go with it.
         across, along: how fast a dome falls toward the wall and toward the back.
+        edge: mm that it falls more at its very edge, which leaves the lung a thin rim along the wall.
     """
 
     rise: float
     across: float
     along: float
+    edge: float
 
     def height(self, x: np.ndarray, y: np.ndarray, side: float) -> np.ndarray:
         """Height of the dome under a lung: higher on the right, falling toward the wall and the back."""
         top = self.rise + (14.0 if side < 0 else 4.0)
+        x, y = np.square(x - np.float32(side * 70)), np.square(y + np.float32(15))
+        at_edge = np.square(x * np.float32(1 / 60**2) + y * np.float32(1 / 85**2))
         return (
             np.float32(top)
-            - np.float32(self.across) * np.square(x - np.float32(side * 70))
-            - np.float32(self.along) * np.square(y + np.float32(15))
+            - np.float32(self.across) * x
+            - np.float32(self.along) * y
+            - np.float32(self.edge) * np.minimum(at_edge, 2)
         )
 
 
