@@ -21,6 +21,7 @@ from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, St
 from ctinstruct_hf.data.parts import check_part, choices_from_labels, join_turns, load_part
 from ctinstruct_hf.data.reading import PhantomRef, open_mask, open_volume, phantom_of
 from ctinstruct_hf.data.samples import TASKS, AlignmentSample, ImageRef, Label, MaskRef, from_row, text_of, to_row
+from ctinstruct_hf.data.sources import made_up
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.evaluation.run import options_of
@@ -231,6 +232,29 @@ def test_findings_are_asked_for_as_often_as_organs(tmp_path: Path) -> None:
     assert asdict(sample)["masks"][0]["name"] == "organ 0"
 
 
+def test_kept_rows_of_other_words_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cache has kept depends on the code that phrases it, as on the code that paints it."""
+    store = PatchStore(CTInstructImageProcessor(patch_size=PATCH), tmp_path / "cache")
+    made_up.rows_code.cache_clear()
+    kept = phantom_rows("slice", range(2), store=store, workers=1, samples="instructions")
+    made: list[str] = []
+
+    def make(ref: str, *_: Any) -> dict[str, Any]:
+        made.append(ref)
+        return {"id": ref, "instructions": []}
+
+    monkeypatch.setattr(made_up, "_make", make)
+    assert phantom_rows("slice", range(2), store=store, workers=1, samples="instructions") == kept
+    assert made == []
+    (tmp_path / "templates.py").write_text("# other words")
+    monkeypatch.setattr(made_up.templates, "__file__", str(tmp_path / "templates.py"))
+    made_up.rows_code.cache_clear()
+    assert phantom_rows("slice", range(2), store=store, workers=1, samples="instructions") == []
+    assert len(made) == 2
+    monkeypatch.undo()
+    made_up.rows_code.cache_clear()
+
+
 def test_questions_about_one_scan_become_a_conversation() -> None:
     rows = phantom_rows("slice", range(2), samples="instructions", workers=1)
     joined = join_turns(rows, 4)
@@ -266,12 +290,15 @@ def test_choices_are_made_from_labels() -> None:
             assert list(options) == list("ABCD"[: len(options)])
             assert len(options) == 1 or list(options.values()) == options_of(question)
             weighed, chosen = answer.split(" Answer: ")
-            assert weighed == " ".join(f"{one}? {('No.', 'Yes.')[labels[one]]}" for one in options.values())
-            right = [f"{one} ({letter})" for letter, one in options.items() if labels[one] == wanted]
-            assert chosen == (", ".join(right) or "none")
+            right = [letter for letter, one in options.items() if labels[one] == wanted]
+            assert weighed == " ".join(
+                f"({letter}) {one}? {('No', 'Yes')[labels[one]]}{f' ({letter})' if letter in right else ''}."
+                for letter, one in options.items()
+            )
+            assert chosen == (", ".join(f"({letter}) {options[letter]}" for letter in right) or "none")
             if not several:
                 assert len(right) == 1
-                assert chosen_option(answer, list(options.values())) == "ABCD".index(right[0][-2])
+                assert chosen_option(answer, list(options.values())) == "ABCD".index(right[0])
             asked_for.add((wanted, several))
             sizes.add(len(options))
             numbers.add(len(right))

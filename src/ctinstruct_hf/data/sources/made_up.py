@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import tasks, templates
 from ..phantoms import FINDINGS, ORGANS, UNIONS, Phantom
 from ..reading import PhantomRef, phantom_of
 from ..samples import Case, ImageRef, Label, MaskRef, Question, to_row
@@ -28,24 +31,27 @@ def phantom_case(ref: PhantomRef, split: str) -> Case:
     masks = [MaskRef(name, str(ref)) for name in ORGANS if name in present and name != "body"]
     masks += [MaskRef(name, str(ref)) for name, parts in UNIONS.items() if present & set(parts)]
     masks += [MaskRef(name, str(ref)) for name in FINDINGS if phantom.labels[name]]
-    findings, _, impression = phantom.report.partition("Findings: ")[2].partition(" Impression: ")
-    questions = [
-        Question(str(one["question"]), str(one["answer"]), str(one["kind"]), list(one["choices"]))  # type: ignore[call-overload]
-        for one in phantom.questions
-    ]
     return Case(
         id=str(ref),
         images=[ImageRef(str(ref))],
         split=split,
         source="phantoms",
         patient=f"phantom-{ref.seed}",
-        texts={"report": phantom.report, "findings": findings, "impression": impression},
-        labels=[Label(name, value) for name, value in (phantom.labels | phantom.sides).items()],
         masks=masks,
         structures=[*STRUCTURES, *FINDINGS],
-        questions=questions,
         meta={"phase": phantom.phase},
+        **labelled_texts(phantom.report, phantom.questions, phantom.labels | phantom.sides),
     )
+
+
+def labelled_texts(report: str, questions: Sequence[dict[str, Any]], labels: dict[str, int]) -> dict[str, Any]:
+    """What a `Case` has of words: the parts of a report, questions with answers, labels."""
+    findings, _, impression = report.partition("Findings: ")[2].partition(" Impression: ")
+    return {
+        "texts": {"report": report, "findings": findings, "impression": impression},
+        "questions": [Question(one["question"], one["answer"], one["kind"], list(one["choices"])) for one in questions],
+        "labels": [Label(name, value) for name, value in labels.items()],
+    }
 
 
 _worker_store: PatchStore | None = None
@@ -108,7 +114,7 @@ def phantom_rows(
     ledger: Path | None = None
     if store is not None and store.folder is not None:
         store.folder.mkdir(parents=True, exist_ok=True)
-        ledger = store.folder / f"phantoms-{phantom_code()}.jsonl"
+        ledger = store.folder / f"phantoms-{rows_code()}.jsonl"
         kept = _read_ledger(ledger, set(refs))
     jobs = [(ref, split) for ref in refs if ref not in kept]
     if jobs:
@@ -119,6 +125,15 @@ def phantom_rows(
                 with ledger.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
     return [{**row, "split": split} for ref in refs for row in kept[ref][samples]]
+
+
+@cache
+def rows_code() -> str:
+    """Of everything that a phantom's rows depend on: the phantoms, and how they are asked about."""
+    words = (templates.__file__, tasks.__file__, __file__)
+    return hashlib.sha256(phantom_code().encode() + b"".join(Path(path).read_bytes() for path in words)).hexdigest()[
+        :16
+    ]
 
 
 def _read_ledger(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
