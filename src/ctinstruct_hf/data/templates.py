@@ -126,8 +126,14 @@ def answer_choice(choices: Sequence[str], right: str) -> str:
 
 
 def weigh_choices(choices: Sequence[str], there: Sequence[bool], right: Sequence[str]) -> str:
-    """ "pleural effusion? No. atelectasis? Yes. Answer: atelectasis (B)": of findings, each is looked for before any is
-    chosen, of which there may be several or "none". A small language model that has to choose with its first word has to
-    look for all at once."""
-    weighed = " ".join(f"{name}? {'Yes' if seen else 'No'}." for name, seen in zip(choices, there, strict=True))
-    return f"{weighed} Answer: {', '.join(answer_choice(choices, one) for one in right) or 'none'}"
+    """ "(A) pleural effusion? No. (B) atelectasis? Yes (B). Answer: (B) atelectasis": of findings, each is looked for before
+    any is chosen, of which there may be several or "none". A small language model that has to choose with its first word
+    has to look for all at once; and a letter beside each "Yes" or "No" that is asked for is all that is left to read off in
+    the end."""
+    weighed, chosen = [], []
+    for letter, name, seen in zip(LETTERS, choices, there, strict=False):
+        mark = f" ({letter})" if name in right else ""
+        weighed.append(f"({letter}) {name}? {'Yes' if seen else 'No'}{mark}.")
+        if mark:
+            chosen.append(f"({letter}) {name}")
+    return f"{' '.join(weighed)} Answer: {', '.join(chosen) or 'none'}"

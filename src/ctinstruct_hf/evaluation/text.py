@@ -186,6 +186,7 @@ def _meteor(prediction: str, references: list[str]) -> float:
 # multiple choice
 
 _CONCLUSION = re.compile(r"\banswer(?: is)?\s*:", re.I)
+_SEVERAL = re.compile(r"^\W*\(?[a-h][).:][^(]*(?:,|\band|\bor)\s*\([a-h]\)", re.I)  # "(A) …, (C) …"
 _LETTER = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?\(?([a-h])(?:[).:,]|\s*$|\s+(?=\W))", re.I)  # fmt: skip
 
 
@@ -195,6 +196,8 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     An answer that names several options names none; where it weighs them first, what follows its last "Answer:" counts.
     """
     answer = _CONCLUSION.split(answer)[-1]
+    if _SEVERAL.search(answer):
+        return None
     letter = _LETTER.match(answer.strip())
     if letter:
         index = ord(letter[1].upper()) - ord("A")
