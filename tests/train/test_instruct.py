@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,50 @@ def test_the_bridger_starts_with_what_the_category_grain_reads(
     assert new.mean(0).abs().max() < 1e-3
     assert new.var(0).sum().item() == pytest.approx(13, rel=1e-2)
     assert sizes[13] < 1e-3 * sizes[0]
+
+
+def test_the_fresh_language_model_learns_to_read_first(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Words alone make it answer in words; what it learned is where stage two begins, and is not learned twice."""
+    from ctinstruct_hf.data.imagined import imagined_conversation
+    from ctinstruct_hf.train.language_models import load_language_model
+
+    told: list[str] = []
+    recipe |= {"read_first": {"steps": 200, "batch_size": 2, "turns": 2}, "max_steps": 1, "learning_rate": 0.0}
+    instruct(recipe, tell=told.append)
+    (line,) = [one for one in told if "learning to read" in one]
+    assert float(line.rpartition(" ")[2]) < 3  # ln 944 is 6.9
+    folder = tmp_path / "run" / "language_model"
+    read, tokenizer = load_language_model(str(folder))
+    _, own = load_language_model("tiny")
+    words = " ".join(part["text"] for turn in imagined_conversation(3) for part in turn["content"])
+    assert tokenizer(words)["input_ids"] == own(words)["input_ids"]
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    weight = dict(read.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(trained["model.language_model.layers.0.mlp.up_proj.weight"].float(), weight.float())
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # as killed before its first checkpoint
+    instruct(recipe)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"steps": 0}, "read_first: steps is 0: give a whole number above 0"),
+        ({"steps": 5, "learning_rate": "high"}, "read_first: learning_rate is 'high': give a number"),
+        ({"batch_size": 4}, "read_first has no steps"),
+        ({"steps": 5, "epochs": 2}, "read_first has epochs: known are steps, batch_size"),
+    ],
+)
+def test_reading_first_is_checked(recipe: dict[str, Any], told: dict[str, Any], message: str) -> None:
+    with pytest.raises(CTInstructError, match=message):
+        instruct(recipe | {"read_first": told})
+
+
+def test_only_the_fresh_language_model_reads_first(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CTInstructError, match="another can read already"):
+        instruct(recipe | {"read_first": {"steps": 1}, "language_model": str(tmp_path)})
 
 
 def test_qlora_trains_four_bits_and_saves_what_loads_without_them(

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
 from . import templates
-from .phantom_text import WHICH_ALL, PhantomFinding, with_article, write_questions, write_report
+from .imagined import imagine
+from .phantom_text import WHICH_ALL, with_article, write_questions, write_report
 from .phantoms import FINDINGS, ORGANS, UNIONS
 
 # in the order of their ids, which CTInstructConfig's defaults name
@@ -33,22 +34,9 @@ def corpus(count: int = 3000) -> Iterator[str]:
     for options in (templates.REPORT, templates.CAPTION):
         yield from options
     yield from ("system", "user", "assistant")
-    lobes = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
     for seed in range(count):
         rng = np.random.default_rng([7, seed])
-        labels = {name: int(rng.random() < 0.4) for name in FINDINGS}
-        found = [
-            PhantomFinding(
-                name,
-                ("right", "left")[int(rng.integers(2))],
-                int(rng.integers(8, 60)),
-                lobes[int(rng.integers(len(lobes)))],
-                ("small", "large")[int(rng.integers(2))],
-            )
-            for name, present in labels.items()
-            if present
-        ]
-        phase = ("native", "arterial", "portal venous")[int(rng.integers(3))]
+        labels, found, phase = imagine(rng)
         yield write_report(rng, labels, found, phase)
         for question in write_questions(rng, labels, found, ORGANS, phase):
             choices = question["choices"]

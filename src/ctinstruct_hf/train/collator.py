@@ -205,6 +205,40 @@ class AlignmentCollator(_Collator):
             batch["mask_weights"] = torch.tensor([1.0 / counts[kind] for kind in kinds])
 
 
+def spell(
+    processor: Any, messages: Sequence[dict[str, Any]], counts: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Ids of a conversation and labels: −100 but on answers, each with its closing token.
+
+    Args:
+        processor: a `CTInstructProcessor`.
+        messages: turns.
+        counts: tokens of each image that they show.
+
+    Raises:
+        CTInstructError: where the chat template does not write a conversation turn by turn.
+    """
+    rest = list(counts)
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for index, turn in enumerate(messages):
+        answers = turn["role"] == "assistant"
+        written = [(processor.apply_chat_template(messages[: index + 1]), answers)]
+        if answers:  # what generation begins with belongs to the question
+            written.insert(0, (processor.apply_chat_template(messages[:index], add_generation_prompt=True), False))
+        for whole, learned in written:
+            if not whole.startswith(done):
+                raise CTInstructError("the chat template does not write a conversation turn by turn.")
+            text = whole[len(done) :]
+            text = processor.expand([text], [rest.pop(0) for _ in range(text.count(processor.image_token))])[0]
+            new = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += new
+            labels += new if learned else [-100] * len(new)
+            done = whole
+    return ids, labels
+
+
 class InstructionCollator(_Collator):
     """Stage two: `InstructionSample` rows to the arguments of `CTInstructForConditionalGeneration.forward`.
 
@@ -306,44 +340,13 @@ class InstructionCollator(_Collator):
         Raises:
             CTInstructError: where it is too long, or the chat template does not write it turn by turn.
         """
-        rest = list(counts)
-        ids: list[int] = []
-        labels: list[int] = []
-        done = ""
-        for index, turn in enumerate(sample.messages):
-            answers = turn["role"] == "assistant"
-            if answers:  # what generation begins with belongs to the question
-                opened = self.processor.apply_chat_template(sample.messages[:index], add_generation_prompt=True)
-                self._add(sample, ids, labels, done, opened, rest, False)
-                done = opened
-            told = self.processor.apply_chat_template(sample.messages[: index + 1])
-            self._add(sample, ids, labels, done, told, rest, answers)
-            done = told
+        try:
+            ids, labels = spell(self.processor, sample.messages, counts)
+        except CTInstructError as error:
+            raise CTInstructError(f"sample '{sample.id}': {error}") from error
         if len(ids) > self.max_length:
             raise CTInstructError(f"sample '{sample.id}' has {len(ids)} tokens, max_length is {self.max_length}.")
         return torch.tensor(ids), torch.tensor(labels)
-
-    def _add(
-        self,
-        sample: InstructionSample,
-        ids: list[int],
-        labels: list[int],
-        before: str,
-        after: str,
-        counts: list[int],
-        learned: bool,
-    ) -> None:
-        """The words that `after` has beyond `before`."""
-        if not after.startswith(before):
-            raise CTInstructError(
-                f"sample '{sample.id}': the chat template does not write a conversation turn by turn."
-            )
-        text = after[len(before) :]
-        shown = text.count(self.processor.image_token)
-        text = self.processor.expand([text], [counts.pop(0) for _ in range(shown)])[0]
-        new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += new
-        labels += new if learned else [-100] * len(new)
 
     def _masks(self, sample: InstructionSample) -> list[torch.Tensor]:
         """Canvases in the order of `<SEG>`, each of the image last shown before it."""

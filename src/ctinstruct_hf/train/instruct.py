@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..processing.processing_ctinstruct import CTInstructProcessor
 from .batch_norm import set_batch_norm
 from .checkpoints import place_to_start, save_trained
 from .collator import InstructionCollator
-from .language_models import load_language_model
+from .language_models import FRESH, FirstReading, learn_to_read, load_language_model
 from .recipe import parse_recipe
 from .sharded import built_whole, whole_model
 from .stage_one import load_stage_one, start_bridger
@@ -60,6 +60,8 @@ class InstructSettings:
     Attributes:
         vision: folder of a stage-one model (its `model` folder); tower, decoder and image processor come from it.
         language_model: `tiny`, `smollm2`, a folder or a name on the Hub, see `load_language_model`.
+        read_first: {steps, batch_size, turns, learning_rate}: the fresh language model learns to read from words alone,
+            see `language_models.learn_to_read`; only of `tiny`. Not in the paper.
         model: a whole model to go on from instead of these two; `vision` then only gives `align_prompts` its texts.
         config: fields of `CTInstructConfig`: bridger, disease_head, segmentation_loss_weight, disease_loss_weight,
             disease_positive_weights …
@@ -85,6 +87,7 @@ class InstructSettings:
 
     vision: str | None = None
     language_model: str = "tiny"
+    read_first: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     disease_lists: dict[str, list[str]] = field(default_factory=dict)
@@ -138,6 +141,12 @@ class InstructSettings:
             raise CTInstructError("align_prompts needs vision (a stage-one folder) and segmentation_decoder in freeze.")
         if self.start_bridger and (self.vision is None or self.model is not None or not self.keep_tokens):
             raise CTInstructError("start_bridger needs vision (a stage-one folder), keep_tokens, and no model.")
+        if self.read_first:
+            if self.language_model != FRESH or self.model is not None:
+                raise CTInstructError(
+                    f"read_first is for the fresh language model '{FRESH}': another can read already."
+                )
+            FirstReading.of(self.read_first)
         if self.load_in_4bit and self.lora is None:
             raise CTInstructError("load_in_4bit needs lora: weights of 4 bits are not trained themselves.")
 
@@ -331,6 +340,10 @@ def instruct(
     start = place_to_start(folder, recipe, resume, restart, args.should_save)
     from transformers import set_seed
 
+    if settings.read_first and start is None:  # what is gone on from can read
+        with args.main_process_first(desc="learning to read"):
+            learn_to_read(folder / "language_model", FirstReading.of(settings.read_first), args, tell)
+        settings = replace(settings, language_model=str(folder / "language_model"), read_first={})
     set_seed(args.seed)
     with built_whole(args):
         model, processor = build_model(settings)
