@@ -342,10 +342,11 @@ def test_the_fresh_language_model_learns_to_read_first(recipe: dict[str, Any], t
         ({"steps": 0}, "read_first: steps is 0: give a whole number above 0"),
         ({"steps": 5, "learning_rate": "high"}, "read_first: learning_rate is 'high': give a number"),
         ({"batch_size": 4}, "read_first has no steps"),
+        (300, "read_first is 300: give {steps"),
         ({"steps": 5, "epochs": 2}, "read_first has epochs: known are steps, batch_size"),
     ],
 )
-def test_reading_first_is_checked(recipe: dict[str, Any], told: dict[str, Any], message: str) -> None:
+def test_reading_first_is_checked(recipe: dict[str, Any], told: Any, message: str) -> None:
     with pytest.raises(CTInstructError, match=message):
         instruct(recipe | {"read_first": told})
 

@@ -53,10 +53,9 @@ def imagined_conversation(seed: int, turns: int = 8) -> list[dict[str, Any]]:
         **labelled_texts(report, questions, labels | sides_of(found)),
     )
     rows = [to_row(sample) for sample in to_instructions(case, diseases=FINDINGS)]
-    if rng.random() < 0.5:
-        picked = choices_from_labels(rows, 1, turns)
-    else:
-        picked = join_turns([row for row in rows if row["task"] in WORDS_ALONE], turns)
+    picked = choices_from_labels(rows, 1, turns) if rng.random() < 0.5 else []
+    if not picked:  # nor is there a choice where nothing is present
+        picked = join_turns([row for row in rows if row["task"] in WORDS_ALONE], turns, seed)
     return [
         {**turn, "content": [part for part in turn["content"] if part["type"] != "image"]}
         for turn in picked[0]["messages"]

@@ -77,9 +77,11 @@ class FirstReading:
         """From a recipe.
 
         Raises:
-            CTInstructError: for unknown keys, none for `steps`, or values that are no positive numbers.
+            CTInstructError: for what is no mapping, unknown keys, none for `steps`, or values that are no positive numbers.
         """
         known = [field.name for field in fields(cls)]
+        if not isinstance(told, dict):
+            raise CTInstructError(f"read_first is {told!r}: give {{steps: …}}.")
         unknown = sorted(set(told) - set(known))
         if unknown or "steps" not in told:
             raise CTInstructError(f"read_first has {', '.join(unknown) or 'no steps'}: known are {', '.join(known)}.")

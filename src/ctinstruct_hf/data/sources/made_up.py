@@ -130,10 +130,8 @@ def phantom_rows(
 @cache
 def rows_code() -> str:
     """Of everything that a phantom's rows depend on: the phantoms, and how they are asked about."""
-    words = (templates.__file__, tasks.__file__, __file__)
-    return hashlib.sha256(phantom_code().encode() + b"".join(Path(path).read_bytes() for path in words)).hexdigest()[
-        :16
-    ]
+    words = b"".join(Path(path).read_bytes() for path in (templates.__file__, tasks.__file__, __file__))
+    return hashlib.sha256(phantom_code().encode() + words).hexdigest()[:16]
 
 
 def _read_ledger(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
