@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CTInstructError, cannot_load
 from ..files import whole_folder
+from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from ..processing.processing_ctinstruct import CTInstructProcessor
+from .collator import spell
 
 FRESH = "tiny"
 PACKAGED = "smollm2"
@@ -107,6 +111,8 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup, set_seed
 
+    from ..data.tiny import TINY_PATCH
+
     told = {**asdict(reading), "seed": args.seed, "bf16": args.bf16}
     mark = folder / "read_first.json"
     if mark.exists() and json.loads(mark.read_text()) == told:
@@ -116,10 +122,10 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=reading.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(50, reading.steps // 4), reading.steps)
-    words = _Conversations(tokenizer, reading)
+    processor = CTInstructProcessor(CTInstructImageProcessor(patch_size=TINY_PATCH), tokenizer)
     loss = torch.tensor(0.0)
     for step in tqdm(range(reading.steps), desc="learning to read", disable=args.disable_tqdm):
-        batch = {name: tensor.to(args.device) for name, tensor in words.batch(step).items()}
+        batch = {name: tensor.to(args.device) for name, tensor in _imagined_batch(processor, reading, step).items()}
         with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
             loss = model(**batch).loss
         if not torch.isfinite(loss):
@@ -137,36 +143,19 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
         (temporary / mark.name).write_text(json.dumps(told, indent=1))
 
 
-class _Conversations:
-    """Batches of imagined conversations; labels are −100 but on answers, as in stage two."""
+def _imagined_batch(processor: Any, reading: FirstReading, step: int) -> dict[str, torch.Tensor]:
+    """Conversations of one step; labels are −100 but on answers, as in stage two."""
+    from ..data.imagined import imagined_conversation
 
-    def __init__(self, tokenizer: Any, reading: FirstReading) -> None:
-        from ..data.tiny import TINY_PATCH
-        from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
-        from ..processing.processing_ctinstruct import CTInstructProcessor
-        from .collator import spell
-
-        self._spell, self.reading = spell, reading
-        self.processor = CTInstructProcessor(CTInstructImageProcessor(patch_size=TINY_PATCH), tokenizer)
-
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
-        from ..data.imagined import imagined_conversation
-
-        first = step * self.reading.batch_size
-        told = [
-            self._spell(self.processor, imagined_conversation(seed, self.reading.turns))
-            for seed in range(first, first + self.reading.batch_size)
-        ]
-        longest = max(len(ids) for ids, _ in told)
-        batch = {name: torch.full((len(told), longest), value) for name, value in _PADDING.items()}
-        for row, (ids, labels) in enumerate(told):
-            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-            batch["labels"][row, : len(ids)] = torch.tensor(labels)
-            batch["attention_mask"][row, : len(ids)] = 1
-        return batch
-
-
-_PADDING = {"input_ids": 0, "labels": -100, "attention_mask": 0}  # 0 is the fresh tokenizer's <|endoftext|>
+    first = step * reading.batch_size
+    seeds = range(first, first + reading.batch_size)
+    told = [spell(processor, imagined_conversation(seed, reading.turns)) for seed in seeds]
+    ids, labels = ([torch.tensor(one[place]) for one in told] for place in range(2))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+    }
 
 
 def _packaged() -> tuple[str, str]:
