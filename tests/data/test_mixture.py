@@ -200,6 +200,10 @@ def test_the_collator_puts_together_whatever_labels_there_are(tmp_path: Path) ->
     collate.absent_share, collate.balance_masks = 1.0, True
     weights = collate(items([rows[0], rows[0], rows[1]], ("segmentation",)))["mask_weights"]
     assert weights.tolist() == [0.5, 0.5, 0.5, 0.5]  # each name twice
+    collate.join_masks = True
+    joined = collate(items([rows[0], rows[0], rows[1]], ("segmentation",)))
+    names = [tuple(ids) for ids in joined["mask_input_ids"].tolist()]
+    assert joined["mask_groups"].tolist() == [names.index(name) > 0 for name in names]  # by name, over both images
     padding = collate(items(rows[1:], ("segmentation",)))["mask_labels"]
     assert [set(mask.unique().tolist()) for mask in padding] == [
         {-1}

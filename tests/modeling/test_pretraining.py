@@ -57,6 +57,44 @@ def test_many_small_masks_are_scored_like_each_alone() -> None:
         masks_loss(logits, [*labels[:4], labels[0][:, :3]])
 
 
+def test_joined_masks_are_one_mask_over_their_images() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(1, 9, 7, requires_grad=True) for _ in range(5)]
+    labels = [torch.randint(-1, 2, (1, 9, 7)).to(torch.int8) for _ in range(5)]
+    labels[2] = torch.zeros(1, 9, 7, dtype=torch.int8)  # a slice without the structure
+    groups = torch.tensor([7, 3, 7, 3, 7])
+    each = [
+        mask_loss(torch.cat([logits[index] for index in group]), torch.cat([labels[index] for index in group]))
+        for group in ((1, 3), (0, 2, 4))
+    ]
+    together = masks_loss(logits, labels, groups=groups)
+    assert together.item() == pytest.approx(((each[0] + each[1]) / 2).item(), rel=1e-5)
+    for first, second in zip(
+        torch.autograd.grad(together, logits), torch.autograd.grad((each[0] + each[1]) / 2, logits), strict=True
+    ):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+    weights = torch.tensor([1.0, 0.5, 1.0, 0.0, 1.0])
+    weighed = masks_loss(logits, labels, weights=weights, groups=groups)
+    assert weighed.item() == pytest.approx(((0.5 * each[0] + 3 * each[1]) / 3.5).item(), rel=1e-5)
+
+
+def test_joined_masks_make_marks_on_a_slice_without_the_structure_dear() -> None:
+    there = torch.zeros(1, 16, 16, dtype=torch.int8)
+    there[0, 4:8, 4:8] = 1
+    labels = [there, torch.zeros_like(there)]
+    right = [torch.where(one > 0, 9.0, -9.0) for one in labels]
+    wrong = [right[0], right[0].clone()]  # the other slice is marked alike
+    groups = torch.tensor([0, 0])
+
+    def price(groups: torch.Tensor | None) -> float:
+        entropy = 9 * 16 / 256 / 2  # of the wrong voxels, which both ways pay
+        loss = masks_loss(wrong, labels, groups=groups) - masks_loss(right, labels, groups=groups)
+        return float(loss) - entropy
+
+    assert price(None) == pytest.approx(0, abs=0.02)
+    assert price(groups) == pytest.approx(1 / 3, abs=1e-3)  # Dice of 2 * 16 / (32 + 16)
+
+
 def test_voxels_of_small_structures_weigh_more_up_to_the_limit() -> None:
     torch.manual_seed(0)
     logits = [torch.randn(1, 10, 10), torch.randn(1, 10, 10)]

@@ -98,6 +98,7 @@ def masks_loss(
     positive_weight: float = 1.0,
     weights: torch.Tensor | None = None,
     positive_power: float | None = None,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean of `mask_loss` over the masks of a batch, or their mean by `weights` [masks].
 
@@ -106,6 +107,8 @@ def masks_loss(
         positive_weight: of voxels inside; with `positive_power` the most that they weigh.
         positive_power: voxels inside weigh (voxels outside / voxels inside) to this power, so that a nodule of ten voxels
             is not outvoted by the thousands around it, nor a liver made too large.
+        groups: [masks] numbers; small masks of one number are one mask that goes on over their images, as over the slices
+            of a volume. Alone, a slice without the structure has no Dice, and what is marked there costs next to nothing.
     """
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
@@ -114,7 +117,7 @@ def masks_loss(
     else:
         inside = [_voxel_weight(one, positive_weight, positive_power) for one in labels]
     if len({one.shape for one in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
-        losses = _small_masks_loss(logits, labels, inside)
+        losses, weights = _small_masks_loss(logits, labels, inside, weights, groups)
     else:
         triples = zip(logits, labels, inside, strict=True)
         losses = torch.stack([mask_loss(one, truth, positive_weight=weight) for one, truth, weight in triples])
@@ -159,9 +162,12 @@ def _small_masks_loss(
     logits: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
     positive_weights: Sequence[float],
+    weights: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
     smooth: float = 1e-7,
-) -> torch.Tensor:
-    """`mask_loss` of many masks of one small shape at once, as slices have them: [masks]."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`mask_loss` of many masks of one small shape at once, as slices have them, or of each group: [masks or groups], and
+    their weights (a group has the sum of its masks')."""
     for one, truth in zip(logits, labels, strict=True):
         if one.shape != truth.shape:
             raise CTInstructError(f"mask_labels has shape {tuple(truth.shape)}, the canvas is {tuple(one.shape)}.")
@@ -169,14 +175,21 @@ def _small_masks_loss(
     truth = torch.stack(list(labels)).flatten(1).to(scores.device)
     kept, inside = (truth >= 0).float(), (truth > 0).float()
     more = torch.tensor(positive_weights, device=scores.device)[:, None] - 1
-    weights = kept * (inside * more + 1)
-    entropy = F.binary_cross_entropy_with_logits(scores, inside, weights, reduction="none").sum(1)
+    voxels = kept * (inside * more + 1)
+    entropy = F.binary_cross_entropy_with_logits(scores, inside, voxels, reduction="none").sum(1)
     probability = scores.sigmoid() * kept
-    count = kept.sum(1)
-    upper = 2 * (probability * inside).sum(1) + smooth
-    lower = probability.square().sum(1) + inside.sum(1) + smooth
-    loss = entropy / count.clamp(min=1) + 1 - upper / lower
-    return torch.where(count > 0, loss, torch.zeros_like(loss))
+    overlap, squares = (probability * inside).sum(1), probability.square().sum(1)
+    sums = torch.stack([entropy, kept.sum(1), overlap, squares + inside.sum(1)])
+    if groups is not None:
+        _, places = groups.to(scores.device).unique(return_inverse=True)
+        count = int(places.max()) + 1
+        sums = sums.new_zeros(len(sums), count).index_add(1, places, sums)
+        if weights is not None:
+            weights = weights.to(sums)
+            weights = weights.new_zeros(count).index_add(0, places, weights)
+    entropy, number, overlap, size = sums
+    loss = entropy / number.clamp(min=1) + 1 - (2 * overlap + smooth) / (size + smooth)
+    return torch.where(number > 0, loss, torch.zeros_like(loss)), weights
 
 
 def prompt_loss(queries: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

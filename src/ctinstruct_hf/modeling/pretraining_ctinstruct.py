@@ -311,6 +311,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         mask_images: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
         mask_weights: torch.Tensor | None = None,
+        mask_groups: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -328,6 +329,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_images: [masks], the image in which each is looked for; 0 by default.
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
             mask_weights: [masks], how much each counts in the mean; alike by default, as in the paper.
+            mask_groups: [masks], masks of small images that are one mask together, see `masks_loss`.
         """
         wants_cells = bool(self.loss_weights.get("cells")) and mask_labels is not None
         features = self.get_image_features(
@@ -363,6 +365,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
                     self.positive_voxel_weight,
                     mask_weights,
                     self.positive_voxel_power,
+                    mask_groups,
                 )
                 if wants_cells:
                     output.cell_loss = self.cell_loss(features, queries, mask_labels, mask_images, mask_weights)

@@ -95,6 +95,7 @@ class AlignmentCollator(_Collator):
         seed: of what is drawn: one text an image, the structures.
         max_skipped: unreadable samples that are passed over before training ends.
         balance_masks: every name counts alike in a batch, however many of its images have it; else every mask does.
+        join_masks: masks of one name in a batch of small images are one mask over all of them, see `masks_loss`.
     """
 
     kind = "alignment"
@@ -109,9 +110,10 @@ class AlignmentCollator(_Collator):
         seed: int = 0,
         max_skipped: int = 100,
         balance_masks: bool = False,
+        join_masks: bool = False,
     ) -> None:
         super().__init__(store, tokenizer, max_length, seed, max_skipped)
-        self.balance_masks = balance_masks
+        self.balance_masks, self.join_masks = balance_masks, join_masks
         tokenizer.padding_side = "right"  # encoders count positions from the left: padding there would shift them
         self.masks_per_image, self.absent_share = masks_per_image, absent_share
 
@@ -203,6 +205,9 @@ class AlignmentCollator(_Collator):
             kinds = [(name, bool((canvas > 0).any())) for name, canvas in zip(names, labels, strict=True)]
             counts = Counter(kinds)
             batch["mask_weights"] = torch.tensor([1.0 / counts[kind] for kind in kinds])
+        if self.join_masks:
+            numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+            batch["mask_groups"] = torch.tensor([numbers[name] for name in names])
 
 
 def spell(

@@ -53,7 +53,7 @@ class PretrainSettings:
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
         freeze_batch_norm_from: share of the steps from which on batch norms keep their running statistics, as in inference.
         spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
-        masks_per_image, absent_share, balance_masks: which structures a batch asks for and how they count, see
+        masks_per_image, absent_share, balance_masks, join_masks: which structures a batch asks for and how they count, see
             `AlignmentCollator`.
         positive_voxels: {weight, steps, end, power}: voxels inside a mask weigh so much in the cross entropy at first and
             `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
@@ -81,6 +81,7 @@ class PretrainSettings:
     masks_per_image: int = 6
     absent_share: float = 0.15
     balance_masks: bool = False
+    join_masks: bool = False
     max_text_length: int = 256
     max_skipped: int = 100
     batch_norm: str = "local"
@@ -286,6 +287,7 @@ def pretrain(
         data_seed(args),
         settings.max_skipped,
         settings.balance_masks,
+        settings.join_masks,
     )
     if settings.model is None and start is None and settings.spread_texts:
         spread_texts(model, collator.words, entries)
