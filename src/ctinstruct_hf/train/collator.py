@@ -206,8 +206,7 @@ class AlignmentCollator(_Collator):
             counts = Counter(kinds)
             batch["mask_weights"] = torch.tensor([1.0 / counts[kind] for kind in kinds])
         if self.join_masks:
-            numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-            batch["mask_groups"] = torch.tensor([numbers[name] for name in names])
+            batch["mask_groups"] = torch.tensor([names.index(name) for name in names])
 
 
 def spell(
