@@ -1,4 +1,4 @@
-"""Draws phantoms beside each other for docs/phantoms.md.
+"""Draws phantoms beside each other for docs/data.md.
 
 python scripts/phantom_page.py [-o docs/phantoms.png] [--seeds 1 2 3]
 """

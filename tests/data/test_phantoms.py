@@ -23,6 +23,9 @@ def centre(mask: np.ndarray) -> np.ndarray:
     return np.array([places.mean() for places in np.nonzero(mask)])
 
 
+SOFT = ["liver", "spleen", "stomach", "right kidney", "left kidney", "pancreas", "muscle"]
+
+
 def test_a_seed_gives_the_same_phantom(phantom) -> None:
     again = make_phantom(5, shape=(64, 96, 96))
     assert np.array_equal(again.volume.hu, phantom.volume.hu)
@@ -42,7 +45,8 @@ def test_left_is_left_and_the_heart_points_left(phantom) -> None:
 
 
 def test_fluid_lies_at_the_back_and_displaces_the_lung() -> None:
-    with_it, without = (make_phantom(3, (64, 96, 96), findings={"pleural effusion": there}) for there in (1, 0))
+    others = dict.fromkeys(FINDINGS, 0)
+    with_it, without = (make_phantom(3, (64, 96, 96), findings={**others, "pleural effusion": one}) for one in (1, 0))
     fluid, lungs = with_it.masks["pleural effusion"], with_it.masks["lungs"]
     assert centre(fluid)[1] > centre(lungs)[1]
     assert np.array_equal(without.masks["lungs"], lungs | fluid)
@@ -256,3 +260,29 @@ def test_lungs_are_as_dense_as_patients_and_gas_lies_beside_them() -> None:
     assert np.ptp(densities) > 60
     assert -880 < np.median(densities) < -780
     assert beside >= 8
+
+
+def test_fat_lies_around_organs() -> None:
+    """Organs of like HU do not touch: what lies next to a spleen, kidney, stomach or pancreas is mostly fat."""
+    for seed in range(4):
+        phantom = make_phantom(seed, (64, 128, 128), (4.0, 3.0, 3.0), findings=dict.fromkeys(FINDINGS, 0))
+        for name in ("spleen", "right kidney", "left kidney", "stomach", "pancreas"):
+            organ = phantom.masks[name]
+            around = ndimage.binary_dilation(organ) & ~organ & ~phantom.masks["lungs"]
+            touched = np.isin(phantom.organ_map[around], [ORGANS.index(one) + 1 for one in SOFT if one != name])
+            assert touched.mean() < 0.1, (seed, name, touched.mean())
+
+
+def test_gas_fills_the_bowel_of_some() -> None:
+    """In some patients gas takes more of the abdomen than in the real one (two to three percent), thinner than any lung."""
+    shares = []
+    for seed in range(16):
+        phantom = make_phantom(seed, (48, 96, 96), findings=dict.fromkeys(FINDINGS, 0))
+        below = np.flatnonzero(phantom.masks["kidneys"].any((1, 2)))
+        hu, inside = phantom.volume.hu[below], ndimage.binary_erosion(phantom.organ_map[below] > 0, iterations=3)
+        gas = (hu < -800) & inside & ~ndimage.binary_dilation(phantom.masks["lungs"][below], iterations=2)
+        shares.append(gas.sum() / inside.sum())
+        if gas.sum() > 100:
+            assert np.median(hu[ndimage.binary_erosion(gas)]) < -930, seed
+    assert np.quantile(shares, 0.3) < 0.005
+    assert max(shares) > 0.03

@@ -73,13 +73,14 @@ _HU: dict[str, tuple[tuple[float, float, float], float]] = {
     "urinary bladder": ((5, 5, 10), 5),
     "muscle": ((52, 58, 62), 6),
     "subcutaneous fat": ((-105, -105, -105), 6),
+    "inner fat": ((-98, -98, -98), 8),
     "spine": ((190, 200, 210), 40),
     "ribs": ((330, 330, 340), 60),
     "sternum": ((160, 165, 170), 30),
     "lung": ((-845, -840, -840), 70),
     "trachea": ((-985, -985, -985), 8),
 }
-_GAS = -990.0  # HU of gas in the bowel
+_GAS = (-1000.0, -950.0)  # HU of gas in stomach and bowel
 _DEFAULT_SHAPE = (128, 160, 160)
 _FIELD_MM = (320.0, 384.0, 384.0)
 
@@ -427,25 +428,27 @@ def _anatomy(c: _Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
         float(rng.uniform(0, 45)),
     )
     # the abdominal cavity: fat with bowel, up to the domes
-    roof = np.where(c.x < 0, breath.height(c.x, c.y, -1.0), breath.height(c.x, c.y, 1.0))
+    left_dome = breath.height(c.x, c.y, 1.0)
+    roof = np.where(c.x < 0, breath.height(c.x, c.y, -1.0), left_dome)
     below = (chest < (fat_share - np.float32(0.10)) ** 2) & (c.z < np.maximum(roof, 0))
-    c.organ("body", everything, below, -98 + 4 * rng.normal())
+    c.organ("body", everything, below, hu["inner fat"])
+    bowel = _Bowel(c, hu["inner fat"])
     for _ in range(int(rng.integers(10, 26))):  # small bowel
         centre = (rng.uniform(-95, 95), rng.uniform(-75, 20), rng.uniform(-240, -75))
-        _bowel(c, below, centre, tuple(rng.uniform(12, 26, 3)), rng.uniform(0, 65), rng.random() < 0.3)  # type: ignore[arg-type]
-    stool = rng.uniform(-60, 60)
+        bowel.loop(below, centre, rng.uniform(12, 26, 3), rng.uniform(0, 65), 0.3)
     for side, top in ((-1.0, -95.0), (1.0, -70.0)):  # ascending and descending colon
         for step in range(5):
             centre = (side * rng.uniform(92, 108), rng.uniform(-10, 30), top - 34.0 * step)
-            _bowel(c, below, centre, tuple(rng.uniform(18, 27, 3)), stool, rng.random() < 0.6)  # type: ignore[arg-type]
+            bowel.loop(below, centre, rng.uniform(18, 27, 3), bowel.stool, 0.6)
+    level = rng.uniform(-110, -60)
     for step in range(7):  # transverse colon
-        centre = (-90 + 30.0 * step, rng.uniform(-78, -58), rng.uniform(-110, -80))
-        _bowel(c, below, centre, tuple(rng.uniform(17, 25, 3)), stool, rng.random() < 0.7)  # type: ignore[arg-type]
+        centre = (-90 + 30.0 * step, rng.uniform(-78, -58), level + rng.uniform(-15, 15))
+        bowel.loop(below, centre, rng.uniform(17, 25, 3), bowel.stool, 0.7)
     _back_muscles(c, hu, chest)
 
     _bones(c, hu, chest, fat_share, deep)
     _chest(c, hu, present, breath)
-    _abdomen(c, hu, breath)
+    _abdomen(c, hu, breath, bowel, c.z < left_dome - 3)
     _vessels(c, hu)
 
 
@@ -475,22 +478,42 @@ def _surroundings(c: _Canvas, chest: np.ndarray, deep: float) -> None:
         c.hu[layer] = rng.uniform(-950, -650)
 
 
-def _bowel(
-    c: _Canvas,
-    cavity: np.ndarray,
-    centre: tuple[float, float, float],
-    axes: tuple[float, float, float],
-    hu: float,
-    gas: bool,
-) -> None:
-    """A loop of bowel; gas rises to the front."""
-    part = c.ellipsoid(centre, axes)
-    if part:
-        box, inside = part
-        inside &= cavity[box]
-        c.hu[box][inside] = hu
-        if gas:
-            c.hu[box][inside & (c.y[box] < np.float32(centre[1] - axes[1] * 0.35))] = _GAS
+class _Bowel:
+    """Loops of bowel. In some patients they are wide with gas, which lies as close to wall and domes as a lung does."""
+
+    def __init__(self, c: _Canvas, fat: float) -> None:
+        self.canvas, self.fat = c, fat
+        self.gassy = c.rng.random() < 0.4
+        self.stool = float(c.rng.uniform(-60, 60))
+
+    def loop(
+        self,
+        where: np.ndarray,
+        centre: tuple[float, float, float],
+        axes: np.ndarray,
+        hu: float,
+        gas: float,
+        rim: float = 0.0,
+    ) -> None:
+        """One loop where a mask of the whole scan allows, with fat of `rim` mm around it; gas, of this probability,
+        rises to the front."""
+        c, rng = self.canvas, self.canvas.rng
+        has_gas = rng.random() < (max(gas, 0.8) if self.gassy else gas)
+        axes = axes * (rng.uniform(1, 1.7) if self.gassy and has_gas else 1)
+        level = np.float32(rng.uniform(-0.5, 0.8 if self.gassy else 0.3))  # from the front, -1, to the back, 1
+        gas_hu = rng.uniform(*_GAS)
+        for more, value in ((rim, self.fat), (0.0, hu)) if rim else ((0.0, hu),):
+            part = c.ellipsoid(centre, tuple(axes + more))
+            if part is None:
+                return
+            box, inside = part
+            c.organ("body", box, inside & where[box], value)
+        if has_gas:
+            part = c.ellipsoid(centre, tuple(axes - 2.5))  # inside the wall
+            if part:
+                box, inside = part
+                inside &= where[box] & (c.y[box] < np.float32(centre[1]) + level * np.float32(axes[1]))
+                c.hu[box][inside] = gas_hu
 
 
 def _back_muscles(c: _Canvas, hu: dict[str, float], chest: np.ndarray) -> None:
@@ -512,7 +535,7 @@ def _bones(c: _Canvas, hu: dict[str, float], chest: np.ndarray, fat_share: np.fl
     places = np.flatnonzero(wall)  # few of all voxels
     x, y, z = c.x.ravel()[places], c.y.ravel()[places], c.z.ravel()[places]
     slanted = z - np.float32(0.35) * (y - np.float32(60)) + np.float32(start)
-    ring = np.abs(np.mod(slanted, np.float32(pitch)) - np.float32(pitch / 2)) < 5.5
+    ring = np.abs(np.mod(slanted, np.float32(pitch)) - np.float32(pitch / 2)) < 6.5
     ribs = places[ring & (z > -85) & (z < 210) & (np.abs(x) > 18)]
     c.organs.ravel()[ribs] = ORGANS.index("ribs") + 1
     c.hu.ravel()[ribs] = hu["ribs"]
@@ -614,9 +637,9 @@ def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int], breath: _D
     if part:
         box, inside = part
         c.organ("heart", box, inside & ~c.is_organ(box, "sternum", "spine", "ribs"), hu["heart"])
-    part = c.box(np.array([-12, 0, 88]), np.array([12, 34, 400]))
+    part = c.box(np.array([-14, 0, 88]), np.array([14, 34, 400]))
     if part:
-        inside = np.square(c.x[part] / 9) + np.square((c.y[part] - 16) / 8) < 1
+        inside = np.square(c.x[part] / 10) + np.square((c.y[part] - 16) / 9) < 1
         inside &= c.z[part] > 98
         c.organ("trachea", part, inside, hu["trachea"])
     for side in (-1.0, 1.0):
@@ -625,29 +648,33 @@ def _chest(c: _Canvas, hu: dict[str, float], present: dict[str, int], breath: _D
             if part:
                 box, inside = part
                 c.organ("trachea", box, inside, hu["trachea"])
-    part = c.box(np.array([-8, 24, -60]), np.array([14, 50, 220]))
+    part = c.box(np.array([-8, 24, -60]), np.array([16, 50, 220]))
     if part:
-        inside = np.square((c.x[part] - 4) / 7) + np.square((c.y[part] - 37) / 6) < 1
+        inside = np.square((c.x[part] - 4) / 9) + np.square((c.y[part] - 37) / np.float32(6.5)) < 1
         inside &= (c.z[part] > -35) & (c.z[part] < 205)
         c.organ("esophagus", part, inside & ~c.is_organ(part, "spine"), hu["esophagus"])
 
 
-def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm) -> None:
+def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm, bowel: _Bowel, under_left_dome: np.ndarray) -> None:
     rng = c.rng
+    rim = float(rng.uniform(2.5, 7.0))  # mm of fat around each organ; the lean have little
 
     def organ(
         name: str, centre: tuple[float, float, float], axes: tuple[float, float, float], side: float = 0.0
     ) -> None:
-        jitter = rng.normal(0, 3, 3)
-        part = c.ellipsoid(tuple(np.array(centre) + jitter), tuple(np.array(axes) * rng.uniform(0.92, 1.08)))  # type: ignore[arg-type]
-        if part is None:
-            return
-        box, inside = part
-        if side:
-            inside &= c.z[box] < breath.height(c.x[box], c.y[box], side) - 2
-        inside &= ~c.is_organ(box, "ribs", "spine", "subcutaneous fat", "right lung", "left lung", "heart")
-        inside &= c.organs[box] > 0
-        c.organ(name, box, inside, hu[name])
+        place = np.array(centre) + rng.normal(0, 3, 3)
+        half = np.array(axes) * rng.uniform(0.92, 1.08)
+        spared = ["ribs", "spine", "subcutaneous fat", "right lung", "left lung", "heart"]
+        for what, more, level, kept in (("body", rim, hu["inner fat"], [*spared, name]), (name, 0, hu[name], spared)):
+            part = c.ellipsoid(tuple(place), tuple(half + more))
+            if part is None:
+                return
+            box, inside = part
+            if side:
+                inside &= c.z[box] < breath.height(c.x[box], c.y[box], side) - 2
+            inside &= ~c.is_organ(box, *kept)
+            inside &= c.organs[box] > 0
+            c.organ(what, box, inside, level)
 
     rise = breath.rise
     organ("liver", (-62, -6, rise - 48), (88, 80, 72), side=-1.0)
@@ -655,11 +682,11 @@ def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm) -> None:
     organ("spleen", (98, 34, rise - 46), (32, 48, 50), side=1.0)
     organ("stomach", (56, -34, rise - 52), (42, 34, 44), side=1.0)
     part = c.ellipsoid((56, -34, rise - 52), (38, 30, 40))
-    level = np.float32(-34 + rng.uniform(-24, 4))
+    level, gas_hu = np.float32(-34 + rng.uniform(-24, 4)), rng.uniform(*_GAS)
     if part:
         box, inside = part
-        c.hu[box][inside & c.is_organ(box, "stomach") & (c.y[box] < level)] = _GAS
-    _left_flexure(c, breath)
+        c.hu[box][inside & c.is_organ(box, "stomach") & (c.y[box] < level)] = gas_hu
+    _left_flexure(c, breath, bowel, under_left_dome, rim)
     organ("pancreas", (12, 8, -84), (52, 13, 14))
     organ("right kidney", (-58, 52, -112), (27, 27, 53))
     organ("left kidney", (58, 52, -102), (27, 27, 53))
@@ -672,26 +699,19 @@ def _abdomen(c: _Canvas, hu: dict[str, float], breath: _Diaphragm) -> None:
     organ("urinary bladder", (0, -22, -290), (38, 32, 32))
 
 
-def _left_flexure(c: _Canvas, breath: _Diaphragm) -> None:
+def _left_flexure(c: _Canvas, breath: _Diaphragm, bowel: _Bowel, under_dome: np.ndarray, rim: float) -> None:
     """The colon's bend under the left dome, close to the lung and often full of gas."""
     rng = c.rng
-    stool = rng.uniform(-60, 60)
+    everything = (slice(None), slice(None), slice(None))
+    where = under_dome & ~c.is_organ(
+        everything, "ribs", "spine", "muscle", "subcutaneous fat", "left lung", "heart", "liver"
+    )
+    where &= c.organs > 0
     for _ in range(int(rng.integers(2, 7))):
         x, y = rng.uniform(50, 112), rng.uniform(-70, 10)
-        axes = tuple(rng.uniform(9, 20, 3))
+        axes = rng.uniform(9, 20, 3)
         top = float(breath.height(np.float32(x), np.float32(y), 1.0))
-        centre = (x, y, top - axes[2] - rng.uniform(2, 30))
-        gas = rng.random() < 0.7
-        part = c.ellipsoid(centre, axes)
-        if part:
-            box, inside = part
-            inside &= c.z[box] < breath.height(c.x[box], c.y[box], 1.0) - 3
-            inside &= ~c.is_organ(box, "ribs", "spine", "muscle", "subcutaneous fat", "left lung", "heart", "liver")
-            inside &= c.organs[box] > 0
-            c.organ("body", box, inside, stool)
-            if gas:
-                deep = [(a - b) / (n - 3) for a, b, n in zip((c.x[box], c.y[box], c.z[box]), centre, axes, strict=True)]
-                c.hu[box][inside & (sum(np.square(one) for one in deep) < 1) & (deep[1] < 0.5)] = _GAS
+        bowel.loop(where, (x, y, top - axes[2] - rng.uniform(2, 30)), axes, bowel.stool, 0.7, rim)
 
 
 def _vessels(c: _Canvas, hu: dict[str, float]) -> None:
