@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructSegmentationDecoder, CTInstructVisionModel
+from ctinstruct_hf.evaluation.segmentation import volume_dice
+from ctinstruct_hf.modeling.losses_ctinstruct import mask_loss
 
 KINDS = [("hybrid", "paper"), ("hybrid", "released"), ("resnet3d", "paper"), ("vit3d", "paper")]
 
@@ -163,9 +165,18 @@ def test_ablation_towers_match_in_parameters(preset: str) -> None:
     assert all(abs(count / counts[0] - 1) < 0.15 for count in counts), counts
 
 
+def with_detail(config: CTInstructConfig) -> CTInstructConfig:
+    config.vision_config.keeps_slices = True
+    config.vision_config.stem_windows = [[-1, 1], [-0.2, 0.3]]
+    config.segmentation_config.detail_channels = 6
+    config.segmentation_config.feature_channels = config.vision_config.feature_channels
+    return config
+
+
+@pytest.mark.parametrize("detail", [False, True])
 @torch.no_grad()
-def test_masks_in_chunks_equal_masks_at_once(tiny_config) -> None:
-    config = tiny_config()
+def test_masks_in_chunks_equal_masks_at_once(tiny_config, detail: bool) -> None:
+    config = with_detail(tiny_config()) if detail else tiny_config()
     tower = CTInstructVisionModel(config.vision_config).eval()
     decoder = CTInstructSegmentationDecoder(config.segmentation_config).eval()
     grid = (2, 1, 2, 3)
@@ -179,6 +190,39 @@ def test_masks_in_chunks_equal_masks_at_once(tiny_config) -> None:
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-4)
     many = decoder(torch.randn(9, 16), *arguments[1:])  # more queries than channels takes the other path
     assert many.shape == (9, 6, 64, 128)
+
+
+def test_the_slices_at_full_resolution_give_edges_of_one_voxel(tiny_config) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 2, (2, 64, 64)).float() - 0.5  # neighbours have nothing in common
+    truth = (pixels > 0).to(torch.int8)
+    query = torch.randn(1, 16)
+    dice = []
+    for config in (tiny_config(), with_detail(tiny_config())):
+        tower = CTInstructVisionModel(config.vision_config)
+        decoder = CTInstructSegmentationDecoder(config.segmentation_config)
+        optimizer = torch.optim.Adam([*tower.parameters(), *decoder.parameters()], lr=1e-2)
+        for _ in range(60):
+            features = tower(pixels)
+            (logits,) = decoder(query, features.feature_maps, features.last_hidden_state, (1, 1, 1, 2))
+            optimizer.zero_grad()
+            mask_loss(logits, truth).backward()
+            optimizer.step()
+        dice.append(volume_dice(logits > 0, truth > 0))
+    assert dice[1] > 0.95 > 0.85 > dice[0], dice
+
+
+def test_slices_are_kept_for_the_detail_map_or_not_at_all() -> None:
+    tiny = CTInstructConfig.preset("tiny").to_dict()
+    one = {**tiny, "segmentation_config": {**tiny["segmentation_config"], "detail_channels": 8}}
+    with pytest.raises(CTInstructError, match="set both or none"):
+        CTInstructConfig(**one)
+    one["vision_config"] = {**tiny["vision_config"], "keeps_slices": True}
+    with pytest.raises(CTInstructError, match="feature_channels is"):
+        CTInstructConfig(**one)
+    one["vision_config"]["architecture"] = "resnet3d"
+    with pytest.raises(CTInstructError, match="hybrid tower"):
+        CTInstructConfig(**one)
 
 
 def test_the_tower_compiles_in_one_graph_and_exports(tiny_config) -> None:

@@ -397,6 +397,7 @@ def test_fsdp_trains_as_ddp_does_saves_scores_and_resumes(recipe: dict[str, Any]
     ({"loss_weights": {"voxels": 2}}, "loss_weights names voxels"),
     ({"loss_weights": {"cells": 1}, "vision": {"architecture": "resnet3d"}}, "loss_weights.cells needs the hybrid tower"),
     ({"vision": {"stem_windows": [[1, -1]]}}, "stem_windows is"),
+    ({"vision": {"keeps_slices": True}}, "set both or none"),
     ({"positive_voxels": {"heavy": 2}}, "positive_voxels has unknown heavy"),
     ({"hard_names": {"strength": 2}}, "hard_names has unknown strength"),
     ({"batch_norm": "none"}, "batch_norm is 'none'"),

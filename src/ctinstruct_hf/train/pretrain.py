@@ -141,6 +141,7 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
             _set_fields(part, changes)
         _set_fields(config, settings.alignment)
         config.segmentation_config.feature_channels = config.vision_config.feature_channels
+        config.check_maps()
         config.text_encoder_config = encoder.config
         model = CTInstructForPretraining(config)
         model.text_encoder.load_state_dict(encoder.state_dict())
