@@ -50,8 +50,9 @@ tiny: ## train the bundled checkpoint again: two hours on two cores; goes on whe
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
 	@$(BIN)/ctinstruct instruct tiny
-	@$(BIN)/ctinstruct calibrate --model runs/tiny-stage-two/model --data phantoms:trunk:3400-3600
-	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-stage-two/model
+	@$(BIN)/ctinstruct instruct tiny-choices
+	@$(BIN)/ctinstruct calibrate --model runs/tiny-choices/model --data phantoms:trunk:3400-3600
+	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-choices/model
 
 bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
 	@scripts/install.sh

@@ -659,6 +659,8 @@ def test_bundled_recipes_are_whole(name: str, stage_one: Path, tmp_path: Path, m
     for part in told["mixture"]:
         if "dataset" in part:
             (tmp_path / part["dataset"] / "instructions").mkdir(parents=True, exist_ok=True)
+    if "model" in told:  # a second pass goes on from the model of a first
+        told["model"] = str(stage_one)
     told |= {"vision": str(stage_one), "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     settings, arguments = parse_recipe({**told, "trainer": "transformers"}, InstructSettings)
     assert arguments.max_steps > 0
