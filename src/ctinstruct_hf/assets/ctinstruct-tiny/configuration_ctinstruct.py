@@ -92,6 +92,9 @@ class CTInstructVisionConfig(PreTrainedConfig):
     """Transformer layers of `vit3d` in the four groups whose ends give the maps."""
     vit_patch_size: list[int] | tuple[int, ...] = (4, 32, 32)
     """Voxels (depth, height, width) of a `vit3d` token."""
+    keeps_slices: bool = False
+    """Whether the hybrid tower hands on the slices themselves, as its stem reads them, before the five feature maps: for
+    `CTInstructSegmentationConfig.detail_channels`."""
     slice_chunk_size: int = 8
     """Slices that go through the slice encoder at once in inference; bounds the memory, changes no result."""
     initializer_range: float = 0.02
@@ -102,8 +105,9 @@ class CTInstructVisionConfig(PreTrainedConfig):
 
     @property
     def feature_channels(self) -> list[int]:
-        """Channels of the five maps, from half resolution to a thirty-second."""
-        return [self.stem_channels, *self.stage_channels]
+        """Channels of the five maps, from half resolution to a thirty-second; of the slices before them, if kept."""
+        slices = [max(len(self.stem_windows), 1)] if self.keeps_slices else []
+        return [*slices, self.stem_channels, *self.stage_channels]
 
     @property
     def hidden_size(self) -> int:
@@ -134,6 +138,9 @@ class CTInstructSegmentationConfig(PreTrainedConfig):
     """Inner width of the MLP from a decoded query to its mask embedding."""
     mask_activation: bool = True
     """Whether that MLP ends in a GELU, as released. Without it an embedding may be negative, and learning is faster."""
+    detail_channels: int = 0
+    """Channels of a map at full resolution, from the slices themselves and the U-Net, painted beside the U-Net's, whose
+    edges are those of half the resolution. Needs `CTInstructVisionConfig.keeps_slices`; 0, as in the paper, for none."""
     slice_chunk_size: int = 8
     """Slices decoded at once in inference; bounds the memory, changes no result."""
     initializer_range: float = 0.02
@@ -219,21 +226,36 @@ class CTInstructConfig(PreTrainedConfig):
         if self.disease_lists is None:
             self.disease_lists = {"ct_rate": list(CT_RATE_DISEASES), "rad_chestct": list(RAD_CHESTCT_DISEASES)}
         self.disease_lists = dict(sorted(self.disease_lists.items()))
-        vision: Any = self.vision_config
-        segmentation: Any = self.segmentation_config
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
-        if list(segmentation.feature_channels) != list(vision.feature_channels):
-            raise CTInstructError(
-                f"segmentation_config.feature_channels is {list(segmentation.feature_channels)}, but the vision tower "
-                f"gives {list(vision.feature_channels)}: make them equal."
-            )
+        self.check_maps()
         for name, weights in (self.disease_positive_weights or {}).items():
             if len(weights) != len(self.disease_lists.get(name, [])):
                 raise CTInstructError(
                     f"disease_positive_weights['{name}'] has {len(weights)} numbers for "
                     f"{len(self.disease_lists.get(name, []))} diseases."
                 )
+
+    def check_maps(self) -> None:
+        """Whether the decoder reads the maps that the tower gives; again after either config was changed.
+
+        Raises:
+            ValueError: where it does not.
+        """
+        vision: Any = self.vision_config
+        segmentation: Any = self.segmentation_config
+        if bool(segmentation.detail_channels) != vision.keeps_slices:
+            raise CTInstructError(
+                f"segmentation_config.detail_channels is {segmentation.detail_channels} and vision_config.keeps_slices "
+                f"{vision.keeps_slices}: set both or none."
+            )
+        if vision.keeps_slices and vision.architecture != "hybrid":
+            raise CTInstructError("vision_config.keeps_slices needs the hybrid tower.")
+        if list(segmentation.feature_channels) != list(vision.feature_channels):
+            raise CTInstructError(
+                f"segmentation_config.feature_channels is {list(segmentation.feature_channels)}, but the vision tower "
+                f"gives {list(vision.feature_channels)}: make them equal."
+            )
 
     @property
     def disease_names(self) -> list[str]:

@@ -97,6 +97,23 @@ class DecoderLayer(GradientCheckpointingLayer):
         return queries + self.down(F.relu(self.up(self.feed_forward_norm(queries))))
 
 
+class DetailBlock(GradientCheckpointingLayer):
+    """A map at full resolution: the slices as they are join what the U-Net knows of the place. Not in the paper.
+
+    [N, C_slices, H, W] and [N, C_stem, H / 2, W / 2] -> [N, C_detail, H, W].
+    """
+
+    def __init__(self, slice_channels: int, stem_channels: int, out: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(stem_channels, out, 2, stride=2, bias=False)
+        self.first = ConvNorm(nn.Conv2d(slice_channels, out, 3, padding=1, bias=False), "leaky_relu")
+        self.second = ConvNorm(nn.Conv2d(2 * out, out, 1, bias=False), "leaky_relu")
+
+    def forward(self, slices: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([self.up(half), self.first(fastest_layout(slices))], dim=1)
+        return self.second(fastest_layout(joined))
+
+
 class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     """Masks of one image from the tower's maps and tokens, one per query."""
 
@@ -107,24 +124,28 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["UpBlock", "TokenUpBlock", "DecoderLayer"]
+    _no_split_modules = ["UpBlock", "TokenUpBlock", "DetailBlock", "DecoderLayer"]
 
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
         super().__init__(config)
         channels = list(config.feature_channels)
+        slice_channels = channels.pop(0) if config.detail_channels else 0
         width = config.hidden_size
         self.token_block = TokenUpBlock(channels[-1], channels[-1], config.last_map_size)
         self.blocks = nn.ModuleList(
             [UpBlock(deep, skip, 2) for deep, skip in zip(channels[:0:-1], channels[-2::-1], strict=True)]
         )
         self.last_up = nn.ConvTranspose2d(channels[0], channels[0], 2, stride=2, bias=False)
+        self.detail = (
+            DetailBlock(slice_channels, channels[0], config.detail_channels) if config.detail_channels else None
+        )
         self.fuse = nn.Sequential(nn.Linear(sum(channels), width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
         self.mask_embedding = nn.Sequential(
             nn.Linear(width, config.mask_hidden_size),
             nn.GELU(),
-            nn.Linear(config.mask_hidden_size, channels[0]),
+            nn.Linear(config.mask_hidden_size, channels[0] + config.detail_channels),
             nn.GELU() if config.mask_activation else nn.Identity(),
         )
         self.post_init()
@@ -133,6 +154,10 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
 
+    def unet_maps(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Without the slices, if they come before them."""
+        return feature_maps[1:] if self.detail is not None else feature_maps
+
     def coarse(self, feature_maps: tuple[torch.Tensor, ...], tokens: torch.Tensor) -> torch.Tensor:
         """The first two steps of the U-Net, small in pixels and large in weights: [N, C, H / 16, W / 16]."""
         hidden = self.token_block(tokens[:, :, None, None], feature_maps[-1])
@@ -140,26 +165,33 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
 
     def fine(self, feature_maps: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> torch.Tensor:
         """The rest of the U-Net up to half resolution, large in pixels: [N, C_stem, H / 2, W / 2]."""
-        for block, skip in zip(self.blocks[1:], feature_maps[-3::-1], strict=True):
+        for block, skip in zip(self.blocks[1:], self.unet_maps(feature_maps)[-3::-1], strict=True):
             hidden = block(hidden, skip)
         return hidden
 
     def memory(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values Z_f of equation 3, [N, h*w, D_text], the same for all queries."""
         size = feature_maps[-1].shape[-2:]
-        pooled = [F.avg_pool2d(part, part.shape[-1] // size[-1]) for part in feature_maps]
+        pooled = [F.avg_pool2d(part, part.shape[-1] // size[-1]) for part in self.unet_maps(feature_maps)]
         values = self.fuse(torch.cat(pooled, dim=1).flatten(2).transpose(1, 2))
         return values + sinusoid_2d(size, values.shape[-1], values.device, values.dtype), values
 
     def mask_embeddings(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[C, D_text] queries -> [N, C, C_stem], since every slice answers for itself."""
+        """[C, D_text] queries -> [N, C, C_stem + C_detail], since every slice answers for itself."""
         states = queries.to(values.dtype)[None].expand(values.shape[0], -1, -1)
         for layer in self.layers:
             states = layer(states, keys, values)
         return self.mask_embedding(self.norm(states))
 
-    def paint(self, embeddings: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
-        """Dot product of mask embeddings [N, C, C_stem] with the U-Net map at full resolution: [N, C, H, W].
+    def paint(self, embeddings: torch.Tensor, half: torch.Tensor, detail: torch.Tensor | None = None) -> torch.Tensor:
+        """Dot product of mask embeddings [N, C, C_stem + C_detail] with the maps at full resolution: [N, C, H, W]."""
+        if detail is None:
+            return self.paint_half(embeddings, half)
+        stem, fine = embeddings.split([half.shape[1], detail.shape[1]], dim=2)
+        return self.paint_half(stem, half) + torch.einsum("ncd,ndhw->nchw", fine, detail)
+
+    def paint_half(self, embeddings: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        """Dot product of [N, C, C_stem] with the U-Net's map, brought to full resolution: [N, C, H, W].
 
         The last upsampling is linear, so the embeddings go through its kernel instead of the map: equal, and cheaper
         while there are fewer queries than channels.
@@ -184,7 +216,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
 
         Args:
             queries: T_seg [C, D_text]; a list of them for several images, where an image may have none.
-            feature_maps: the tower's five maps [N, ...].
+            feature_maps: the tower's maps [N, ...].
             tokens: the tower's tokens [N, D].
             grid: patches along depth, height and width, slices per patch; a list of them for several images.
             rows: the slices of a single image among the N (all by default). Several images have theirs one after the
@@ -254,11 +286,15 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             maps, seen = tuple(part[kept] for part in feature_maps), tokens[kept]
         keys, values = self.memory(maps)
         half = self.fine(maps, self.coarse(maps, seen))
+        detail = None if self.detail is None else self.detail(maps[0], half)
         sizes = [spans[one].stop - spans[one].start for one in asked]
         painted = {}
-        for one, key, value, part in zip(asked, keys.split(sizes), values.split(sizes), half.split(sizes), strict=True):
+        details = [None] * len(sizes) if detail is None else detail.split(sizes)
+        for one, key, value, part, own in zip(
+            asked, keys.split(sizes), values.split(sizes), half.split(sizes), details, strict=True
+        ):
             embeddings = self.mask_embeddings(queries[one], key, value)
-            painted[one] = assemble(self.paint(embeddings, part), grids[one])
+            painted[one] = assemble(self.paint(embeddings, part, own), grids[one])
         return painted
 
     def paint_in_chunks(
@@ -280,9 +316,10 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             hidden = self.coarse(maps, tokens[wide])
             for first in range(0, wide.stop - wide.start, step):
                 narrow = slice(first, first + step)
-                painted = self.paint(
-                    embeddings[narrow], self.fine(tuple(part[narrow] for part in maps), hidden[narrow])
-                )
+                few = tuple(part[narrow] for part in maps)
+                half = self.fine(few, hidden[narrow])
+                detail = None if self.detail is None else self.detail(few[0], half)
+                painted = self.paint(embeddings[narrow], half, detail)
                 if canvas is None:
                     height, width = painted.shape[-2:]
                     canvas = painted.new_empty((painted.shape[1], z, s, y, height, x, width))

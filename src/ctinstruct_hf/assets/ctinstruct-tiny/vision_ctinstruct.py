@@ -44,7 +44,8 @@ class CTInstructVisionOutput(ModelOutput):
         last_hidden_state: [N, D] one token per slice of each patch, in the order of `pixel_values` (Z of equation 2).
         pooler_output: list with one [tokens, D_text] per image, what the language model sees; only from
             `get_image_features`.
-        feature_maps: five maps [N, C, H, W] from half resolution to a thirty-second, for the segmentation decoder.
+        feature_maps: five maps [N, C, H, W] from half resolution to a thirty-second, for the segmentation decoder; before
+            them, with `keeps_slices`, the slices.
         patch_grid: int64 [num_images, 4].
         hidden_states: [N, h*w, D] before each attention layer and after the last, if asked for; images of one grid
             come together, in the order of the grids.
@@ -67,7 +68,7 @@ def grid_rows(patch_grid: PatchGrid) -> list[tuple[int, int, int, int]]:
 
 
 class SliceEncoder(nn.Module):
-    """ResNet2D. Grey slices [N, H, W] in, five maps [N, C, H / 2^k, W / 2^k] out.
+    """ResNet2D. Grey slices [N, H, W] in, five maps [N, C, H / 2^k, W / 2^k] out; with `keeps_slices`, after the slices.
 
     The first map is the stem convolution's output before its norm, as released.
     """
@@ -75,6 +76,7 @@ class SliceEncoder(nn.Module):
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__()
         self.slice_chunk_size = config.slice_chunk_size
+        self.keeps_slices = config.keeps_slices
         self.windows = [(float(low), float(high)) for low, high in config.stem_windows]
         if not all(low < high for low, high in self.windows):
             raise CTInstructError(f"stem_windows is {self.windows}: give [low, high] of each window.")
@@ -101,8 +103,9 @@ class SliceEncoder(nn.Module):
 
     def encode(self, slices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One pass over [n, H, W] slices."""
-        stem = self.stem.conv(channels_last(self.windowed(slices)))
-        maps = [stem]
+        seen = channels_last(self.windowed(slices))
+        stem = self.stem.conv(seen)
+        maps = [seen, stem] if self.keeps_slices else [stem]
         hidden = self.pool(F.relu(self.stem.norm(stem)))
         for stage in self.stages:
             hidden = stage(hidden)
