@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[Callable[[int, nib.Nifti1Image, Path], Any], tuple[floa
     "slices of 3 mm": (lambda seed, image, place: scan(seed, 3), (0.2, 2, 0.94)),
     "noise of 10 HU more": (lambda seed, image, place: noisy(image, 10), (0.2, 2, 0.95)),
     "noise of 30 HU more": (lambda seed, image, place: noisy(image, 30), (0.2, 3, 0.9)),
-    "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.2, 3, 0.9)),
+    "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.3, 3, 0.9)),
     "10 % cropped at the ends": (lambda seed, image, place: cropped(image, 0, 0.1), (0.5, 3, 0.9)),
 }  # fmt: skip
 

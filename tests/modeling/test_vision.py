@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructSegmentationDecoder, CTInstructVisionModel
+from ctinstruct_hf import (
+    CTInstructConfig,
+    CTInstructError,
+    CTInstructForConditionalGeneration,
+    CTInstructSegmentationDecoder,
+    CTInstructVisionModel,
+)
 from ctinstruct_hf.evaluation.segmentation import volume_dice
 from ctinstruct_hf.modeling.losses_ctinstruct import mask_loss
 
@@ -210,6 +216,16 @@ def test_the_slices_at_full_resolution_give_edges_of_one_voxel(tiny_config) -> N
             optimizer.step()
         dice.append(volume_dice(logits > 0, truth > 0))
     assert dice[1] > 0.95 > 0.85 > dice[0], dice
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_what_must_not_be_split_is_there(tiny_config, detail: bool) -> None:
+    """FSDP wraps modules by these names and refuses one that the model does not have."""
+    config = with_detail(tiny_config()) if detail else tiny_config()
+    model = CTInstructForConditionalGeneration(config)
+    names = {type(module).__name__ for module in model.modules()}
+    assert model._no_split_modules <= names
+    assert ("DetailBlock" in model._no_split_modules) == detail
 
 
 def test_slices_are_kept_for_the_detail_map_or_not_at_all() -> None:

@@ -124,7 +124,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["UpBlock", "TokenUpBlock", "DetailBlock", "DecoderLayer"]
+    _no_split_modules = ["UpBlock", "TokenUpBlock", "DecoderLayer"]
 
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
         super().__init__(config)
@@ -139,6 +139,8 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         self.detail = (
             DetailBlock(slice_channels, channels[0], config.detail_channels) if config.detail_channels else None
         )
+        if config.detail_channels:  # a name that no module has would stop FSDP
+            self._no_split_modules = [*self._no_split_modules, "DetailBlock"]
         self.fuse = nn.Sequential(nn.Linear(sum(channels), width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
