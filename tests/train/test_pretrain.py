@@ -434,6 +434,18 @@ def test_recipes_build_on_each_other_and_take_changes(tmp_path: Path) -> None:
     assert settings["alignment"]["queue_momentum"] == 0.5
     ours, args = parse_recipe(settings, PretrainSettings)
     assert (args.learning_rate, ours.preset) == (1e-4, "tiny")
+    before = read_recipe("tiny")["mixture"]
+    parts = {"reports": {"weight": 0.5, "phantoms": {"kind": "whole"}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": "tiny", "mixture": parts}))
+    after = read_recipe(tmp_path / "mine.yaml", ["mixture.volumes.batch_size=2"])["mixture"]
+    assert [part["name"] for part in after] == [part["name"] for part in before]
+    changed = [part for part, old in zip(after, before, strict=True) if part != old]
+    assert [part["name"] for part in changed] == ["reports", "volumes"]
+    assert (changed[0]["weight"], changed[0]["phantoms"]) == (0.5, {"kind": "whole", "seeds": [0, 700]})
+    with pytest.raises(CTInstructError, match=r"mixture has no part report to change: write .* of slices, "):
+        read_recipe("tiny", ["mixture.report.weight=1"])
+    with pytest.raises(CTInstructError, match=r"mixture has no part reports to change: write .name: \{key: value\}"):
+        read_recipe("tiny", ["mixture.reports=1"])
     with pytest.raises(CTInstructError, match="no recipe 'huge'"):
         read_recipe("huge")
     with pytest.raises(CTInstructError, match="write key=value"):

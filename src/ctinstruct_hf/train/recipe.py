@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
+from ..data.parts import part_name
 from ..errors import CTInstructError
 
 Settings = TypeVar("Settings")
@@ -31,7 +32,8 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = (), stage: str = ""
     """The settings of a recipe.
 
     Args:
-        recipe: a YAML file, or the name of a bundled one. `base: name` in it takes another as its start.
+        recipe: a YAML file, or the name of a bundled one. `base: name` in it takes another as its start;
+            `mixture: {name of a part: {weight: 0.5}}` then changes that part.
         changes: `key=value` each, the value as YAML; `part.key=value` inside a part.
         stage: `INSTRUCT` for bundled recipes of stage two.
 
@@ -70,12 +72,33 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = (), stage: str = ""
 
 
 def merge(start: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`start` with `changes`; dicts are merged, everything else is replaced."""
+    """`start` with `changes`; dicts are merged, parts of a list are changed by their names, everything else is replaced.
+
+    Raises:
+        CTInstructError: for a name that no part of the list has.
+    """
     merged = dict(start)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = merge(old, value)
+        elif isinstance(value, dict) and isinstance(old, list):
+            merged[key] = _merge_parts(key, old, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _merge_parts(key: str, parts: list[Any], changes: dict[str, Any]) -> list[Any]:
+    """A list of dicts with some of them changed: {name of the part: its changes}."""
+    names = [part_name(part) if isinstance(part, dict) else str(part) for part in parts]
+    unknown = sorted(set(map(str, changes)) - set(names))
+    if unknown or not all(isinstance(change, dict) for change in changes.values()):
+        wrong = ", ".join(unknown or map(str, changes))
+        raise CTInstructError(
+            f"{key} has no part {wrong} to change: write 'name: {{key: value}}' of {', '.join(names)}."
+        )
+    return [merge(part, changes[name]) if name in changes else part for name, part in zip(names, parts, strict=True)]
 
 
 def parse_recipe(
