@@ -49,6 +49,7 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 tiny: ## train the bundled checkpoint again: two hours on two cores; goes on where it was stopped
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
+	@$(BIN)/ctinstruct pretrain tiny-masks
 	@$(BIN)/ctinstruct instruct tiny
 	@$(BIN)/ctinstruct instruct tiny-choices
 	@$(BIN)/ctinstruct calibrate --model runs/tiny-choices/model --data phantoms:trunk:3400-3600
