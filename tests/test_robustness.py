@@ -33,12 +33,20 @@ QUESTIONS = [f"Is there {'a ' if name in ('lung nodule', 'hiatal hernia', 'kidne
 @functools.lru_cache(maxsize=2)
 def thin(seed: int) -> Any:
     """A made-up patient in slices of 1 mm."""
-    return make_phantom(seed, (FIELD_MM, 128, 128), (1.0, 2.8, 2.8)).volume
+    return make_phantom(seed, (FIELD_MM, 128, 128), (1.0, 2.8, 2.8))
+
+
+def left(seed: int, ends: float) -> np.ndarray:
+    """Of each finding, whether a scan cropped so much at its ends still shows it as before: one that lay in what was cut off is
+    rightly told to be gone."""
+    found = thin(seed).finding_masks
+    cut = round(FIELD_MM * ends / 2)
+    return np.array([not (cut and name in found and (found[name][:cut].any() or found[name][-cut:].any())) for name in FINDINGS])  # fmt: skip
 
 
 def scan(seed: int, thickness: int = 5) -> nib.Nifti1Image:
     """The same patient in slices of so many mm, each the mean of the thin ones in it; int16, axes to left, back and head."""
-    volume = thin(seed)
+    volume = thin(seed).volume
     count = FIELD_MM // thickness
     hu = volume.hu[: count * thickness].reshape(count, thickness, 128, 128).mean(1)
     thick = read_volume(np.rint(hu).astype(np.int16), spacing=(float(thickness), 2.8, 2.8))
@@ -88,9 +96,9 @@ CHANGES: dict[str, tuple[Callable[[int, nib.Nifti1Image, Path], Any], tuple[floa
     "slices of 2 mm": (lambda seed, image, place: scan(seed, 2), (0.2, 2, 0.94)),
     "slices of 3 mm": (lambda seed, image, place: scan(seed, 3), (0.2, 2, 0.94)),
     "noise of 10 HU more": (lambda seed, image, place: noisy(image, 10), (0.2, 2, 0.95)),
-    "noise of 30 HU more": (lambda seed, image, place: noisy(image, 30), (0.2, 3, 0.9)),
-    "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.3, 3, 0.9)),
-    "10 % cropped at the ends": (lambda seed, image, place: cropped(image, 0, 0.1), (0.5, 3, 0.9)),
+    "noise of 30 HU more": (lambda seed, image, place: noisy(image, 30), (0.4, 3, 0.9)),
+    "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.5, 3, 0.9)),
+    "10 % cropped at the ends": (lambda seed, image, place: cropped(image, 0, 0.1), (0.2, 3, 0.9)),
 }  # fmt: skip
 
 
@@ -119,8 +127,10 @@ def test_answers_stay_within_stated_bounds(name: str, plain: dict[int, Any], tmp
         place = tmp_path / str(seed)
         place.mkdir()
         found = asked(change(seed, scan(seed), place), place)
-        moved.append(float(np.abs(found[0] - plain[seed][0]).max()))
-        other.append(sum(one != two for one, two in zip(found[1], plain[seed][1], strict=True)))
+        kept = left(seed, 0.1 if name == "10 % cropped at the ends" else 0)
+        moved.append(float(np.abs(found[0] - plain[seed][0])[kept].max()))
+        answers_of = zip(found[1], plain[seed][1], kept, strict=True)
+        other.append(sum(one != two for one, two, same in answers_of if same))
         dice = []
         for mask, before in zip(found[2], plain[seed][2], strict=True):
             there = resample_from_to(before, (mask.shape, mask.affine), order=0)
