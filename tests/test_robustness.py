@@ -20,7 +20,7 @@ from nibabel.processing import resample_from_to
 from scans import dicom_series
 
 from ctinstruct_hf import Study, read_volume
-from ctinstruct_hf.data.phantoms import FINDINGS, make_phantom
+from ctinstruct_hf.data.phantoms import FINDINGS, Phantom, make_phantom
 from ctinstruct_hf.evaluation.segmentation import volume_dice
 from ctinstruct_hf.study import load_model
 
@@ -31,7 +31,7 @@ QUESTIONS = [f"Is there {'a ' if name in ('lung nodule', 'hiatal hernia', 'kidne
 
 
 @functools.lru_cache(maxsize=2)
-def thin(seed: int) -> Any:
+def thin(seed: int) -> Phantom:
     """A made-up patient in slices of 1 mm."""
     return make_phantom(seed, (FIELD_MM, 128, 128), (1.0, 2.8, 2.8))
 
