@@ -442,6 +442,8 @@ def test_recipes_build_on_each_other_and_take_changes(tmp_path: Path) -> None:
     changed = [part for part, old in zip(after, before, strict=True) if part != old]
     assert [part["name"] for part in changed] == ["reports", "volumes"]
     assert (changed[0]["weight"], changed[0]["phantoms"]) == (0.5, {"kind": "whole", "seeds": [0, 700]})
+    left = read_recipe("tiny", ["mixture.volumes=null"])["mixture"]
+    assert left == [part for part in before if part["name"] != "volumes"]
     with pytest.raises(CTInstructError, match=r"mixture has no part report to change: write .* of slices, "):
         read_recipe("tiny", ["mixture.report.weight=1"])
     with pytest.raises(CTInstructError, match=r"mixture has no part reports to change: write .name: \{key: value\}"):

@@ -72,7 +72,8 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = (), stage: str = ""
 
 
 def merge(start: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`start` with `changes`; dicts are merged, parts of a list are changed by their names, everything else is replaced.
+    """`start` with `changes`; dicts are merged, parts of a list are changed by their names (left out by null), everything else is
+    replaced.
 
     Raises:
         CTInstructError: for a name that no part of the list has.
@@ -90,15 +91,16 @@ def merge(start: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge_parts(key: str, parts: list[Any], changes: dict[str, Any]) -> list[Any]:
-    """A list of dicts with some of them changed: {name of the part: its changes}."""
+    """A list of dicts with some of them changed: {name of the part: its changes, or None to leave it out}."""
     names = [part_name(part) if isinstance(part, dict) else str(part) for part in parts]
     unknown = sorted(set(map(str, changes)) - set(names))
-    if unknown or not all(isinstance(change, dict) for change in changes.values()):
+    if unknown or not all(change is None or isinstance(change, dict) for change in changes.values()):
         wrong = ", ".join(unknown or map(str, changes))
         raise CTInstructError(
-            f"{key} has no part {wrong} to change: write 'name: {{key: value}}' of {', '.join(names)}."
+            f"{key} has no part {wrong} to change: write 'name: {{key: value}}' (or null to leave it out) of {', '.join(names)}."
         )
-    return [merge(part, changes[name]) if name in changes else part for name, part in zip(names, parts, strict=True)]
+    kept = [(part, changes.get(name, {})) for name, part in zip(names, parts, strict=True)]
+    return [merge(part, change) for part, change in kept if change is not None]
 
 
 def parse_recipe(
