@@ -26,6 +26,8 @@ from ctinstruct_hf.study import load_model
 
 SEEDS = (900401, 900402)
 FIELD_MM = 325  # along the body
+EDGE_MM = 10
+CROPPED, CUT = "10 % cropped at the ends", 0.1
 STRUCTURES = ["lungs", "liver", "heart", "bones"]
 QUESTIONS = [f"Is there {'a ' if name in ('lung nodule', 'hiatal hernia', 'kidney stone') else ''}{name}?" for name in FINDINGS]  # fmt: skip
 
@@ -36,12 +38,12 @@ def thin(seed: int) -> Phantom:
     return make_phantom(seed, (FIELD_MM, 128, 128), (1.0, 2.8, 2.8))
 
 
-def left(seed: int, ends: float) -> np.ndarray:
-    """Of each finding, whether a scan cropped so much at its ends still shows it as before: one that lay in what was cut off is
-    rightly told to be gone."""
-    found = thin(seed).finding_masks
-    cut = round(FIELD_MM * ends / 2)
-    return np.array([not (cut and name in found and (found[name][:cut].any() or found[name][-cut:].any())) for name in FINDINGS])  # fmt: skip
+def shown(seed: int, cut: float) -> np.ndarray:
+    """Of each finding, whether a scan that is cut by so much of its length still shows most of it more than a centimetre from its
+    ends: half a kidney with a stone in the last slice is another question than how it was scanned. Absent ones count."""
+    found, margin = thin(seed).finding_masks, round(FIELD_MM * cut / 2) + EDGE_MM
+    inside = [float(found[name][margin:-margin].sum() / found[name].sum()) if name in found else 1.0 for name in FINDINGS]  # fmt: skip
+    return np.array(inside) > 0.5
 
 
 def scan(seed: int, thickness: int = 5) -> nib.Nifti1Image:
@@ -96,9 +98,9 @@ CHANGES: dict[str, tuple[Callable[[int, nib.Nifti1Image, Path], Any], tuple[floa
     "slices of 2 mm": (lambda seed, image, place: scan(seed, 2), (0.2, 2, 0.94)),
     "slices of 3 mm": (lambda seed, image, place: scan(seed, 3), (0.2, 2, 0.94)),
     "noise of 10 HU more": (lambda seed, image, place: noisy(image, 10), (0.2, 2, 0.95)),
-    "noise of 30 HU more": (lambda seed, image, place: noisy(image, 30), (0.4, 3, 0.9)),
-    "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.5, 3, 0.9)),
-    "10 % cropped at the ends": (lambda seed, image, place: cropped(image, 0, 0.1), (0.2, 3, 0.9)),
+    "noise of 30 HU more": (lambda seed, image, place: noisy(image, 30), (0.2, 2, 0.9)),
+    "5 % cropped in plane": (lambda seed, image, place: cropped(image, 0.05, 0), (0.2, 2, 0.9)),
+    CROPPED: (lambda seed, image, place: cropped(image, 0, CUT), (0.2, 2, 0.9)),
 }  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def test_answers_stay_within_stated_bounds(name: str, plain: dict[int, Any], tmp
         place = tmp_path / str(seed)
         place.mkdir()
         found = asked(change(seed, scan(seed), place), place)
-        kept = left(seed, 0.1 if name == "10 % cropped at the ends" else 0)
+        kept = shown(seed, CUT if name == CROPPED else 0)
         moved.append(float(np.abs(found[0] - plain[seed][0])[kept].max()))
         answers_of = zip(found[1], plain[seed][1], kept, strict=True)
         other.append(sum(one != two for one, two, same in answers_of if same))
