@@ -46,14 +46,15 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/study.py --check
 	@$(BIN)/python benchmarks/scale.py --check --runs 1
 
-tiny: ## train the bundled checkpoint again: two hours on two cores; goes on where it was stopped
+tiny: ## train the bundled checkpoint again: two hours and a half on two cores; goes on where it was stopped
 	@scripts/install.sh dev
 	@$(BIN)/ctinstruct pretrain tiny
 	@$(BIN)/ctinstruct pretrain tiny-masks
 	@$(BIN)/ctinstruct instruct tiny
 	@$(BIN)/ctinstruct instruct tiny-choices
-	@$(BIN)/ctinstruct calibrate --model runs/tiny-choices/model --data phantoms:trunk:3400-3600
-	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-choices/model
+	@$(BIN)/ctinstruct instruct tiny-reports
+	@$(BIN)/ctinstruct calibrate --model runs/tiny-reports/model --data phantoms:trunk:3400-3600
+	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-reports/model
 
 bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
 	@scripts/install.sh

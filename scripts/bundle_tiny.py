@@ -1,6 +1,6 @@
 """Makes the bundled checkpoint from a trained stage-two model: half the size in bfloat16, with its code files.
 
-python scripts/bundle_tiny.py -i runs/tiny-choices/model
+python scripts/bundle_tiny.py -i runs/tiny-reports/model
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 mention, answers by kind of question, how choices are weighed, and whether answers follow the picture (the same scan with a finding
 and without).
 
-python scripts/phantom_scores.py --model runs/tiny-choices/model --predictions eval/predictions.jsonl [--pairs 40]
+python scripts/phantom_scores.py --model runs/tiny-reports/model --predictions eval/predictions.jsonl [--pairs 40]
 """
 
 from __future__ import annotations
