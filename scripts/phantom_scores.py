@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from ctinstruct_hf.data.phantom_text import with_article
 from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.data.reading import open_volume, phantom_of
 from ctinstruct_hf.data.samples import ImageRef
-from ctinstruct_hf.evaluation.predictions import read_predictions
+from ctinstruct_hf.evaluation.predictions import Record, read_predictions
 from ctinstruct_hf.evaluation.scoring import findings_scores
 from ctinstruct_hf.study import load_model
 
@@ -47,6 +49,58 @@ def mentioned(report: str) -> list[str]:
     return [name for name, words in WORDS.items() if any(re.search(words, one, re.I) for one in present)]
 
 
+def reported(records: Sequence[Record]) -> dict[str, Any]:
+    """Findings that reports mention against those that are there: {f1, per_finding …} of `findings_scores`."""
+    reports = [record for record in records if record.task == "report"]
+    labels = [phantom_of(record.id.split("/")[0]).labels for record in reports]
+    return findings_scores([mentioned(record.prediction) for record in reports], labels, FINDINGS)
+
+
+def by_kind(records: Sequence[Record]) -> dict[str, list[bool]]:
+    """Whether each question was answered to the letter: {side | count | size | presence and phase: …}."""
+    kinds: dict[str, list[bool]] = {}
+    for record in records:
+        if record.task == "question":
+            starts = {"On which side": "side", "How many": "count", "How large": "size"}
+            kind = next(
+                (name for words, name in starts.items() if record.question.startswith(words)), "presence and phase"
+            )
+            kinds.setdefault(kind, []).append(record.prediction.strip() == record.reference.strip())
+    return kinds
+
+
+def weighed(records: Sequence[Record]) -> list[list[bool]]:
+    """Of each question of choice, whether each of its options was weighed rightly."""
+    return [
+        [one in record.prediction for one in re.findall(r"[a-z][a-z ]*\? (?:Yes|No)", record.reference)]
+        for record in records
+        if record.task == "multiple_choice"
+    ]
+
+
+def ask_pairs(model: tuple[Any, Any], count: int, first: int) -> dict[str, list[bool]]:
+    """Of pairs of the same scan with a finding and without, whether the question for it is answered Yes and No.
+
+    Args:
+        model: of `load_model`.
+        count: pairs, of one finding after the other; where one does not fit into its scan, there are fewer.
+        first: seed of the first pair.
+    """
+    changed: dict[str, list[bool]] = {name: [] for name in FINDINGS}
+    for number in range(count):
+        name = FINDINGS[number % len(FINDINGS)]
+        scans = {sign: f"phantom:trunk:{first + number}:{sign}{name}" for sign in "-+"}
+        if not phantom_of(scans["+"]).labels[name]:
+            continue
+        question = f"Is there {with_article(name)}?"
+        told = {
+            sign: Study(open_volume(ImageRef(path)), *model).ask(question, max_new_tokens=12).lower()
+            for sign, path in scans.items()
+        }
+        changed[name].append(told["-"].startswith("no") and told["+"].startswith("yes"))
+    return changed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
@@ -54,42 +108,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--first", type=int, default=900_300, help="seed of the first pair")
     options = parser.parse_args()
-    found = read_predictions(options.predictions)
-    reports = [record for record in found.good if record.task == "report"]
-    labels = [phantom_of(record.id.split("/")[0]).labels for record in reports]
-    told = findings_scores([mentioned(record.prediction) for record in reports], labels, FINDINGS)
-    print(f"findings in {len(reports)} reports: F1 {told['f1']:.3f}")
+    records = read_predictions(options.predictions).good
+    told = reported(records)
+    print(f"findings in {sum(record.task == 'report' for record in records)} reports: F1 {told['f1']:.3f}")
     for name, row in told["per_finding"].items():
         print(f"  {name:30s} precision {row['precision']:.2f} recall {row['recall']:.2f} F1 {row['f1']:.2f}")
-    kinds: dict[str, list[bool]] = {}
-    for record in found.good:
-        if record.task == "question":
-            asked = record.question
-            kind = "side" if "which side" in asked else "count" if asked.startswith("How many") else "size" if asked.startswith("How large") else "presence and phase"  # fmt: skip
-            kinds.setdefault(kind, []).append(record.prediction.strip() == record.reference.strip())
-    for kind, right in kinds.items():
+    for kind, right in by_kind(records).items():
         print(f"questions, {kind}: exact {np.mean(right):.3f} of {len(right)}")
-    weighed = [
-        [one in record.prediction for one in re.findall(r"[a-z][a-z ]*\? (?:Yes|No)", record.reference)]
-        for record in found.good
-        if record.task == "multiple_choice"
-    ]
-    lists, choices = [all(one) for one in weighed], [right for one in weighed for right in one]
-    print(f"choices weighed rightly: {sum(choices)} of {len(choices)}, whole lists {sum(lists)} of {len(lists)}")
-    model = load_model(options.model)
-    changed: dict[str, list[bool]] = {name: [] for name in FINDINGS}
-    for number in range(options.pairs):
-        name = FINDINGS[number % len(FINDINGS)]
-        seed = options.first + number
-        question = f"Is there {with_article(name)}?"
-        answers = []
-        for sign in "-+":
-            path = f"phantom:trunk:{seed}:{sign}{name}"
-            if sign == "+" and not phantom_of(path).labels[name]:
-                break  # it does not fit into this scan
-            answers.append(Study(open_volume(ImageRef(path)), *model).ask(question, max_new_tokens=12))
-        if len(answers) == 2:
-            changed[name].append(answers[0].lower().startswith("no") and answers[1].lower().startswith("yes"))
+    lists = weighed(records)
+    choices = [right for one in lists for right in one]
+    print(
+        f"choices weighed rightly: {sum(choices)} of {len(choices)}, whole lists {sum(map(all, lists))} of {len(lists)}"
+    )
+    changed = ask_pairs(load_model(options.model), options.pairs, options.first)
     kept = [one for values in changed.values() for one in values]
     print(f"counterfactual pairs answered No and Yes: {np.mean(kept):.3f} of {len(kept)}")
     for name, values in changed.items():
