@@ -41,6 +41,9 @@ WORDS = {
     "liver lesion": "liver",
 }
 
+# how a question starts -> its kind
+KINDS = {"On which side": "side", "How many": "count", "How large": "size"}
+
 
 def mentioned(report: str) -> list[str]:
     """Findings that a report says are there."""
@@ -61,10 +64,8 @@ def by_kind(records: Sequence[Record]) -> dict[str, list[bool]]:
     kinds: dict[str, list[bool]] = {}
     for record in records:
         if record.task == "question":
-            starts = {"On which side": "side", "How many": "count", "How large": "size"}
-            kind = next(
-                (name for words, name in starts.items() if record.question.startswith(words)), "presence and phase"
-            )
+            asked = (name for words, name in KINDS.items() if record.question.startswith(words))
+            kind = next(asked, "presence and phase")
             kinds.setdefault(kind, []).append(record.prediction.strip() == record.reference.strip())
     return kinds
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,13 @@ from ctinstruct_hf.evaluation.predictions import read_predictions
 from ctinstruct_hf.evaluation.run import RunOptions, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.study import BUNDLED_MODEL, load_model
+from tests.conftest import script
 from tests.evaluation.test_text import needs_wordnet
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "phantom_scores.py"
 
 
 @pytest.fixture(scope="module")
 def phantom_scores() -> Any:
-    spec = importlib.util.spec_from_file_location("phantom_scores", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("phantom_scores")
 
 
 def test_answers_follow_the_picture(phantom_scores: Any) -> None:
@@ -70,4 +63,4 @@ def test_every_aim_is_reached(phantom_scores: Any, tmp_path: Path) -> None:
         "Dice of findings": (np.mean([one for name, one in dice.items() if name in FINDINGS]), 0.55),
         "absent left empty": (mean("segmentation", "absent_left_empty"), 0.9),
     }
-    assert not {name: found for name, (found, aim) in reached.items() if found < aim}, reached
+    assert not {name: value for name, (value, aim) in reached.items() if value < aim}, reached
