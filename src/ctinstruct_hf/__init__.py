@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # public name -> module; loaded on first use, so that importing the package costs nothing
 _HOMES = {
     "CTVolume": "processing.volume",
-    "read_volume": "processing.volume",
+    "read_volume": "processing.volume_reading",
     "CTInstructImageProcessor": "processing.image_processing_ctinstruct",
     "CTInstructProcessor": "processing.processing_ctinstruct",
     "CTInstructConfig": "modeling.configuration_ctinstruct",
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from .modeling.vision_ctinstruct import CTInstructVisionModel
     from .processing.image_processing_ctinstruct import CTInstructImageProcessor
     from .processing.processing_ctinstruct import CTInstructProcessor
-    from .processing.volume import CTVolume, read_volume
+    from .processing.volume import CTVolume
+    from .processing.volume_reading import read_volume
     from .study import Study
 
 

@@ -171,7 +171,7 @@ class Study:
         Raises:
             CTInstructError: where the scan or the model cannot be read.
         """
-        from .processing.volume import read_volume
+        from .processing.volume_reading import read_volume
 
         sources = source if isinstance(source, list | tuple) else [source]
         processor = model[1] if isinstance(model, tuple) else load_processor(model)

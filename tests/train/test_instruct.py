@@ -27,7 +27,7 @@ from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskR
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
-from ctinstruct_hf.processing.volume import read_volume
+from ctinstruct_hf.processing.volume_reading import read_volume
 from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
 from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct

@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 
 from ..errors import CTInstructError
-from ..processing.volume import CTVolume, clean_hu, read_volume
+from ..processing.volume import CTVolume, clean_hu
+from ..processing.volume_reading import read_volume
 from .phantoms import FINDINGS, Phantom, make_phantom
 from .samples import ImageRef, MaskRef
 

@@ -19,7 +19,7 @@ import pydicom
 from .. import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
-from ..processing.volume_dicom import HEADER_TAGS
+from ..processing.volume_series import HEADER_TAGS
 
 # name -> (SNOMED CT code, meaning, category); anatomy unless said otherwise
 _ANATOMY = ("123037004", "Anatomical Structure")

@@ -19,7 +19,8 @@ from .any_resolution import (
     mask_from_canvas,
     place_on_canvas,
 )
-from .volume import CTInstructError, CTVolume, read_volume
+from .volume import CTInstructError, CTVolume
+from .volume_reading import read_volume
 
 CHOICES = {
     "fit": ("aspect", "released"),

@@ -1,11 +1,11 @@
-"""A CT volume in Hounsfield units that knows the file it came from, and `read_volume` for whatever holds one.
+"""A CT volume in Hounsfield units that knows the file it came from, and what every reader needs (`volume_reading`).
 
 The axes of `CTVolume.hu` are always (depth toward the head, height toward the back, width toward the patient's left).
 """
 
 from __future__ import annotations
 
-import json
+import importlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,6 @@ except ImportError:  # in a saved folder, on a machine without the package
 AIR_HU = -1024
 # what a file may unpack to, unless the caller allows more
 MAX_BYTES = int(os.environ.get("CTINSTRUCT_MAX_BYTES", 4 * 2**30))
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
-# grey values of a picture have no unit: they are taken as this window (HU) unless the caller names another
-PICTURE_WINDOW = (-1250.0, 250.0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class CTVolume:
         Raises:
             CTInstructError: if the shape is another.
         """
-        array = _as_numpy(mask)
+        array = as_numpy(mask)
         if array.shape != self.hu.shape:
             raise CTInstructError(f"The mask has shape {array.shape}, the volume {self.hu.shape}: they must be equal.")
         if array.dtype == bool:
@@ -130,52 +126,6 @@ class CTVolume:
         if path is not None:
             nib.save(image, path)
         return image
-
-
-def read_volume(
-    source: Any,
-    *,
-    spacing: tuple[float, float, float] | None = None,
-    series: str | None = None,
-    window: tuple[float, float] | None = None,
-    max_bytes: int | None = None,
-    keep_padding: bool = False,
-) -> CTVolume:
-    """Read a CT volume from a file, a folder or an object.
-
-    Args:
-        source: NIfTI (`.nii`, `.nii.gz`), a DICOM file, folder or zip, `.mha/.mhd/.nrrd`, `.npy/.npz`, a picture
-            (PNG, JPEG, BMP: one slice), a nibabel or SimpleITK image, a numpy array or torch tensor
-            (depth, height, width), or a `CTVolume`, which is returned as it is.
-        spacing: mm along (depth, height, width); for arrays, and for files that have none. An array file may have it
-            beside it instead, as `<name>.json` with `{"spacing": [...]}`.
-        series: the SeriesInstanceUID to read where a folder holds several.
-        window: HU of black and white in a picture, −1250…250 by default.
-        max_bytes: what the volume may unpack to, 4 GiB by default; checked before anything is allocated.
-        keep_padding: leave values below −1024 HU as stored instead of setting them to air.
-
-    Raises:
-        CTInstructError: one sentence naming the file, what was found and what to do.
-    """
-    limit = Limits(MAX_BYTES if max_bytes is None else int(max_bytes), keep_padding)
-    if isinstance(source, CTVolume):
-        return source
-    if isinstance(source, str | os.PathLike):
-        return _read_path(Path(source), spacing, series, window, limit)
-    if isinstance(source, nib.spatialimages.SpatialImage):
-        from .volume_nifti import from_nibabel
-
-        return from_nibabel(source, limit)
-    if type(source).__module__.partition(".")[0] == "SimpleITK":
-        return _from_simpleitk(source, "simpleitk", limit)
-    if hasattr(source, "mode") and hasattr(source, "getbands"):
-        return _from_picture(source, "the picture", spacing, window)
-    array = _as_numpy(source)
-    if array.dtype == object:
-        raise CTInstructError(
-            f"A volume cannot be read from a {type(source).__name__}: give a path, an image or an array."
-        )
-    return from_array(array, spacing or (1.0, 1.0, 1.0), keep_padding=keep_padding)
 
 
 def from_array(
@@ -253,181 +203,12 @@ def clean_hu(
     return array
 
 
-def _as_numpy(value: Any) -> np.ndarray:
+def as_numpy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
         return value.numpy()
     return np.asarray(value)
-
-
-def _read_path(
-    path: Path,
-    spacing: tuple[float, float, float] | None,
-    series: str | None,
-    window: tuple[float, float] | None,
-    limit: Limits,
-) -> CTVolume:
-    try:
-        return _read_by_name(path, spacing, series, window, limit)
-    except CTInstructError:
-        raise
-    except Exception as error:  # what a broken file makes a library raise, whatever it is
-        raise CTInstructError(f"{path.name} cannot be read: {_last_line(error)} ({type(error).__name__}).") from error
-
-
-def _read_by_name(
-    path: Path,
-    spacing: tuple[float, float, float] | None,
-    series: str | None,
-    window: tuple[float, float] | None,
-    limit: Limits,
-) -> CTVolume:
-    if not path.exists():
-        raise CTInstructError(f"{path} does not exist.")
-    name = path.name.lower()
-    if path.is_file() and path.stat().st_size == 0:
-        raise CTInstructError(f"{path.name} is empty.")
-    if name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
-        from .volume_nifti import read_nifti
-
-        return read_nifti(path, limit)
-    if name.endswith((".npy", ".npz")):
-        return _read_array_file(path, spacing, limit)
-    if name.endswith(IMAGE_SUFFIXES):
-        return _read_picture(path, spacing, window, limit)
-    if name.endswith(ITK_SUFFIXES):
-        return _read_itk(path, limit)
-    from .volume_dicom import read_dicom
-
-    return read_dicom(path, series, spacing, limit)
-
-
-def _read_itk(path: Path, limit: Limits) -> CTVolume:
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        check_size(path.name, reader.GetSize(), 4, limit)
-        if reader.GetNumberOfComponents() != 1:
-            raise CTInstructError(
-                f"{path.name} has {reader.GetNumberOfComponents()} values per voxel: expected CT in HU."
-            )
-        if reader.GetDimension() not in (2, 3):
-            raise CTInstructError(f"{path.name} has {reader.GetDimension()} dimensions: give one volume of it.")
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise CTInstructError(f"{path.name} cannot be read: {_last_line(error)}") from error
-    volume = _from_simpleitk(image, "itk", limit)
-    volume.source.name, volume.source.path = path.name, path
-    return volume
-
-
-def _from_simpleitk(image: Any, kind: str, limit: Limits) -> CTVolume:
-    import SimpleITK
-
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise CTInstructError(
-            f"The image has {image.GetNumberOfComponentsPerPixel()} values per voxel: expected CT in HU."
-        )
-    if image.GetDimension() == 2:
-        image = SimpleITK.JoinSeries(image)
-    if image.GetDimension() != 3:
-        raise CTInstructError(f"The image has {image.GetDimension()} dimensions: give one volume of it.")
-    warnings: list[str] = []
-    affine = itk_affine(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
-    stored = SimpleITK.GetArrayFromImage(image)
-    array = clean_hu(stored, "the image", warnings, in_place=True, keep_padding=limit.keep_padding).transpose(2, 1, 0)
-    source = VolumeSource(array.shape, affine, np.zeros((3, 2)), kind=kind)
-    return canonical(array, affine, source, warnings)
-
-
-def itk_affine(origin: Any, spacing: Any, direction: Any) -> np.ndarray:
-    """4 x 4 voxel -> RAS mm from SimpleITK's origin, spacing and direction, which speak LPS."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.asarray(direction, float).reshape(3, 3) * np.asarray(spacing, float)
-    affine[:3, 3] = origin
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-def _read_array_file(path: Path, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
-    """`.npy`, or `.npz` with one array or one named `ct`; never unpickled."""
-    try:
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
-        if hasattr(loaded, "files"):
-            key = "ct" if "ct" in loaded.files else loaded.files[0]
-            if key != "ct" and len(loaded.files) != 1:
-                raise CTInstructError(f"{path.name} holds {', '.join(loaded.files)}: name the volume 'ct'.")
-            with loaded.zip.open(key + ".npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(member)
-            check_size(path.name, shape, dtype.itemsize, limit)
-            loaded = loaded[key]
-        check_size(path.name, loaded.shape, loaded.dtype.itemsize, limit)
-        array = np.array(loaded)
-    except CTInstructError:
-        raise
-    except Exception as error:
-        raise CTInstructError(f"{path.name} is no readable numpy file: {_last_line(error)}") from error
-    sidecar = path.with_name(path.name.rsplit(".", 1)[0] + ".json")
-    if spacing is None and sidecar.exists():
-        try:
-            spacing = tuple(json.loads(sidecar.read_text())["spacing"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CTInstructError(
-                f"{sidecar.name} has no 'spacing': expected {{\"spacing\": [d, h, w]}} in mm."
-            ) from error
-    if spacing is None:
-        raise CTInstructError(
-            f"{path.name} has no voxel spacing: pass spacing=(depth, height, width) in mm, or {sidecar.name}."
-        )
-    volume = from_array(array, spacing, path.name, keep_padding=limit.keep_padding)
-    volume.source.path = path
-    return volume
-
-
-def _read_picture(
-    path: Path, spacing: tuple[float, float, float] | None, window: tuple[float, float] | None, limit: Limits
-) -> CTVolume:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            check_size(path.name, picture.size, 4, limit)
-            picture.load()
-            volume = _from_picture(picture, path.name, spacing, window)
-    except CTInstructError:
-        raise
-    except Exception as error:
-        raise CTInstructError(f"{path.name} is no readable picture: {_last_line(error)}") from error
-    volume.source.path = path
-    return volume
-
-
-def _from_picture(
-    picture: Any, name: str, spacing: tuple[float, float, float] | None, window: tuple[float, float] | None
-) -> CTVolume:
-    """One slice (1, height, width) from 8- or 16-bit grey; colour is refused, grey stored as colour is not."""
-    if picture.mode in ("P", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
-        picture = picture.convert("RGB")
-    grey = np.asarray(picture)
-    if grey.ndim == 3:
-        spread = int((grey.max(axis=2).astype(int) - grey.min(axis=2)).max())
-        if spread > 8:
-            raise CTInstructError(f"{name} is a colour image: expected a grey CT slice.")
-        grey = grey[..., 0]
-    white = 1 if grey.dtype == bool else 255 if grey.dtype == np.uint8 else 65535
-    low, high = window or PICTURE_WINDOW
-    hu = grey.astype(np.float32) / white * (high - low) + low
-    note = f"A picture has no HU: black to white is taken as {low:g} to {high:g} HU."
-    notes = [note] if window is None else []
-    if spacing is None:
-        notes.append("A picture has no pixel spacing: 1 mm is taken, volumes in ml mean nothing.")
-    return from_array(hu, spacing or (1.0, 1.0, 1.0), name, "picture", notes)
 
 
 def check_size(name: str, shape: Any, itemsize: int, limit: Limits) -> None:
@@ -445,9 +226,15 @@ def check_size(name: str, shape: Any, itemsize: int, limit: Limits) -> None:
         )
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:200]
 
 
-__all__ = ["CTVolume", "VolumeSource", "read_volume"]
+def __getattr__(name: str) -> Any:
+    if name == "read_volume":  # by name only when it is asked for: this module imports no reader
+        return importlib.import_module(".volume_reading", __package__).read_volume
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["CTVolume", "VolumeSource"]

@@ -9,7 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from .volume import CTInstructError, CTVolume, Limits, VolumeSource, _last_line, canonical, check_size, clean_hu
+from .volume import CTInstructError, CTVolume, Limits, VolumeSource, canonical, check_size, clean_hu, last_line
 from .volume_resampling import SliceResampling
 
 _UNITS = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
@@ -23,7 +23,7 @@ def read_nifti(path: Path, limit: Limits) -> CTVolume:
         except CTInstructError:
             raise
         except Exception as error:
-            raise CTInstructError(f"{path.name} is no readable NIfTI file: {_last_line(error)}") from error
+            raise CTInstructError(f"{path.name} is no readable NIfTI file: {last_line(error)}") from error
     try:
         with _open(path) as stream:
             header = _read_header(stream, path.name)
@@ -31,7 +31,7 @@ def read_nifti(path: Path, limit: Limits) -> CTVolume:
     except CTInstructError:
         raise
     except Exception as error:  # isal, zlib and nibabel each have their own
-        raise CTInstructError(f"{path.name} is no readable NIfTI file or is cut short: {_last_line(error)}") from error
+        raise CTInstructError(f"{path.name} is no readable NIfTI file or is cut short: {last_line(error)}") from error
     return _volume(stored, header, path.name, path, "nifti", limit)
 
 
@@ -167,7 +167,7 @@ def _affine(header: Any, name: str, warnings: list[str]) -> np.ndarray:
     try:
         affine = np.asarray(header.get_best_affine(), dtype=float)
     except Exception as error:
-        raise CTInstructError(f"{name} has a broken orientation (qform): {_last_line(error)}") from error
+        raise CTInstructError(f"{name} has a broken orientation (qform): {last_line(error)}") from error
     if sform == 0 and qform == 0:
         warnings.append("The header has no orientation (sform and qform codes are 0): voxel axes are taken as given.")
     elif sform > 0 and qform > 0:
