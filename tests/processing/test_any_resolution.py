@@ -8,11 +8,13 @@ import math
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 import torch.nn.functional as F
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scans import AXIS_ORDERS
 
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor, read_volume
 from ctinstruct_hf.processing.any_resolution import (
@@ -22,6 +24,7 @@ from ctinstruct_hf.processing.any_resolution import (
     labels_on_canvas,
     mask_from_canvas,
     place_on_canvas,
+    released_size,
     resized_slices,
 )
 
@@ -83,6 +86,49 @@ def test_places_stay_inside_and_ascend(source, target, corners) -> None:
     assert float(places.min()) >= 0
     assert float(places.max()) <= source - 1 + 1e-9
     assert bool((places.diff() >= 0).all())
+
+
+def _release(height: int, width: int, depth: int, canvas: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The release's resize as it is written there, in its order (height, width, depth)."""
+    first, second, third = canvas[0] / height, canvas[1] / width, canvas[2] / depth
+    if first < second and first < third:
+        return canvas[0], min(math.ceil(width * first), canvas[1]), min(math.ceil(depth * first), canvas[2])
+    if second < first and second < third:
+        return min(math.ceil(height * second), canvas[0]), canvas[1], min(math.ceil(depth * first), canvas[2])
+    return min(math.ceil(height * third), canvas[0]), min(math.ceil(width * third), canvas[1]), canvas[2]
+
+
+def test_the_releases_resize_is_repeated_with_its_slips() -> None:
+    assert released_size((10, 57, 100), (32, 256, 256)) == (32, 146, 256)  # the second in-plane axis limits
+    assert released_size((10, 100, 57), (32, 256, 256)) == (26, 256, 146)  # the first does
+    assert released_size((10, 100, 100), (64, 256, 256)) == (64, 256, 256)  # neither strictly: stretched
+    assert released_size((100, 80, 90), (32, 256, 256)) == (32, 26, 29)  # depth does
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(2000):
+        depth, height, width = (int(side) for side in rng.integers(1, (400, 700, 700)))
+        grid = choose_grid((depth, height, width), (32, 256, 256), 6)
+        canvas = (grid[0] * 32, grid[1] * 256, grid[2] * 256)
+        scales = [side / length for side, length in zip(canvas, (depth, height, width), strict=True)]
+        seen.add(int(np.argmin(scales)))
+        expected = _release(height, width, depth, (canvas[1], canvas[2], canvas[0]))
+        assert released_size((depth, height, width), canvas) == (expected[2], expected[0], expected[1])
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size", [(1, 6, 5), (6, 1, 5), (6, 5, 1)])
+def test_every_axis_order_of_a_scan_reaches_torch_even_with_axes_of_one_voxel(size: tuple[int, int, int]) -> None:
+    processor = CTInstructImageProcessor(patch_size={"depth": 4, "height": 32, "width": 32}, max_patches=1)
+    values = np.arange(math.prod(size), dtype=np.int16).reshape(size) - 500
+    for codes in AXIS_ORDERS:
+        affine = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), size)
+        image = SimpleITK.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
+        image.SetDirection((np.diag([-1, -1, 1]) @ np.linalg.inv(affine[:3, :3])).ravel())
+        for scan in (nib.Nifti1Image(values, np.linalg.inv(affine)), image):
+            volume = read_volume(scan)
+            assert processor(volume, return_tensors="pt")["pixel_values"].shape[1:] == (32, 32)
+            labels = processor.labels_to_canvas(volume.hu >= 0, volume)
+            assert processor.mask_from_canvas(labels.float(), volume).shape == volume.shape
 
 
 @pytest.mark.parametrize("intensity", ["window", "zscore", "unit"])

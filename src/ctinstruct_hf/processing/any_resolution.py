@@ -129,16 +129,19 @@ def aspect_size(shape: Size, canvas: Size) -> Size:
 
 
 def released_size(shape: Size, canvas: Size) -> Size:
-    """The released code's size: where no in-plane scale is strictly the smallest, depth decides, cut at the canvas."""
-    scales = [side / length for side, length in zip(canvas, shape, strict=True)]
-    depth, height, width = scales
-    scale, axis = depth, 0
-    if width < height and width < depth:
-        scale, axis = width, 2
-    elif height < width and height < depth:
-        scale, axis = height, 1
-    sizes = [min(math.ceil(length * scale), side) for side, length in zip(canvas, shape, strict=True)]
-    sizes[axis] = canvas[axis]
+    """The released code's size, slips included; every axis is rounded up and cut at the canvas.
+
+    Where the width's scale is strictly the smallest, the depth takes the height's scale instead; where no in-plane
+    scale is strictly the smallest, all axes take the depth's, which stretches square volumes.
+    """
+    depth, height, width = (side / length for side, length in zip(canvas, shape, strict=True))
+    scales, limiting = (depth, depth, depth), 0
+    if height < width and height < depth:
+        scales, limiting = (height, height, height), 1
+    elif width < height and width < depth:
+        scales, limiting = (height, width, width), 2
+    sizes = [min(math.ceil(length * scale), side) for side, length, scale in zip(canvas, shape, scales, strict=True)]
+    sizes[limiting] = canvas[limiting]
     return tuple(sizes)  # type: ignore[return-value]
 
 

@@ -296,8 +296,9 @@ class Clipped:
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
     """A tensor over the array's memory where torch can view it: flipped axes and foreign dtypes are copied."""
-    if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
-        array = np.ascontiguousarray(array) if any(stride < 0 for stride in array.strides) else array.copy()
+    if any(stride < 0 for stride in array.strides) or not array.flags.writeable or not array.dtype.isnative:
+        # `copy`, not `ascontiguousarray`: that one keeps a negative stride of an axis of length 1
+        array = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
     return torch.from_numpy(array)
 
 
