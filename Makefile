@@ -1,7 +1,7 @@
 # make demo, make test: on a fresh machine with Python >= 3.11 and git each sets up what it needs.
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow test-min releases check conformance benchmarks tiny bundle clean
+.PHONY: demo docs test test-slow test-min releases check conformance benchmarks tiny clean
 
 demo: ## run the main job on a made-up scan and write a page to look at
 	@scripts/install.sh
@@ -55,10 +55,6 @@ tiny: ## train the bundled checkpoint again: two hours and a half on two cores; 
 	@$(BIN)/ctinstruct instruct tiny-reports
 	@$(BIN)/ctinstruct calibrate --model runs/tiny-reports/model --data phantoms:trunk:3400-3600
 	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-reports/model
-
-bundle: ## the bundled checkpoint with the code as it is now, weights unchanged
-	@scripts/install.sh
-	@$(BIN)/python scripts/bundle_tiny.py -i src/ctinstruct_hf/assets/ctinstruct-tiny
 
 clean:
 	rm -rf .venv .venv-* .conformance demo_output build dist site

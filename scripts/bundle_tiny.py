@@ -1,4 +1,4 @@
-"""Makes the bundled checkpoint from a trained stage-two model: half the size in bfloat16, with its code files.
+"""Makes the bundled checkpoint from a trained stage-two model: in bfloat16, without code files, which the package has.
 
 python scripts/bundle_tiny.py -i runs/tiny-reports/model
 """
@@ -6,10 +6,12 @@ python scripts/bundle_tiny.py -i runs/tiny-reports/model
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
+import torch
+
 from ctinstruct_hf import CTInstructForConditionalGeneration, CTInstructProcessor
-from ctinstruct_hf.data.tiny import write_bundled
 from ctinstruct_hf.errors import CTInstructError
 
 BUNDLED = Path(__file__).parents[1] / "src" / "ctinstruct_hf" / "assets" / "ctinstruct-tiny"
@@ -28,7 +30,20 @@ def bundle(source: Path, target: Path) -> None:
     processor = CTInstructProcessor.from_pretrained(source)
     processor.image_processor.target_spacing = SPACING
     processor.image_processor.antialias = True
-    write_bundled(target, model, processor)
+    model.to(torch.bfloat16).save_pretrained(target)  # half the size; loaded as float32 on a CPU
+    processor.save_pretrained(target)
+    drop_code(target)
+
+
+def drop_code(folder: Path) -> None:
+    """Remove the code files of a saved model and the `auto_map` entries that name them."""
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for file in folder.glob("*config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            part.pop("auto_map", None)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import script
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ctinstruct_hf import (
@@ -17,8 +18,10 @@ from ctinstruct_hf import (
     CTInstructError,
     CTInstructForConditionalGeneration,
     CTInstructForPretraining,
+    CTInstructProcessor,
     CTInstructVisionModel,
 )
+from ctinstruct_hf.study import BUNDLED_MODEL
 
 
 def batch(config: CTInstructConfig) -> dict[str, torch.Tensor]:
@@ -163,14 +166,16 @@ processor.save_pretrained(out)
 """
 
 
-def test_a_saved_folder_loads_without_this_package(untrained: Path, tmp_path: Path) -> None:
-    script = tmp_path / "elsewhere.py"
-    script.write_text(WITHOUT_PACKAGE)
+def test_the_bundled_model_saved_loads_without_this_package(tmp_path: Path) -> None:
+    CTInstructForConditionalGeneration.from_pretrained(BUNDLED_MODEL).save_pretrained(tmp_path / "saved")
+    CTInstructProcessor.from_pretrained(BUNDLED_MODEL).save_pretrained(tmp_path / "saved")
+    elsewhere = tmp_path / "elsewhere.py"
+    elsewhere.write_text(WITHOUT_PACKAGE)
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     answers = []
-    for source, target in ((untrained, tmp_path / "one"), (tmp_path / "one", tmp_path / "two")):
+    for source, target in ((tmp_path / "saved", tmp_path / "one"), (tmp_path / "one", tmp_path / "two")):
         done = subprocess.run(
-            [sys.executable, str(script), str(source), str(target)],
+            [sys.executable, str(elsewhere), str(source), str(target)],
             capture_output=True,
             text=True,
             env=environment,
@@ -184,26 +189,26 @@ def test_a_saved_folder_loads_without_this_package(untrained: Path, tmp_path: Pa
     assert not mismatch, mismatch
 
 
-def test_the_bundled_folder_holds_the_code_as_it_is(untrained: Path) -> None:
-    """`make bundle` again after a change of the code that travels with a model."""
-    from ctinstruct_hf.study import BUNDLED_MODEL
-
-    code = sorted(file.name for file in untrained.glob("*.py"))
-    assert code == sorted(file.name for file in BUNDLED_MODEL.glob("*.py"))
-    _, mismatch, _ = filecmp.cmpfiles(untrained, BUNDLED_MODEL, code, shallow=False)
-    assert mismatch == []
-    assert sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir() if file.is_file()) < 20e6
+def test_the_bundled_folder_holds_no_code(tmp_path: Path) -> None:
+    script("bundle_tiny").bundle(BUNDLED_MODEL, tmp_path)
+    for folder in (BUNDLED_MODEL, tmp_path):
+        assert not list(folder.glob("*.py"))
+        assert not [file.name for file in folder.glob("*.json") if "auto_map" in file.read_text(encoding="utf-8")]
+    assert sorted(file.name for file in BUNDLED_MODEL.iterdir()) == sorted(file.name for file in tmp_path.iterdir())
+    assert sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir()) < 20e6
 
 
 def test_the_auto_classes_know_the_package(untrained: Path) -> None:
+    """Folders with code files and, as the bundled one, without."""
     code = (
         "import ctinstruct_hf, sys; from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, "
         "AutoImageProcessor, AutoProcessor; "
-        "kinds = [type(auto.from_pretrained(sys.argv[1])) for auto in (AutoConfig, AutoModel, "
+        "kinds = [type(auto.from_pretrained(folder)) for folder in sys.argv[1:] for auto in (AutoConfig, AutoModel, "
         "AutoModelForImageTextToText, AutoImageProcessor, AutoProcessor)]; "
         "assert all(kind.__module__.startswith('ctinstruct_hf.') for kind in kinds), kinds"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(untrained)], capture_output=True, text=True, check=False)
+    arguments = [sys.executable, "-c", code, str(untrained), str(BUNDLED_MODEL)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -39,15 +39,5 @@ def build_tiny(folder: Path, seed: int = 0) -> None:
     model = CTInstructForConditionalGeneration(config)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    write_bundled(folder, model, processor)
-
-
-def write_bundled(folder: Path, model: CTInstructForConditionalGeneration, processor: CTInstructProcessor) -> None:
-    """A model as it is bundled: in bfloat16, half the size; code files of an earlier one in the folder are replaced."""
-    for stale in folder.glob("*_ctinstruct.py"):
-        stale.unlink()
-    model.to(torch.bfloat16).save_pretrained(folder)  # loaded as float32 on a CPU
+    model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    for file in folder.iterdir():
-        if file.is_file():
-            file.chmod(0o644)
