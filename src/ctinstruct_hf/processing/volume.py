@@ -50,6 +50,7 @@ class VolumeSource:
         path: where it was read from; never written to results.
         resampling: what was done to tilted or uneven slices.
         dicom_files: the source slices in the order of k, for DICOM SEG.
+        dicom_frames: the frame of each in its file, from 0.
     """
 
     shape: tuple[int, int, int]
@@ -60,6 +61,7 @@ class VolumeSource:
     path: Path | None = None
     resampling: SliceResampling | None = None
     dicom_files: list[Path] = field(default_factory=list)
+    dicom_frames: list[int] = field(default_factory=list)
 
 
 @dataclass

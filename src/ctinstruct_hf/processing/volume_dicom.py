@@ -111,6 +111,7 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
         name,
         path,
         dicom_files=[one.path for one in slices],
+        dicom_frames=[one.frame for one in slices],
     )
     stored = hu.transpose(2, 1, 0)  # (i, j, k)
     drift = positions - first.position
