@@ -23,6 +23,9 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+NamesOption = Annotated[
+    Path | None, typer.Option("--names", help="YAML or JSON of your names: 'left kidney: [LK, ren sinister]'.")
+]
 ChangesOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value instead of the recipe's; repeatable.")
 ]
@@ -101,6 +104,7 @@ def predict(
     workers: Annotated[int | None, typer.Option("--workers", help="Processes over many scans.")] = None,
     engine: Annotated[str, typer.Option("--engine", help="local, or ray for several machines.")] = "local",
     restart: Annotated[bool, typer.Option("--restart", help="Answer anew what an earlier run has finished.")] = False,
+    names: NamesOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -111,12 +115,14 @@ def predict(
     """
     from rich.console import Console
 
+    from .data.names import read_names
     from .predict import Request, find_scans, predict_study
 
     _quiet()
     request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
     request.report = request.report or request.empty
     reading = {"model": model, "dtype": dtype, "series": series, "spacing": _millimetres(spacing)}
+    reading["names"] = None if names is None else read_names(names)
     scans = find_scans(inputs)
     console = Console(stderr=True)
     if scans == inputs and len(scans) == 1:

@@ -23,7 +23,7 @@ class Request:
         report: write a report.
         questions: asked in words.
         structures: names to segment.
-        diagnose: a list's name, names of diseases, or `all`; None asks for none.
+        diagnose: a list's name, names of diseases with commas, or `all`; None asks for none.
         output_types, multi_label: see `output.folder.save_study`.
     """
 
@@ -92,6 +92,7 @@ def predict_study(
     dtype: str | None = None,
     series: str | None = None,
     spacing: tuple[float, float, float] | None = None,
+    names: dict[str, list[str]] | None = None,
     tell: Callable[[str], None] = lambda step: None,
 ) -> Study:
     """Ask a scan everything in the request and write the folder.
@@ -102,18 +103,17 @@ def predict_study(
         request: what to ask.
         model, device, dtype: see `study.load_model`.
         series, spacing: see `read_volume`.
+        names: {name: other names} of the user, see `data.names.read_names`.
         tell: called with the name of each step.
 
     Raises:
         CTInstructError: nothing is written then.
     """
     tell("reading")
-    study = Study.open(scan, model, device=device, dtype=dtype, series=series, spacing=spacing)
-    diseases: str | list[str] | None = None if request.diagnose == "all" else request.diagnose
-    if isinstance(diseases, str) and diseases not in study.model.config.disease_lists:
-        names = [name.strip() for name in diseases.split(",") if name.strip()]
-        study.disease_rows(names)  # fail before the work, not after it
-        diseases = names
+    study = Study.open(scan, model, device=device, dtype=dtype, series=series, spacing=spacing, names=names)
+    diseases = (
+        study.diseases_asked(request.diagnose) if request.diagnose else None
+    )  # fail before the work, not after it
     tell("encoding")
     _ = study.features
     if request.report:
@@ -129,6 +129,6 @@ def predict_study(
         tell("probabilities")
         study.diagnose(diseases)
     tell("writing")
-    asked = settings_of(request, {"model": model, "dtype": dtype, "series": series, "spacing": spacing})
+    asked = settings_of(request, {"model": model, "dtype": dtype, "series": series, "spacing": spacing, "names": names})
     study.save(output, output_types=request.output_types, multi_label=request.multi_label, asked=asked)
     return study

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .data.names import Names, disease_names, structure_names
 from .data.templates import (
     LETTERS,
     REPORT,
@@ -133,6 +134,7 @@ class Study:
     Args:
         volumes: the scan or scans.
         model, processor: what `load_model` returns.
+        names: {name: other names} beside those of `data/names.yaml`, see `data.names.read_names`.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Study:
         volumes: CTVolume | Sequence[CTVolume],
         model: CTInstructForConditionalGeneration,
         processor: CTInstructProcessor,
+        names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.volumes = [volumes] if isinstance(volumes, CTVolume) else list(volumes)
         if not self.volumes:
@@ -147,6 +150,9 @@ class Study:
         self.model = model
         self.processor = processor
         self.results = Results()
+        self.structures: Names = structure_names(model, processor, names)
+        self.diseases: Names = disease_names(model, names)
+        self.notes: list[str] = []
         self._prefixes: dict[bool, Any] = {}
         self._memory: dict[str, torch.Tensor] = {}
 
@@ -158,6 +164,7 @@ class Study:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        names: Mapping[str, Sequence[str]] | None = None,
         **reading: Any,
     ) -> Study:
         """Read a scan and make it ready for questions.
@@ -166,6 +173,7 @@ class Study:
             source: whatever `read_volume` takes, or a list of such for several scans of one patient.
             model: a folder, a name on the Hub, or (model, processor); the bundled model by default.
             device, dtype: see `load_model`.
+            names: {name: other names} that users write, beside the package's, see `data.names.read_names`.
             reading: further arguments of `read_volume` (spacing, series, window, max_bytes).
 
         Raises:
@@ -179,7 +187,7 @@ class Study:
         # the scan first: it is where things go wrong, and it is quick
         volumes = [read_volume(one, **{"keep_padding": keep, **reading}) for one in sources]
         network = model[0] if isinstance(model, tuple) else load_model(model, device, dtype)[0]
-        return cls(volumes, network, processor)
+        return cls(volumes, network, processor, names)
 
     @property
     def volume(self) -> CTVolume:
@@ -188,9 +196,12 @@ class Study:
 
     @property
     def warnings(self) -> list[str]:
-        """What was odd about the scan, and whether the model is trained."""
+        """What was odd about the scan, which names were not known, and whether the model is trained."""
         notes = [note for volume in self.volumes for note in volume.warnings]
-        return [*notes, *notes_on(self.model.config)]
+        return [*notes, *self.notes, *notes_on(self.model.config)]
+
+    def _note(self, notes: Iterable[str | None]) -> None:
+        self.notes += [note for note in dict.fromkeys(notes) if note and note not in self.notes]
 
     # the three things that are computed once
 
@@ -283,12 +294,14 @@ class Study:
         """Several questions in one batch over one reading of the images; each is answered as if alone.
 
         Args:
-            questions: as in `ask`.
+            questions: as in `ask`; names in them are written as the model knows them, see `data.names.Names.question`.
             max_new_tokens, generation: as in `generate`; greedy by default.
         """
+        asked = [self.structures.question(question) for question in questions]
+        self._note(note for _, notes in asked for note in notes)
         answers = []
         for question, (text, masks, probabilities) in zip(
-            questions, self._generate(questions, max_new_tokens, generation), strict=True
+            questions, self._generate([text for text, _ in asked], max_new_tokens, generation), strict=True
         ):
             answers.append(Answer(self.processor.write_out(text, probabilities), masks, probabilities))
             self.results.answers.append((question, str(answers[-1])))
@@ -421,27 +434,31 @@ class Study:
         """Masks by name.
 
         Args:
-            names: a structure or finding, or several.
+            names: a structure or finding, or several, as people write them: `structures` finds the model's names. A name
+                that it does not know is asked as written, with a note in `warnings`.
             threshold: probability above which a voxel belongs to the mask. Whether there is one at all, `mask_floors` of
                 the image processor tells.
 
         Returns:
-            bool (depth, height, width) for one name, {name: mask} for several; `volume.to_source` puts them on the
-            file's grid.
+            bool (depth, height, width) for one name, {name: mask} for several, by the names given; `volume.to_source` puts
+            them on the file's grid.
         """
         wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-        logits = self.mask_logits(wanted)
+        found = [self.structures.find(name) for name in wanted]
+        self._note(one.note for one in found)
+        asked = list(dict.fromkeys(name for one in found for name in one.names))
         level = float(np.log(threshold / (1 - threshold)))
-        masks = {
+        painted = {
             name: self.processor.image_processor.mask_from_canvas(mask, self.volume, level, name)
-            for name, mask in zip(wanted, logits, strict=True)
+            for name, mask in zip(asked, self.mask_logits(asked), strict=True)
         }
+        masks = {one.given: np.logical_or.reduce([painted[name] for name in one.names]) for one in found}
         self.results.masks.update(masks)
         return masks[names] if isinstance(names, str) else masks
 
     @torch.inference_mode()
     def mask_logits(self, names: Sequence[str]) -> torch.Tensor:
-        """[names, D, H, W] on the canvas: what `segment` makes masks of."""
+        """[names, D, H, W] on the canvas: what `segment` makes masks of, for names as the model was taught them."""
         queries = []
         for name in names:
             answer = answer_segmentation([name], self.model.config.names_masks)
@@ -463,28 +480,47 @@ class Study:
         """Probabilities by disease.
 
         Args:
-            diseases: names, or the name of one of the model's lists; all lists by default. A model with one head per
-                disease knows the diseases of its lists only.
+            diseases: names, or the name of one of the model's lists, as people write them; `all` lists by default. A model
+                with one head per disease knows the diseases of its lists only.
+
+        Returns:
+            {name: probability}, by the names given.
 
         Raises:
             CTInstructError: for a disease that the model has no head for.
         """
         lists = self.model.config.disease_lists
-        if diseases is None:
-            groups = list(lists.values())
-        elif isinstance(diseases, str):
-            groups = [lists[diseases]] if diseases in lists else [[diseases]]
-        else:
-            groups = [list(diseases)]
+        asked_for = self.diseases_asked(diseases) if isinstance(diseases, str) else diseases
+        groups = list(lists.values()) if asked_for is None else [list(asked_for)]
         found: dict[str, float] = {}
         for group in groups:
-            rows = self.disease_rows(group)
-            ids, states = self._states(ask_diagnosis(group), answer_diagnosis(group))
+            named = {name: self.diseases.find(name) for name in group}
+            asked = list(dict.fromkeys(one.names[0] for one in named.values()))
+            rows = self.disease_rows(asked)
+            self._note(one.note for one in named.values())
+            ids, states = self._states(ask_diagnosis(asked), answer_diagnosis(asked))
             scores = self.model.answer_diseases(ids, states, torch.tensor(rows, device=states.device))
-            for name, score in zip(group, scores.float().sigmoid().tolist(), strict=True):
-                found.setdefault(name, score)
+            values = dict(zip(asked, scores.float().sigmoid().tolist(), strict=True))
+            for name in group:
+                found.setdefault(name, values[named[name].names[0]])
         self.results.diagnosis.update(found)
         return found
+
+    def diseases_asked(self, text: str) -> list[str] | None:
+        """The diseases of the list of that name, or those that a text names with commas; None for `all`.
+
+        Raises:
+            CTInstructError: for a disease that the model has no head for.
+        """
+        lists = self.model.config.disease_lists
+        if text.strip().lower() == "all":
+            return None
+        listed = Names(lists, table={}).find(text)
+        if listed.known:
+            return list(lists[listed.names[0]])
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        self.disease_rows(names)
+        return names
 
     def disease_rows(self, names: Sequence[str]) -> list[int]:
         """Rows of the disease head: of the first list that has all names, or of the first that has each.
@@ -494,18 +530,22 @@ class Study:
         """
         if self.model.config.disease_head == "shared":
             return [0] * len(names)
-        known = [name.lower() for name in self.model.config.disease_names]
+        found = [self.diseases.find(name) for name in names]
+        missing = [one for one in found if not one.known]
+        if missing:
+            nearest = dict.fromkeys(name for one in missing for name in one.nearest)
+            hint = f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
+            lists = ", ".join(self.model.config.disease_lists)
+            unknown = ", ".join(one.given for one in missing)
+            raise CTInstructError(f"The model has no head for {unknown}{hint}: its lists are {lists}.")
+        wanted = [one.names[0] for one in found]
         start = 0
         for diseases in self.model.config.disease_lists.values():
-            index = {name.lower(): start + place for place, name in enumerate(diseases)}
-            if all(name.lower() in index for name in names):
-                return [index[name.lower()] for name in names]
+            index = {name: start + number for number, name in enumerate(diseases)}
+            if all(name in index for name in wanted):
+                return [index[name] for name in wanted]
             start += len(diseases)
-        missing = [name for name in names if name.lower() not in known]
-        if missing:
-            lists = ", ".join(self.model.config.disease_lists)
-            raise CTInstructError(f"The model has no head for {', '.join(missing)}: its lists are {lists}.")
-        return [known.index(name.lower()) for name in names]
+        return [self.model.config.disease_names.index(name) for name in wanted]
 
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write everything asked so far: `findings.json`, `report.txt`, `masks/`, `report.html`.
