@@ -1,34 +1,44 @@
 """Masks as one DICOM segmentation object that references the series they were made on (highdicom).
 
-The standard ties a segmentation to its patient and study: the elements that it asks for (`_EXPECTED`) are all that is copied
-from the source slices. highdicom alone would copy a patient's history, alerts and much else.
+highdicom is given one plain image a slice, whatever the files are: enhanced files keep their frames in any order, repeat
+them, or share a series with others. The references are set to the files' own frames afterwards. The standard ties a
+segmentation to its patient and study: the elements that it asks for (`_PATIENT_AND_STUDY`) are all that is copied.
 """
 
 from __future__ import annotations
 
+import datetime
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.uid import CTImageStorage
+from pydicom.valuerep import DSfloat
 
 from .. import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
+from ..processing.volume_pixels import Slice, slices_of
 from ..processing.volume_series import HEADER_TAGS
+from .measure import stored
+from .report import COLOURS
 
-# name -> (SNOMED CT code, meaning, category); anatomy unless said otherwise
 _ANATOMY = ("123037004", "Anatomical Structure")
+_TISSUE = ("85756007", "Tissue")
 _ABNORMAL = ("49755003", "Morphologically Abnormal Structure")
+# name -> (SNOMED CT code, meaning, category); a side is a modifier of the pair's code
 CODES: dict[str, tuple[str, str, tuple[str, str]]] = {
     "body": ("38266002", "Entire body", _ANATOMY),
     "lungs": ("39607008", "Lung", _ANATOMY),
-    "right lung": ("3341006", "Right lung", _ANATOMY),
-    "left lung": ("44029006", "Left lung", _ANATOMY),
     "trachea": ("44567001", "Trachea", _ANATOMY),
     "heart": ("80891009", "Heart", _ANATOMY),
     "aorta": ("15825003", "Aorta", _ANATOMY),
@@ -38,14 +48,12 @@ CODES: dict[str, tuple[str, str, tuple[str, str]]] = {
     "stomach": ("69695003", "Stomach", _ANATOMY),
     "pancreas": ("15776009", "Pancreas", _ANATOMY),
     "kidneys": ("64033007", "Kidney", _ANATOMY),
-    "right kidney": ("9846003", "Right kidney", _ANATOMY),
-    "left kidney": ("18639004", "Left kidney", _ANATOMY),
     "urinary bladder": ("89837001", "Urinary bladder", _ANATOMY),
     "spine": ("421060004", "Vertebral column", _ANATOMY),
     "ribs": ("113197003", "Rib", _ANATOMY),
     "sternum": ("56873002", "Sternum", _ANATOMY),
     "bones": ("272673000", "Bone", _ANATOMY),
-    "muscle": ("91727004", "Muscle", _ANATOMY),
+    "muscle": ("91727004", "Muscle", _TISSUE),
     "subcutaneous fat": ("67769000", "Subcutaneous fatty tissue", _ANATOMY),
     "lung nodule": ("27925004", "Nodule", _ABNORMAL),
     "pleural effusion": ("41699000", "Effusion", _ABNORMAL),
@@ -54,6 +62,25 @@ CODES: dict[str, tuple[str, str, tuple[str, str]]] = {
     "kidney stone": ("56381008", "Calculus", _ABNORMAL),
     "lymphadenopathy": ("30746006", "Lymphadenopathy", _ABNORMAL),
 }
+SIDES = {
+    "right": ("24028007", "Right"),
+    "left": ("7771000", "Left"),
+    "both": ("51440002", "Right and left"),
+}
+PAIRS = ("lung", "kidney")
+SERIES_DESCRIPTION = "CTInstruct segmentation, research use only"
+# what the patient and study modules ask for; empty is allowed, absent is not
+_PATIENT_AND_STUDY = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
 
 
 @contextmanager
@@ -73,97 +100,236 @@ def _no_quotes() -> Iterator[None]:
 
 
 @_no_quotes()
-def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> None:
+def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> list[str]:
     """Write a binary DICOM SEG with a segment per mask, on the frames of the source series.
+
+    What the standard allows is repaired: an absent study or series UID becomes one that is derived from the files, a date,
+    time or sex that is not valid is left empty, text is written in UTF-8.
 
     Args:
         volume: read from a DICOM file or folder whose files are still there.
         masks: {name: bool (depth, height, width)} on the volume's grid.
         path: the file to write.
 
+    Returns:
+        What was repaired, a sentence each.
+
     Raises:
-        CTInstructError: where the scan is no DICOM, is a zip, or highdicom is not installed.
+        CTInstructError: where the scan is no DICOM on disk, highdicom is not installed, or the SEG cannot be written.
     """
+    check_dicom_seg(volume)
+    name = volume.source.name
+    notes: list[str] = []
     try:
-        import highdicom as hd
-        from highdicom.sr.coding import CodedConcept
+        frames, elements = _source_frames(volume, notes)
+        _segmentation(volume, masks, frames, elements).save_as(path)
+    except (CTInstructError, OSError):
+        raise
+    except Exception as error:  # its text may quote the patient: only its type is passed on
+        raise CTInstructError(f"{name} cannot be written as DICOM SEG ({type(error).__name__}).") from None
+    return notes
+
+
+def check_dicom_seg(volume: CTVolume) -> None:
+    """Raises CTInstructError where a DICOM SEG of this scan is impossible."""
+    try:
+        import highdicom  # noqa: F401
     except ImportError as error:
         raise CTInstructError("DICOM SEG needs highdicom: pip install 'ctinstruct-hf[dicom-seg]'.") from error
-    files = volume.source.dicom_files
-    if volume.source.kind != "dicom" or not files:
-        raise CTInstructError(
-            f"{volume.source.name or 'The scan'} is no DICOM series on disk: DICOM SEG references one."
+    name = volume.source.name or "The scan"
+    if volume.source.kind != "dicom" or not volume.source.dicom_files:
+        raise CTInstructError(f"{name} is no DICOM series on disk: DICOM SEG references one.")
+    first = pydicom.dcmread(
+        volume.source.dicom_files[0], stop_before_pixels=True, specific_tags=["FrameOfReferenceUID"]
+    )
+    if not first.get("FrameOfReferenceUID"):
+        raise CTInstructError(f"{name} has no frame of reference: DICOM SEG cannot be placed in it.")
+
+
+@dataclass
+class _Frame:
+    """A slice of the scan and where it is stored."""
+
+    image: Slice
+    sop_class: str
+    sop_instance: str
+    number: int | None  # from 1, in a multi-frame file
+
+
+def _source_frames(volume: CTVolume, notes: list[str]) -> tuple[list[_Frame], dict[str, str]]:
+    """The scan's slices in the order of k, and the elements that the SEG takes from them."""
+    wanted: Any = [*HEADER_TAGS, *_PATIENT_AND_STUDY, "SOPInstanceUID", "StudyInstanceUID"]
+    numbers = volume.source.dicom_frames or [0] * len(volume.source.dicom_files)
+    # where the caller gave the spacing, the files have none
+    column, row, depth = (float(length) for length in np.linalg.norm(volume.source.affine[:3, :3], axis=0))
+    parts: dict[Path, list[Slice]] = {}
+    for file in dict.fromkeys(volume.source.dicom_files):
+        parts[file] = slices_of(
+            file, pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted), (depth, row, column)
         )
-    wanted: Any = [*HEADER_TAGS, *_EXPECTED, "SOPInstanceUID"]
-    slices: list[Any] = [
-        pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted) for file in dict.fromkeys(files)
-    ]
-    for one in slices:
-        if not one.get("SOPClassUID"):
-            one.SOPClassUID, one.SOPInstanceUID = (
-                one.file_meta.MediaStorageSOPClassUID,
-                one.file_meta.MediaStorageSOPInstanceUID,
+    frames = []
+    for file, number in zip(volume.source.dicom_files, numbers, strict=True):
+        header = parts[file][number].header
+        meta = header.file_meta
+        instance = header.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
+        if not instance:
+            raise CTInstructError(f"{file.name} has no SOPInstanceUID: DICOM SEG cannot reference it.")
+        frames.append(
+            _Frame(
+                parts[file][number],
+                str(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or CTImageStorage),
+                str(instance),
+                number + 1 if header.get("NumberOfFrames") is not None or len(parts[file]) > 1 else None,
             )
-        for name in _EXPECTED:
-            if name not in one:
-                setattr(one, name, None if name != "StudyInstanceUID" else pydicom.uid.generate_uid())
-        if not one.get("FrameOfReferenceUID"):
-            raise CTInstructError(f"{volume.source.name} has no frame of reference: DICOM SEG cannot be placed in it.")
-    stored = [
-        np.asarray(volume.to_source(mask.astype(np.uint8)).dataobj).transpose(2, 1, 0) > 0 for mask in masks.values()
-    ]
-    pixels = np.stack(stored, axis=-1)  # (frames, rows, columns, segments)
-    descriptions = []
-    for number, name in enumerate(masks, start=1):
-        code, meaning, category = CODES.get(name, ("", name, _ANATOMY))
-        concept = (
-            CodedConcept(code, "SCT", meaning) if code else CodedConcept(f"CTI{number}", "99CTINSTRUCT", name[:64])
         )
-        descriptions.append(
-            hd.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=name[:64],
-                segmented_property_category=CodedConcept(category[0], "SCT", category[1]),
-                segmented_property_type=concept,
-                algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=hd.AlgorithmIdentificationSequence(
-                    name="ctinstruct-hf",
-                    version=__version__,
-                    family=CodedConcept("123109", "DCM", "Artificial Intelligence"),
-                ),
-            )
-        )
+    headers = [one[0].header for one in parts.values()]
+    elements = {keyword: _valid(headers[0], keyword, notes) for keyword in _PATIENT_AND_STUDY}
+    elements["FrameOfReferenceUID"] = str(headers[0].FrameOfReferenceUID)
+    instances = sorted(one.sop_instance for one in frames)
+    for level in ("Study", "Series"):
+        found = Counter(str(header.get(f"{level}InstanceUID") or "") for header in headers)
+        found.pop("", None)
+        if not found:
+            notes.append(f"The files have no {level}InstanceUID: the DICOM SEG has one that is derived from them.")
+            found[str(pydicom.uid.generate_uid(entropy_srcs=[level, *instances[:1]]))] += 1
+        elements[f"{level}InstanceUID"] = found.most_common(1)[0][0]
+    return frames, elements
+
+
+def _valid(header: Any, keyword: str, notes: list[str]) -> str:
+    """An element of the patient or study as text that the standard allows; empty where there is none."""
+    try:
+        text = str(header.get(keyword) or "").strip(" \0")
+    except Exception:  # bytes that its VR does not allow
+        text = "?"
+    kept = text
+    if keyword.endswith("Date"):
+        kept = re.sub(r"[.\-/]", "", text)
+        try:
+            datetime.datetime.strptime(kept, "%Y%m%d")
+        except ValueError:
+            kept = ""
+    elif keyword.endswith("Time"):
+        kept = text.replace(":", "")
+        valid = r"([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?"
+        kept = kept if re.fullmatch(valid, kept) else ""
+    elif keyword == "PatientSex":
+        kept = text.upper() if text.upper() in ("M", "F", "O") else ""
+    if text and not kept:
+        notes.append(f"{keyword} of the files is not valid: it is left empty in the DICOM SEG.")
+    return kept
+
+
+def _segmentation(
+    volume: CTVolume, masks: dict[str, np.ndarray], frames: Sequence[_Frame], elements: dict[str, str]
+) -> Any:
+    """The data set, with references to the files' own frames."""
+    import highdicom as hd
+
+    grids = [stored(volume, mask).transpose(2, 1, 0) for mask in masks.values()]  # [frames, rows, columns] each
+    pixels, planes = _pixels(grids)
+    chosen = frames[planes]
+    images = [_plain_image(one, index, frames[0].image, elements) for index, one in enumerate(chosen)]
     segmentation = hd.seg.Segmentation(
-        source_images=slices,
+        source_images=images,
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=descriptions,
+        segment_descriptions=[_description(number, name) for number, name in enumerate(masks, start=1)],
         series_instance_uid=hd.UID(),
         series_number=900,
+        series_description=SERIES_DESCRIPTION,
         sop_instance_uid=hd.UID(),
         instance_number=1,
         manufacturer="ctinstruct-hf",
         manufacturer_model_name="CTInstruct, research use only",
         software_versions=__version__,
         device_serial_number="0",
+        specific_character_set="ISO_IR 192",
         omit_empty_frames=bool(pixels.any()),
     )
-    segmentation.save_as(path)
+    by_name = {str(image.SOPInstanceUID): one for image, one in zip(images, chosen, strict=True)}
+    files = {one.sop_instance: one.sop_class for one in chosen}
+    references = []
+    for instance, sop_class in files.items():
+        reference = pydicom.Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = sop_class, instance
+        references.append(reference)
+    segmentation.SourceImageSequence = references
+    segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references
+    for group in segmentation.PerFrameFunctionalGroupsSequence:
+        for derivation in group.DerivationImageSequence:
+            for item in derivation.SourceImageSequence:
+                one = by_name[str(item.ReferencedSOPInstanceUID)]
+                item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = one.sop_class, one.sop_instance
+                if one.number is not None:
+                    item.ReferencedFrameNumber = one.number
+    return segmentation
 
 
-# type 2 attributes that highdicom reads from the source: empty is allowed, absent is not
-_EXPECTED = (
-    "PatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyInstanceUID",
-    "StudyID",
-    "StudyDate",
-    "StudyTime",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-)
+def _pixels(grids: Sequence[np.ndarray]) -> tuple[np.ndarray, slice]:
+    """What highdicom encodes, for the frames from the first to the last that any structure is in, and those frames.
+
+    Numbers [frames, rows, columns] where no structures overlap, a tenth of the memory of ten of them; otherwise bool
+    [frames, rows, columns, segments] whose segments lie one behind the other, so that each is read in one run.
+    """
+    used = np.flatnonzero(np.any([grid.any(axis=(1, 2)) for grid in grids], axis=0))
+    planes = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+    labels = np.zeros(grids[0][planes].shape, dtype=np.uint8 if len(grids) < 256 else np.uint16)
+    for number, grid in enumerate(grids, start=1):
+        inside = grid[planes]
+        if labels[inside].any():
+            return np.moveaxis(np.stack([one[planes] for one in grids]), 0, -1), planes
+        labels[inside] = number
+    return labels, planes
 
 
-__all__ = ["CODES", "save_dicom_seg"]
+def _plain_image(one: _Frame, index: int, first: Slice, elements: dict[str, str]) -> pydicom.Dataset:
+    """A slice as highdicom asks for it: one frame, the plane and the spacing of the first."""
+    image = pydicom.Dataset()
+    for keyword, value in elements.items():
+        setattr(image, keyword, value or None)
+    image.SOPClassUID = CTImageStorage
+    image.SOPInstanceUID = one.sop_instance if one.number is None else pydicom.uid.generate_uid()
+    image.Modality = "CT"
+    image.InstanceNumber = index + 1
+    image.Rows, image.Columns = first.header.Rows, first.header.Columns
+    image.ImagePositionPatient = [DSfloat(value, auto_format=True) for value in one.image.position]
+    image.ImageOrientationPatient = [DSfloat(value, auto_format=True) for value in first.orientation.ravel()]
+    image.PixelSpacing = [DSfloat(value, auto_format=True) for value in first.pixel_spacing]
+    image.SliceThickness = DSfloat(first.thickness, auto_format=True) if first.thickness else None
+    return image
+
+
+def _description(number: int, name: str) -> Any:
+    """One segment: its label, code, side and colour."""
+    import highdicom as hd
+    from highdicom.sr.coding import CodedConcept
+
+    label = re.sub(r"[\\\x00-\x1f]", " ", name).strip()[:64] or "segment"
+    words = re.sub(r"[\s_-]+", " ", name.lower()).strip()
+    side, _, rest = words.partition(" ")
+    side, organ = (side, f"{rest}s") if side in SIDES and rest in PAIRS else ("both", words)
+    if organ not in (f"{one}s" for one in PAIRS):
+        side = ""
+    code, meaning, category = CODES.get(organ, (f"CTI{zlib.crc32(words.encode()):08X}", label, _ANATOMY))
+    colour = COLOURS[(number - 1) % len(COLOURS)]
+    description = hd.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=label,
+        segmented_property_category=CodedConcept(category[0], "SCT", category[1]),
+        segmented_property_type=CodedConcept(code, "SCT" if organ in CODES else "99CTINSTRUCT", meaning),
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=hd.AlgorithmIdentificationSequence(
+            name="ctinstruct-hf",
+            version=__version__,
+            family=CodedConcept("123109", "DCM", "Artificial Intelligence"),
+        ),
+        display_color=hd.color.CIELabColor.from_rgb(*(int(colour[i : i + 2], 16) for i in (1, 3, 5))),
+    )
+    if side:
+        modifier = CodedConcept(SIDES[side][0], "SCT", SIDES[side][1])
+        description.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+    return description
+
+
+__all__ = ["CODES", "check_dicom_seg", "save_dicom_seg"]
