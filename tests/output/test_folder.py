@@ -48,7 +48,11 @@ def test_dicom_seg_reads_back_on_its_series(tmp_path: Path) -> None:
     save_dicom_seg(volume, {"left lung": left, "something new": ~left}, tmp_path / "seg.dcm")
     seg = hd.seg.segread(tmp_path / "seg.dcm")
     assert [one.SegmentLabel for one in seg.SegmentSequence] == ["left lung", "something new"]
-    assert seg.get_segment_description(1).segmented_property_type.value == "44029006"
+    assert (
+        seg.get_segment_description(1).segmented_property_type.value == "39607008"
+    )  # lung, with its side as a modifier
+    kind = seg.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0]
+    assert kind.SegmentedPropertyTypeModifierCodeSequence[0].CodeValue == "7771000"
     source = sorted(
         (pydicom.dcmread(file) for file in (tmp_path / "series").iterdir()), key=lambda one: one.ImagePositionPatient[2]
     )

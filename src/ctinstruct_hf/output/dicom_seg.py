@@ -27,8 +27,6 @@ from pydicom.valuerep import DSfloat
 from .. import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
-from ..processing.volume_pixels import Slice, slices_of
-from ..processing.volume_series import HEADER_TAGS
 from .measure import stored
 from .report import COLOURS
 
@@ -81,6 +79,20 @@ _PATIENT_AND_STUDY = (
     "AccessionNumber",
     "ReferringPhysicianName",
 )
+_WANTED = (
+    *_PATIENT_AND_STUDY,
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "ImagePositionPatient",
+    "SliceThickness",
+    "NumberOfFrames",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+_LPS = np.diag([-1.0, -1.0, 1.0])  # from and to RAS
 
 
 @contextmanager
@@ -148,52 +160,72 @@ def check_dicom_seg(volume: CTVolume) -> None:
 
 @dataclass
 class _Frame:
-    """A slice of the scan and where it is stored."""
+    """A slice of the scan: where it lies (LPS mm), and where it is stored."""
 
-    image: Slice
+    position: np.ndarray
     sop_class: str
     sop_instance: str
     number: int | None  # from 1, in a multi-frame file
 
 
-def _source_frames(volume: CTVolume, notes: list[str]) -> tuple[list[_Frame], dict[str, str]]:
+def _source_frames(volume: CTVolume, notes: list[str]) -> tuple[list[_Frame], dict[str, Any]]:
     """The scan's slices in the order of k, and the elements that the SEG takes from them."""
-    wanted: Any = [*HEADER_TAGS, *_PATIENT_AND_STUDY, "SOPInstanceUID", "StudyInstanceUID"]
-    numbers = volume.source.dicom_frames or [0] * len(volume.source.dicom_files)
-    # where the caller gave the spacing, the files have none
-    column, row, depth = (float(length) for length in np.linalg.norm(volume.source.affine[:3, :3], axis=0))
-    parts: dict[Path, list[Slice]] = {}
-    for file in dict.fromkeys(volume.source.dicom_files):
-        parts[file] = slices_of(
-            file, pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted), (depth, row, column)
-        )
+    source = volume.source
+    headers: dict[Path, Any] = {
+        file: pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_WANTED))
+        for file in dict.fromkeys(source.dicom_files)
+    }
     frames = []
-    for file, number in zip(volume.source.dicom_files, numbers, strict=True):
-        header = parts[file][number].header
+    for k, (file, number) in enumerate(zip(source.dicom_files, source.dicom_frames, strict=True)):
+        header = headers[file]
         meta = header.file_meta
         instance = header.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
         if not instance:
             raise CTInstructError(f"{file.name} has no SOPInstanceUID: DICOM SEG cannot reference it.")
+        place = _part(header, number, "PlanePositionSequence").get("ImagePositionPatient")
         frames.append(
             _Frame(
-                parts[file][number],
+                # a slice without a position lies on the grid
+                np.array(place, float) if place else _LPS @ (source.affine @ [0, 0, k, 1])[:3],
                 str(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or CTImageStorage),
                 str(instance),
-                number + 1 if header.get("NumberOfFrames") is not None or len(parts[file]) > 1 else None,
+                number + 1 if header.get("NumberOfFrames") is not None else None,
             )
         )
-    headers = [one[0].header for one in parts.values()]
-    elements = {keyword: _valid(headers[0], keyword, notes) for keyword in _PATIENT_AND_STUDY}
-    elements["FrameOfReferenceUID"] = str(headers[0].FrameOfReferenceUID)
+    first = headers[source.dicom_files[0]]
+    axes, lengths = _LPS @ source.affine[:3, :3], np.linalg.norm(source.affine[:3, :3], axis=0)
+    thickness = _part(first, source.dicom_frames[0], "PixelMeasuresSequence").get("SliceThickness")
+    elements: dict[str, Any] = {keyword: _valid(first, keyword, notes) or None for keyword in _PATIENT_AND_STUDY}
+    elements |= {
+        "FrameOfReferenceUID": str(first.FrameOfReferenceUID),
+        "ImageOrientationPatient": _decimals((axes / lengths)[:, :2].T.ravel()),
+        "PixelSpacing": _decimals(lengths[[1, 0]]),
+        "SliceThickness": _decimals([thickness or lengths[2]])[0],
+        "Columns": source.shape[0],
+        "Rows": source.shape[1],
+    }
     instances = sorted(one.sop_instance for one in frames)
     for level in ("Study", "Series"):
-        found = Counter(str(header.get(f"{level}InstanceUID") or "") for header in headers)
+        found = Counter(str(header.get(f"{level}InstanceUID") or "") for header in headers.values())
         found.pop("", None)
         if not found:
             notes.append(f"The files have no {level}InstanceUID: the DICOM SEG has one that is derived from them.")
             found[str(pydicom.uid.generate_uid(entropy_srcs=[level, *instances[:1]]))] += 1
         elements[f"{level}InstanceUID"] = found.most_common(1)[0][0]
     return frames, elements
+
+
+def _part(header: Any, frame: int, sequence: str) -> Any:
+    """Where a frame's elements of a functional group stand: in the frame's item, the shared one, or the header."""
+    groups = header.get("PerFrameFunctionalGroupsSequence") or []
+    for item in [*groups[frame : frame + 1], *(header.get("SharedFunctionalGroupsSequence") or [])]:
+        if item.get(sequence):
+            return item[sequence][0]
+    return header
+
+
+def _decimals(values: Any) -> list[DSfloat]:
+    return [DSfloat(float(value), auto_format=True) for value in values]
 
 
 def _valid(header: Any, keyword: str, notes: list[str]) -> str:
@@ -221,7 +253,7 @@ def _valid(header: Any, keyword: str, notes: list[str]) -> str:
 
 
 def _segmentation(
-    volume: CTVolume, masks: dict[str, np.ndarray], frames: Sequence[_Frame], elements: dict[str, str]
+    volume: CTVolume, masks: dict[str, np.ndarray], frames: Sequence[_Frame], elements: dict[str, Any]
 ) -> Any:
     """The data set, with references to the files' own frames."""
     import highdicom as hd
@@ -229,7 +261,7 @@ def _segmentation(
     grids = [stored(volume, mask).transpose(2, 1, 0) for mask in masks.values()]  # [frames, rows, columns] each
     pixels, planes = _pixels(grids)
     chosen = frames[planes]
-    images = [_plain_image(one, index, frames[0].image, elements) for index, one in enumerate(chosen)]
+    images = [_plain_image(one, elements) for one in chosen]
     segmentation = hd.seg.Segmentation(
         source_images=images,
         pixel_array=pixels,
@@ -283,20 +315,15 @@ def _pixels(grids: Sequence[np.ndarray]) -> tuple[np.ndarray, slice]:
     return labels, planes
 
 
-def _plain_image(one: _Frame, index: int, first: Slice, elements: dict[str, str]) -> pydicom.Dataset:
-    """A slice as highdicom asks for it: one frame, the plane and the spacing of the first."""
+def _plain_image(one: _Frame, elements: dict[str, Any]) -> pydicom.Dataset:
+    """A slice as highdicom asks for it: one frame, with the plane and the spacing of all."""
     image = pydicom.Dataset()
     for keyword, value in elements.items():
-        setattr(image, keyword, value or None)
+        setattr(image, keyword, value)
     image.SOPClassUID = CTImageStorage
     image.SOPInstanceUID = one.sop_instance if one.number is None else pydicom.uid.generate_uid()
     image.Modality = "CT"
-    image.InstanceNumber = index + 1
-    image.Rows, image.Columns = first.header.Rows, first.header.Columns
-    image.ImagePositionPatient = [DSfloat(value, auto_format=True) for value in one.image.position]
-    image.ImageOrientationPatient = [DSfloat(value, auto_format=True) for value in first.orientation.ravel()]
-    image.PixelSpacing = [DSfloat(value, auto_format=True) for value in first.pixel_spacing]
-    image.SliceThickness = DSfloat(first.thickness, auto_format=True) if first.thickness else None
+    image.ImagePositionPatient = _decimals(one.position)
     return image
 
 
