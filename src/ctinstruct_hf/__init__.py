@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CTVolume": "processing.volume",
     "read_volume": "processing.volume_reading",
+    "list_series": "processing.volume_series",
     "CTInstructImageProcessor": "processing.image_processing_ctinstruct",
     "CTInstructProcessor": "processing.processing_ctinstruct",
     "CTInstructConfig": "modeling.configuration_ctinstruct",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .processing.processing_ctinstruct import CTInstructProcessor
     from .processing.volume import CTVolume
     from .processing.volume_reading import read_volume
+    from .processing.volume_series import list_series
     from .study import Study
 
 

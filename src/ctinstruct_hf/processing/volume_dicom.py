@@ -9,85 +9,86 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
 from .volume import AIR_HU, CTInstructError, CTVolume, Limits, VolumeSource, canonical, check_size, clean_hu
-from .volume_pixels import Slice, read_pixels, slices_of
+from .volume_headers import integer, quiet_pydicom, some
+from .volume_pixels import read_pixels
 from .volume_resampling import SliceResampling
-from .volume_series import choose_series, integer, list_files, read_headers, some
+from .volume_series import SeriesList, choose_series, find_series
+from .volume_slices import Slice
+
+SMALLEST_STEP = 0.01  # mm
 
 
-def read_dicom(path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
+def read_dicom(
+    path: Path, series: str | int | None, spacing: tuple[float, float, float] | None, limit: Limits
+) -> CTVolume:
     """A DICOM file or folder; see `read_volume`."""
-    before = pydicom.config.settings.reading_validation_mode
-    # pydicom's warnings quote what they find, and that may be a patient's
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    try:
-        return _read_dicom(path, series, spacing, limit)
-    finally:
-        pydicom.config.settings.reading_validation_mode = before
+    with quiet_pydicom():
+        name = path.name or str(path)
+        found = find_series(path, limit)
+        if not found:
+            raise CTInstructError(_why_nothing(path, found))
+        chosen = choose_series(found, series, name)
+        warnings = [*_left_out(found), *chosen.notes]
+        for one in chosen.images:
+            if one.pixel_spacing is None:
+                if spacing is None:
+                    raise CTInstructError(
+                        f"{one.path.name} has no pixel spacing: pass spacing=(depth, height, width) in mm."
+                    )
+                one.pixel_spacing = float(spacing[1]), float(spacing[2])
+        if len(chosen.images) == 1 and chosen.images[0].thickness is None:
+            chosen.images[0].thickness = float(spacing[0]) if spacing else 1.0
+            if not spacing:
+                warnings.append("The slice has no thickness: 1 mm is taken, volumes in ml mean nothing.")
+        return build_volume(chosen.images, path, warnings, limit)
 
 
-def _read_dicom(path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
-    files = [path] if path.is_file() else list_files(path)
-    headers, broken = read_headers(files)
-    if not headers:
-        if path.is_file():
-            raise CTInstructError(
-                f"{path.name} is neither DICOM nor another format that can be read (NIfTI, MHA, NRRD, npy, PNG)."
-            )
-        raise CTInstructError(f"{path.name or path} holds no DICOM file ({len(files)} files looked at).")
-    warnings: list[str] = []
-    if broken:
-        warnings.append(f"{len(broken)} broken DICOM files are left out: {some(broken)}.")
-    chosen = choose_series(headers, series, path.name or str(path), warnings)
-    slices = [part for file, header in chosen for part in slices_of(file, header, spacing)]
-    slices = order_slices(slices, warnings)
-    return build_volume(slices, path, warnings, limit)
+def _why_nothing(path: Path, found: SeriesList) -> str:
+    """Why there is no series to read."""
+    name = path.name or str(path)
+    beside = _modalities(found)
+    unreadable = [skipped for skipped in found.skipped if skipped.modality in ("", "CT")]
+    if unreadable:
+        first = unreadable[0]
+        if first.modality:
+            return f"{name}: {first.reason.removeprefix('cannot be read: ')}"
+        more = f" and {len(unreadable) - 1} more files alike" if len(unreadable) > 1 else ""
+        return f"{first.name} {first.reason.rstrip('.')}{more}."
+    if beside:
+        return f"{name} holds no CT image ({_counted(beside)}): only CT can be read."
+    if path.is_file():
+        return f"{name} is neither DICOM nor another format that can be read (NIfTI, MHA, NRRD, npy, PNG)."
+    return f"{name} holds no DICOM file ({found.looked_at} files looked at)."
 
 
-def order_slices(slices: list[Slice], warnings: list[str]) -> list[Slice]:
-    """Slices of the commonest size, spacing and orientation, by position along their normal, each place once."""
-    spacings = np.round([one.pixel_spacing for one in slices], 4).tolist()
-    planes = np.round([one.orientation.ravel() for one in slices], 3).tolist()
-    keys = [
-        (integer(one.header, "Rows"), integer(one.header, "Columns"), *spacing, *plane)
-        for one, spacing, plane in zip(slices, spacings, planes, strict=True)
-    ]
-    common, count = Counter(keys).most_common(1)[0]
-    if count < len(slices):
-        warnings.append(f"{len(slices) - count} images of another size, spacing or orientation are left out.")
-        slices = [one for one, key in zip(slices, keys, strict=True) if key == common]
-    normal = np.cross(*slices[0].orientation)
-    slices = sorted(slices, key=lambda one: float(one.position @ normal))
-    distances = np.array([float(one.position @ normal) for one in slices])
-    repeated = np.flatnonzero(np.diff(distances) < 1e-3) + 1
-    if len(repeated) == 0:
-        return slices
-    places = len(slices) - len(repeated)
-    if (
-        places == 1
-        and len(slices) > 1
-        and all("ImagePositionPatient" not in one.header for one in slices)
-        and not any(one.header.get("PerFrameFunctionalGroupsSequence") for one in slices)
-    ):
-        raise CTInstructError(f"{slices[0].path.name} and its series have no slice positions: they cannot be ordered.")
-    if places > 1 and len(slices) % places == 0 and len(slices) // places > 1:
-        raise CTInstructError(
-            f"The series of {slices[0].path.name} has {len(slices) // places} images at each of {places} places (4D): "
-            "give the files of one phase."
-        )
-    warnings.append(f"{len(repeated)} repeated slices are left out, the first of each place is kept.")
-    gone = set(repeated.tolist())
-    return [one for index, one in enumerate(slices) if index not in gone]
+def _left_out(found: SeriesList) -> list[str]:
+    """Sentences on what lies beside the series."""
+    beside = _modalities(found)
+    notes = [f"Left out beside the CT: {_counted(beside)}."] if beside else []
+    reasons: dict[str, list[str]] = {}
+    for skipped in found.skipped:
+        if not skipped.modality:
+            reasons.setdefault(skipped.reason.rstrip("."), []).append(skipped.name)
+    return notes + [f"Left out ({reason}): {some(names)}." for reason, names in reasons.items()]
+
+
+def _modalities(found: SeriesList) -> Counter[str]:
+    return Counter(one.modality for one in found.skipped for _ in one.files if one.modality not in ("", "CT"))
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Limits) -> CTVolume:
     """Pixels in HU on the grid of the series, then even and upright if they were not."""
     first = slices[0]
-    rows, columns = int(first.header.Rows), int(first.header.Columns)
+    rows, columns = integer(first.header, "Rows"), integer(first.header, "Columns")
     name = path.name or str(path)
-    check_size(name, (len(slices), rows, columns), 2, limit)
+    frames = sum({one.path: integer(one.header, "NumberOfFrames", 1) for one in slices}.values())
+    check_size(name, (max(frames, len(slices)), rows, columns), 2, limit)
     hu = read_pixels(slices, rows, columns, warnings, limit.keep_padding)
     if hu.dtype != np.int16:  # whole values are cleaned slice by slice as they are read
         hu = clean_hu(hu, name, warnings, in_place=True, keep_padding=limit.keep_padding)
@@ -96,6 +97,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     positions = np.array([one.position for one in slices])
     distances = positions @ normal - first.position @ normal
     step, even, gaps = slice_step(distances, first)
+    if step < SMALLEST_STEP:
+        raise CTInstructError(f"{name} has slices {step:.2g} mm apart: its positions are broken.")
     affine = np.eye(4)
     # pixel spacing is (between rows, between columns); i counts columns
     affine[:3, 0] = first.orientation[0] * first.pixel_spacing[1]
@@ -125,22 +128,34 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     tilted = bool(np.abs(shifts).max() > 0.5)
     if even and not tilted:
         return canonical(stored, affine, source, warnings)
+    mean_step = (positions[-1] - positions[0]) / (len(slices) - 1)  # mm (LPS)
     if not even:
-        warnings.append(f"Slice distances are uneven ({gaps}): resampled to one every {step:g} mm.")
-    if tilted:
-        slope = np.linalg.norm(drift[-1] - distances[-1] * normal) / max(float(distances[-1]), 1e-6)
+        off = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * mean_step, axis=1).max()
         warnings.append(
-            f"The gantry was tilted by {np.degrees(np.arctan(slope)):.1f} degrees: resampled to an upright grid."
+            f"Slice distances are uneven ({gaps}): resampled to one every {step:g} mm; a NIfTI mask on the file's slices "
+            f"has their mean distance, up to {off:.1f} mm off."
         )
+    if tilted:
+        lean = drift - distances[:, None] * normal
+        slope = lean[-1] / distances[-1]
+        beside = float(np.linalg.norm(lean - distances[:, None] * slope, axis=1).max())
+        if beside <= max(first.pixel_spacing or (1.0,)):
+            angle = np.degrees(np.arctan(np.linalg.norm(slope)))
+            warnings.append(f"The gantry was tilted by {angle:.1f} degrees: resampled to an upright grid.")
+        else:
+            warnings.append(
+                f"Slices are shifted against each other within their plane, up to {beside:.1f} mm: resampled to an upright "
+                "grid; a NIfTI mask on the file's slices has one straight axis for them."
+            )
     count = int(np.floor(distances[-1] / step + 1e-3)) + 1
-    resampling = source.resampling = SliceResampling(
-        distances, shifts if tilted else np.zeros_like(shifts), step, count
-    )
+    resampling = SliceResampling(distances, shifts if tilted else np.zeros_like(shifts), step, count)
+    margins = resampling.margins
+    check_size(name, (count, rows + margins[2] + margins[3], columns + margins[0] + margins[1]), 4, limit)
+    source.resampling = resampling
     upright = affine.copy()
-    upright[:3, 3] -= resampling.margins[0] * affine[:3, 0] + resampling.margins[2] * affine[:3, 1]
-    if not even:
-        source.affine = affine.copy()
-        source.affine[:3, 2] *= distances[-1] / (len(slices) - 1) / step
+    upright[:3, 3] -= margins[0] * affine[:3, 0] + margins[2] * affine[:3, 1]
+    source.affine = affine.copy()
+    source.affine[:3, 2] = mean_step * [-1.0, -1.0, 1.0]
     return canonical(resampling.forward(stored, fill=AIR_HU), upright, source, warnings)
 
 

@@ -1,133 +1,47 @@
-"""DICOM slices and their pixels in HU, read in threads."""
+"""DICOM pixels in HU, read in threads."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID
 
 from .volume import AIR_HU, CTInstructError, last_line
-from .volume_series import integer, numbers
+from .volume_headers import integer, text
+from .volume_slices import Slice
 
 # 8-bit lossy JPEG cannot hold CT; the extended processes 6/8 and 10/12 have no decoder
 UNDECODABLE = {"1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.55"}
 EIGHT_BIT_JPEG = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
-LOSSY = {"1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.91"}
+LOSSY = {
+    "1.2.840.10008.1.2.4.81",  # JPEG-LS near-lossless
+    "1.2.840.10008.1.2.4.91",  # JPEG 2000
+    "1.2.840.10008.1.2.4.93",  # JPEG 2000 part 2
+    "1.2.840.10008.1.2.4.112",  # JPEG XL
+    "1.2.840.10008.1.2.4.203",  # high-throughput JPEG 2000
+}
+RLE = "1.2.840.10008.1.2.5"
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# units that a CT class may have instead of HU: electron density, atomic number, mg/ml, percent, optical density
+NO_HU = {"ED", "EDW", "Z_EFF", "MGML", "PCT", "OD", "IP", "MATERIAL"}
 THREADS = min(8, (os.cpu_count() or 2) * 2)
-
-
-@dataclass
-class Slice:
-    """One axial, coronal or sagittal image in space; `frame` counts within a multi-frame file."""
-
-    path: Path
-    header: Any
-    position: np.ndarray
-    orientation: np.ndarray
-    pixel_spacing: tuple[float, float]
-    thickness: float | None
-    slope: float | None
-    intercept: float | None
-    frame: int = 0
-
-
-def slices_of(file: Path, header: Any, spacing: tuple[float, float, float] | None) -> list[Slice]:
-    """The images of one file, a frame each where it has several."""
-    if integer(header, "SamplesPerPixel", 1) != 1:
-        raise CTInstructError(f"{file.name} is a colour image: expected CT in HU.")
-    if "Rows" not in header or "Columns" not in header:
-        raise CTInstructError(f"{file.name} has no pixels.")
-    frames = integer(header, "NumberOfFrames", 1)
-    groups = header.get("PerFrameFunctionalGroupsSequence") or []
-    shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
-    if frames > 1 and len(groups) != frames:
-        raise CTInstructError(f"{file.name} has {frames} frames but positions for {len(groups)}.")
-    if not groups:
-        return [_slice(file, header, header, header, header, header, spacing, 0)]
-    slices = []
-    for index, group in enumerate(groups):
-
-        def part(name: str, item: Any = group) -> Any:
-            sequence = item.get(name) or (shared.get(name) if shared is not None else None)
-            return sequence[0] if sequence else header
-
-        slices.append(
-            _slice(
-                file,
-                header,
-                part("PlanePositionSequence"),
-                part("PlaneOrientationSequence"),
-                part("PixelMeasuresSequence"),
-                part("PixelValueTransformationSequence"),
-                spacing,
-                index,
-            )
-        )
-    return slices
-
-
-def _slice(
-    file: Path,
-    header: Any,
-    place: Any,
-    orientation: Any,
-    measures: Any,
-    rescale: Any,
-    spacing: tuple[float, float, float] | None,
-    frame: int,
-) -> Slice:
-    try:
-        position = np.array(numbers(place, "ImagePositionPatient") or [0.0, 0.0, 0.0])
-        axes = np.array(numbers(orientation, "ImageOrientationPatient") or [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-        pixel = numbers(measures, "PixelSpacing") or [0.0, 0.0]
-        thickness = (numbers(measures, "SliceThickness") or [0.0])[0] or None
-        slope = next(iter(numbers(rescale, "RescaleSlope")), None)
-        intercept = next(iter(numbers(rescale, "RescaleIntercept")), None)
-    except (TypeError, ValueError) as error:
-        raise CTInstructError(f"{file.name} has a broken position, spacing or rescale: {last_line(error)}") from error
-    if len(pixel) != 2 or min(pixel) <= 0 or not np.isfinite(pixel).all():
-        if spacing is None:
-            raise CTInstructError(f"{file.name} has no pixel spacing: pass spacing=(depth, height, width) in mm.")
-        pixel = [float(spacing[1]), float(spacing[2])]
-    if len(position) != 3 or len(axes) != 6 or not np.isfinite(position).all() or not np.isfinite(axes).all():
-        raise CTInstructError(f"{file.name} has a broken position or orientation.")
-    row, column = axes[:3], axes[3:]
-    lengths = np.linalg.norm(row), np.linalg.norm(column)
-    if min(lengths) < 0.5 or abs(row @ column) > 0.05:
-        raise CTInstructError(f"{file.name} has a broken orientation {axes.tolist()}.")
-    unit_axes = np.stack([row / lengths[0], column / lengths[1]])
-    return Slice(file, header, position, unit_axes, (pixel[0], pixel[1]), thickness, slope, intercept, frame)
 
 
 def read_pixels(
     slices: list[Slice], rows: int, columns: int, warnings: list[str], keep_padding: bool = False
 ) -> np.ndarray:
     """HU (slices, rows, columns): int16 where every rescale is whole, float32 otherwise."""
-    syntaxes = {str(one.header.file_meta.get("TransferSyntaxUID", "")): one for one in slices}
-    for syntax, one in syntaxes.items():
-        bits = integer(one.header, "BitsStored", 16)
-        if syntax in UNDECODABLE:
-            raise CTInstructError(f"{one.path.name} is stored as {UID(syntax).name}, for which there is no decoder.")
-        if syntax in EIGHT_BIT_JPEG:
-            raise CTInstructError(
-                f"{one.path.name} is stored as {UID(syntax).name}, which keeps 8 bits of {bits}: its HU are lost."
-            )
-        if syntax in LOSSY:
-            warnings.append(f"Pixels are stored lossy ({UID(syntax).name}): HU are a few off.")
-    missing = [one for one in slices if one.slope is None or one.intercept is None]
-    if missing:
-        warnings.append(f"{len(missing)} slices have no rescale slope and intercept: stored values are taken as HU.")
-    rescales = {(one.slope if one.slope is not None else 1.0, one.intercept or 0.0) for one in slices}
-    if any(slope == 0 or not np.isfinite([slope, intercept]).all() for slope, intercept in rescales):
-        raise CTInstructError(f"{slices[0].path.name} and its series have a rescale slope of 0: HU cannot be computed.")
-    if len(rescales) > 1:
-        warnings.append("Rescale slope and intercept differ between slices: each slice has its own.")
+    check_encoding(slices, warnings)
+    check_rescale(slices, warnings)
+    rescales = {(1.0 if one.slope is None else one.slope, one.intercept or 0.0) for one in slices}
     whole = all(slope == int(slope) and intercept == int(intercept) for slope, intercept in rescales)
     hu = np.empty((len(slices), rows, columns), dtype=np.int16 if whole else np.float32)
     wrong_sign: list[str] = []
@@ -159,28 +73,71 @@ def read_pixels(
     return hu
 
 
+def check_encoding(slices: list[Slice], warnings: list[str]) -> None:
+    """Refuse encodings that lose HU or cannot be decoded, name lossy ones."""
+    for syntax, one in {str(one.header.file_meta.get("TransferSyntaxUID", "")): one for one in slices}.items():
+        bits = integer(one.header, "BitsStored", 16)
+        if syntax in UNDECODABLE:
+            raise CTInstructError(f"{one.path.name} is stored as {UID(syntax).name}, for which there is no decoder.")
+        if syntax in EIGHT_BIT_JPEG:
+            raise CTInstructError(
+                f"{one.path.name} is stored as {UID(syntax).name}, which keeps 8 bits of {bits}: its HU are lost."
+            )
+        if syntax in LOSSY:
+            warnings.append(f"Pixels are stored lossy ({UID(syntax).name}): HU are a few off.")
+        elif text(one.header, "LossyImageCompression") == "01":
+            warnings.append("Pixels were stored lossy before (LossyImageCompression 01): HU are a few off.")
+
+
+def check_rescale(slices: list[Slice], warnings: list[str]) -> None:
+    """Refuse what gives no HU, name what is missing or unusual."""
+    name = f"{slices[0].path.name} and its series"
+    for unit in dict.fromkeys(one.unit.upper() for one in slices):
+        if unit in NO_HU:
+            raise CTInstructError(f"{name} hold {unit} (RescaleType) instead of HU: expected CT in HU.")
+        if unit not in ("", "HU"):
+            warnings.append(f"RescaleType is {unit[:16]} instead of HU: the values are taken as HU.")
+    absent = Counter(
+        " and ".join(part for part, value in (("slope", one.slope), ("intercept", one.intercept)) if value is None)
+        for one in slices
+    )
+    for part, meaning in (
+        ("slope and intercept", "stored values are taken as HU"),
+        ("slope", "1 is taken"),
+        ("intercept", "0 is taken"),
+    ):
+        if absent[part]:
+            warnings.append(f"{absent[part]} slices have no rescale {part}: {meaning}.")
+    rescales = {(1.0 if one.slope is None else one.slope, one.intercept or 0.0) for one in slices}
+    if not all(slope != 0 and np.isfinite([slope, intercept]).all() for slope, intercept in rescales):
+        raise CTInstructError(
+            f"{name} have a rescale slope of 0 or a rescale that is no number: HU cannot be computed."
+        )
+    if len(rescales) > 1:
+        warnings.append("Rescale slope and intercept differ between slices: each slice has its own.")
+
+
 def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], keep_padding: bool) -> np.ndarray:
-    """One slice in HU, its padding set to air unless it is to be kept."""
+    """One slice in HU from its stored words, its padding set to air unless it is to be kept."""
     slope = one.slope if one.slope is not None else 1.0
     intercept = one.intercept or 0.0
+    words, stored = stored, significant(stored, one)
+    padded = padding_of(words, stored, one)
     if stored.dtype == np.uint16 and integer(one.header, "BitsStored", 16) == 16:
-        # stored values of 32768 and more as HU no matter can have are negative numbers whose sign was lost
-        highest = int(stored.max())
+        # values of 32768 and more, far above any HU, are negative numbers stored as unsigned
+        highest = int(stored.max() if padded is None else stored.max(initial=0, where=~padded))
         if highest >= 2**15 and highest * slope + intercept > 16000:
             stored = stored.view(np.int16)
             wrong_sign.append(one.path.name)
-    padding = one.header.get("PixelPaddingValue", None)
-    padded = None
-    if padding is not None:
-        padded = stored == np.array(padding).astype(stored.dtype)
     if np.dtype(dtype) == np.int16:
         lowest = np.iinfo(np.int16).min if keep_padding else AIR_HU
         low, high = int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)
-        if slope == 1 and padded is None and low >= -(2**15) and high < 2**15 and abs(intercept) < 2**15:
+        usual = slope == 1 and padded is None and stored.dtype.itemsize == 2 and abs(intercept) < 2**15
+        if usual and low >= -(2**15) and high < 2**15:
             values = stored.view(np.int16) + np.int16(intercept)  # wraps where uint16 does, so the sum is right
             return values if low >= lowest else np.maximum(values, np.int16(lowest), out=values)
-        values = stored.astype(np.int32) * int(slope) + int(intercept)
-        values = values.clip(lowest, np.iinfo(np.int16).max).astype(np.int16)
+        wide = stored.astype(np.int64 if stored.dtype.itemsize > 2 else np.int32) * int(slope) + int(intercept)
+        values = wide.clip(lowest, np.iinfo(np.int16).max).astype(np.int16)
     else:
         values = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     if padded is not None and not keep_padding:
@@ -188,29 +145,84 @@ def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], 
     return values
 
 
+def significant(words: np.ndarray, one: Slice) -> np.ndarray:
+    """The BitsStored bits below and with HighBit, sign extended; the other bits of a word are undefined."""
+    allocated = 8 * words.dtype.itemsize
+    bits = integer(one.header, "BitsStored", allocated)
+    high = integer(one.header, "HighBit", bits - 1)
+    if not 0 < bits <= allocated or not bits - 1 <= high < allocated:
+        raise CTInstructError(f"{one.path.name} has {bits} bits stored up to bit {high} of {allocated}: refused.")
+    if bits == allocated:
+        return words
+    return (words << (allocated - 1 - high)) >> (allocated - bits)
+
+
+def padding_of(words: np.ndarray, stored: np.ndarray, one: Slice) -> np.ndarray | None:
+    """Where a slice is padded by its PixelPaddingValue, or the range up to PixelPaddingRangeLimit; None for nowhere."""
+    value, limit = (one.header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    if not isinstance(value, int):
+        return None
+    bits, signed = integer(one.header, "BitsStored", 16), stored.dtype.kind == "i"
+    low, high = sorted((value, limit if isinstance(limit, int) else value))
+    if signed and high >= 2 ** (bits - 1) and high < 2**bits:  # written as unsigned
+        low, high = sorted((low - 2**bits if low >= 2 ** (bits - 1) else low, high - 2**bits))
+    elif not signed and low < 0:  # written as signed
+        low, high = sorted((low + 2**16, high + 2**16 if high < 0 else high))
+    if high >= 2**bits:  # outside the bits of a pixel: the whole word says so
+        stored = words.view(np.uint16) if words.dtype.itemsize == 2 else words
+    padded = (stored == low) if low == high else (stored >= low) & (stored <= high)
+    return padded if padded.any() else None
+
+
 def decode(path: Path, header: Any) -> np.ndarray:
-    """Stored values of one file, (rows, columns) or (frames, rows, columns)."""
+    """Stored words of one file, (rows, columns) or (frames, rows, columns)."""
     syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")))
     try:
         if syntax in _PLAIN and integer(header, "BitsAllocated", 16) == 16:
             plain = _plain_pixels(path, header, syntax)
             if plain is not None:
                 return plain
-        if not syntax.is_compressed or syntax.is_deflated or syntax == "1.2.840.10008.1.2.5":
-            data = pydicom.dcmread(path)
-            return native(data) if not syntax.is_compressed else data.pixel_array
-        import SimpleITK
-
-        SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-        reader = SimpleITK.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
-        image = reader.Execute()
-        return stored_values(SimpleITK.GetArrayFromImage(image), reader, header)
+        data = pydicom.dcmread(path, force=True)
+        data.file_meta.TransferSyntaxUID = syntax
+        if "PixelData" not in data:
+            raise CTInstructError(f"{path.name} has no integer pixels (PixelData): expected CT in HU.")
+        if syntax.is_encapsulated:
+            return _decompressed(data, syntax)
+        return native(data, path.name)
     except CTInstructError:
         raise
     except Exception as error:
         raise CTInstructError(f"{path.name} cannot be decoded ({syntax.name}): {last_line(error)}") from error
+
+
+def _decompressed(data: Any, syntax: UID) -> np.ndarray:
+    """Compressed pixels by GDCM, from a file with nothing but the pixels: GDCM itself would rescale and invert them."""
+    import SimpleITK
+
+    bare = Dataset()
+    bare.file_meta = FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = syntax
+    bare.file_meta.MediaStorageSOPClassUID = bare.SOPClassUID = SECONDARY_CAPTURE
+    bare.file_meta.MediaStorageSOPInstanceUID = bare.SOPInstanceUID = pydicom.uid.generate_uid()
+    for name in ("Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        if name in data:
+            setattr(bare, name, data[name].value)
+    bare.SamplesPerPixel, bare.PhotometricInterpretation = 1, "MONOCHROME2"
+    if syntax == RLE:  # whole words, whatever their bits mean
+        bare.BitsStored, bare.HighBit = data.BitsAllocated, data.BitsAllocated - 1
+    elif integer(data, "HighBit", 15) != integer(data, "BitsStored", 16) - 1:
+        raise CTInstructError("its compressed pixels do not end at the lowest bit (HighBit)")
+    bare["PixelData"] = data["PixelData"]
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    with tempfile.TemporaryDirectory(prefix="ctinstruct-") as folder:
+        file = Path(folder, "pixels.dcm")
+        bare.save_as(file, enforce_file_format=True)
+        reader = SimpleITK.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(file))
+        words = SimpleITK.GetArrayFromImage(reader.Execute())
+    allocated, signed = int(data.BitsAllocated), int(data.PixelRepresentation) == 1
+    return words.astype(f"{'i' if signed else 'u'}{allocated // 8}")
 
 
 def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
@@ -221,7 +233,9 @@ def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
     slope, intercept = 1.0 if one.slope is None else one.slope, one.intercept or 0.0
     if syntax not in _PLAIN or slope != 1 or abs(intercept) >= 2**14 or bits not in (12, 16) or one.frame:
         return False
-    if integer(header, "BitsAllocated", 16) != 16 or "PixelPaddingValue" in header:
+    if integer(header, "BitsAllocated", 16) != 16 or integer(header, "HighBit", bits - 1) != bits - 1:
+        return False
+    if "PixelPaddingValue" in header:
         return False
     if integer(header, "NumberOfFrames", 1) != 1:
         return False
@@ -271,35 +285,21 @@ def _plain_pixels(path: Path, header: Any, syntax: str) -> np.ndarray | None:
         array = np.fromfile(stream, dtype=f"<{signed}2", count=count)
     if len(array) < count:
         raise CTInstructError(f"{path.name} is cut short: {2 * len(array)} of {2 * count} bytes of pixels are there.")
-    bits = integer(header, "BitsStored", 16)
-    if bits < 16:  # bits above BitsStored are undefined by the standard
-        array = (array << (16 - bits)) >> (16 - bits)
     return array.reshape(shape)
 
 
-def native(data: Any) -> np.ndarray:
-    """Uncompressed pixels without a copy where 16 bits are allocated; by pydicom otherwise."""
-    if int(data.BitsAllocated) != 16 or "PixelData" not in data:
-        return data.pixel_array
+def native(data: Any, name: str) -> np.ndarray:
+    """Uncompressed words of 8, 16 or 32 bits, without a copy where their byte order is the machine's."""
+    size, remainder = divmod(int(data.BitsAllocated), 8)
+    if remainder or size not in (1, 2, 4):
+        raise CTInstructError(f"{name} has {data.BitsAllocated} bits per pixel: expected 8, 16 or 32.")
     order = ">" if not data.original_encoding[1] else "<"
     signed = "i" if int(data.PixelRepresentation) == 1 else "u"
     count = int(data.get("NumberOfFrames", 1) or 1) * int(data.Rows) * int(data.Columns)
     raw = data.PixelData
-    if len(raw) < 2 * count:
-        raise CTInstructError(f"its pixels are cut short: {len(raw)} of {2 * count} bytes are there.")
-    array = np.frombuffer(raw, dtype=f"{order}{signed}2", count=count)
-    bits = int(data.get("BitsStored", 16))
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if bits < 16:
-        # bits above BitsStored are undefined by the standard
-        array = (array << (16 - bits)) >> (16 - bits)
-    return array.reshape(-1, int(data.Rows), int(data.Columns))
-
-
-def stored_values(array: np.ndarray, reader: Any, header: Any) -> np.ndarray:
-    """SimpleITK applies the rescale of the file itself; take that back, so that it is applied once and by us."""
-    slope = reader.GetMetaData("0028|1053") if reader.HasMetaDataKey("0028|1053") else "1"
-    intercept = reader.GetMetaData("0028|1052") if reader.HasMetaDataKey("0028|1052") else "0"
-    values = (array.astype(np.float64) - float(intercept)) / float(slope)
-    signed = integer(header, "PixelRepresentation", 0) == 1
-    return np.rint(values).astype(np.int16 if signed else np.uint16)
+    if len(raw) < size * count:
+        raise CTInstructError(f"{name} is cut short: {len(raw)} of {size * count} bytes of pixels are there.")
+    if order == ">" and size == 1 and data["PixelData"].VR == "OW":
+        raw = np.frombuffer(raw[: len(raw) // 2 * 2], np.uint16).byteswap().tobytes()
+    array = np.frombuffer(raw, dtype=f"{order}{signed}{size}", count=count)
+    return array.astype(array.dtype.newbyteorder("="), copy=False).reshape(-1, int(data.Rows), int(data.Columns))

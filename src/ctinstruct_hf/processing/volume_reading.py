@@ -22,7 +22,7 @@ def read_volume(
     source: Any,
     *,
     spacing: tuple[float, float, float] | None = None,
-    series: str | None = None,
+    series: str | int | None = None,
     window: tuple[float, float] | None = None,
     max_bytes: int | None = None,
     keep_padding: bool = False,
@@ -35,7 +35,8 @@ def read_volume(
             (depth, height, width), or a `CTVolume`, which is returned as it is.
         spacing: mm along (depth, height, width); for arrays, and for files that have none. An array file may have it
             beside it instead, as `<name>.json` with `{"spacing": [...]}`.
-        series: the SeriesInstanceUID to read where a folder holds several.
+        series: which CT series to read where there are several (`list_series`): its SeriesInstanceUID, its number, a part of
+            its description, `largest` (most slices) or `thinnest`.
         window: HU of black and white in a picture, −1250…250 by default.
         max_bytes: what the volume may unpack to, 4 GiB by default; checked before anything is allocated.
         keep_padding: leave values below −1024 HU as stored instead of setting them to air.
@@ -65,7 +66,7 @@ def read_volume(
 def _read_path(
     path: Path,
     spacing: tuple[float, float, float] | None,
-    series: str | None,
+    series: str | int | None,
     window: tuple[float, float] | None,
     limit: Limits,
 ) -> CTVolume:
@@ -80,7 +81,7 @@ def _read_path(
 def _read_by_name(
     path: Path,
     spacing: tuple[float, float, float] | None,
-    series: str | None,
+    series: str | int | None,
     window: tuple[float, float] | None,
     limit: Limits,
 ) -> CTVolume:
@@ -102,7 +103,9 @@ def _read_by_name(
     return read_dicom(path, series, spacing, limit)
 
 
-def _read_zip(path: Path, series: str | None, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
+def _read_zip(
+    path: Path, series: str | int | None, spacing: tuple[float, float, float] | None, limit: Limits
+) -> CTVolume:
     """The NIfTI file, or the DICOM series, of a zip."""
     with unpacked(path, limit) as files:
         if len(files) == 1 and files[0].name.endswith((".nii", ".nii.gz")):
