@@ -149,7 +149,7 @@ REAL = {
 def test_hu_of_organs_are_those_of_a_real_native_scan() -> None:
     """Medians and histograms (20 HU bins) of findings-free native phantoms against the labelled abdomen."""
     scan = read_volume(shared("data/abdomen/ct.nii.gz"))
-    labels = np.rint(read_volume(shared("data/abdomen/labels.nii.gz")).hu).astype(int)
+    labels = np.rint(read_volume(shared("data/abdomen/labels.nii.gz"), labels=True).hu).astype(int)
     ids = {name: int(key) for key, name in json.loads(shared("data/abdomen/label_names.json").read_text()).items()}
     healthy = dict.fromkeys(FINDINGS, 0)
     phantoms = [made for made in (make_phantom(seed, (48, 96, 96), findings=healthy) for seed in range(20)) if made.phase == "native"]  # fmt: skip

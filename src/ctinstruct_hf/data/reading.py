@@ -132,7 +132,7 @@ def open_labels(path: str, volume: CTVolume) -> np.ndarray:
         CTInstructError: where it lies on another grid or has labels outside 0…127.
     """
     name = Path(path).name
-    stored = read_volume(path, spacing=volume.spacing, keep_padding=True)
+    stored = read_volume(path, spacing=volume.spacing, labels=True)
     if stored.shape != volume.shape:
         raise CTInstructError(f"{name} has shape {stored.shape}, its image {volume.shape}: they must be equal.")
     if volume.source.kind != "array":

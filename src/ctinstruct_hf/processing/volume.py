@@ -6,6 +6,7 @@ The axes of `CTVolume.hu` are always (depth toward the head, height toward the b
 from __future__ import annotations
 
 import importlib
+import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from .volume_resampling import SliceResampling
+from .volume_resampling import ShearResampling, SliceResampling, without_shear
 
 try:
     from ctinstruct_hf.errors import CTInstructError
@@ -27,14 +28,18 @@ except ImportError:  # in a saved folder, on a machine without the package
 AIR_HU = -1024
 # what a file may unpack to, unless the caller allows more
 MAX_BYTES = int(os.environ.get("CTINSTRUCT_MAX_BYTES", 4 * 2**30))
+# a packed file may unpack to so many times its size (CT packs to a half or a tenth), or to so much, whatever its size
+PACKED_RATIO = 200
+PACKED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a reader may unpack, and whether it leaves padding values as stored."""
+    """What a reader may unpack, whether it leaves padding values as stored, and whether voxels are labels, not HU."""
 
     bytes: int
     keep_padding: bool = False
+    labels: bool = False
 
 
 @dataclass
@@ -48,7 +53,7 @@ class VolumeSource:
         kind: nifti, dicom, itk, array, picture, nibabel or simpleitk.
         name: the file's or folder's name without its path; "" for objects.
         path: where it was read from; never written to results.
-        resampling: what was done to tilted or uneven slices.
+        resampling: what was done to tilted or uneven slices, or to sheared axes.
         dicom_files: the source slices in the order of k, for DICOM SEG.
         dicom_frames: the frame of each in its file, from 0.
     """
@@ -59,7 +64,7 @@ class VolumeSource:
     kind: str = "array"
     name: str = ""
     path: Path | None = None
-    resampling: SliceResampling | None = None
+    resampling: SliceResampling | ShearResampling | None = None
     dicom_files: list[Path] = field(default_factory=list)
     dicom_frames: list[int] = field(default_factory=list)
 
@@ -106,20 +111,19 @@ class CTVolume:
         """A mask of this volume on the grid and affine of the file it came from.
 
         Args:
-            mask: integer or bool (depth, height, width), array or tensor, the shape of `hu`.
+            mask: numbers or bool (depth, height, width), array or tensor, the shape of `hu`.
             path: where to write it as NIfTI; nothing is written without it.
 
         Returns:
             The image in the source's geometry; voxel for voxel the mask where the volume was not resampled.
 
         Raises:
-            CTInstructError: if the shape is another.
+            CTInstructError: if the shape is another, or NIfTI cannot hold the values.
         """
         array = as_numpy(mask)
         if array.shape != self.hu.shape:
             raise CTInstructError(f"The mask has shape {array.shape}, the volume {self.hu.shape}: they must be equal.")
-        if array.dtype == bool:
-            array = array.astype(np.uint8)
+        array = as_stored(array)
         stored = self.in_file_axes(array)
         if self.source.resampling is not None:
             stored = self.source.resampling.mask_back(stored)
@@ -146,14 +150,54 @@ def from_array(
         array = array[None]
     if array.ndim != 3 or 0 in array.shape:
         raise CTInstructError(f"{what} has shape {array.shape}: expected (depth, height, width) or one slice.")
-    values = [float(value) for value in spacing]
-    if len(values) != 3 or not all(np.isfinite(values)) or min(values) <= 0:
-        raise CTInstructError(f"{what}: spacing is {tuple(spacing)}, expected three positive numbers in mm.")
+    values = spacing_in_mm(spacing, what)
     affine = np.diag([-values[2], -values[1], values[0], 1.0])
     identity = np.array([[0, 1], [1, 1], [2, 1]])
     source = VolumeSource(array.shape[::-1], affine, identity, kind=kind, name=name)
     notes = list(warnings or [])
     return CTVolume(clean_hu(array, what, notes, keep_padding=keep_padding), affine, source, notes)
+
+
+def spacing_in_mm(spacing: Any, what: str) -> list[float]:
+    """Three positive mm, as numbers, not as text.
+
+    Raises:
+        CTInstructError: for anything else.
+    """
+    values = spacing.tolist() if hasattr(spacing, "tolist") else spacing
+    values = list(values) if isinstance(values, list | tuple) else []
+    usable = [value for value in values if isinstance(value, numbers.Real) and not isinstance(value, bool)]
+    if len(values) != 3 or len(usable) != 3 or not all(0 < value < np.inf for value in usable):
+        raise CTInstructError(f"{what}: spacing is {spacing!r:.80}, expected three positive numbers in mm.")
+    return [float(value) for value in usable]
+
+
+def check_affine(affine: np.ndarray, what: str) -> None:
+    """Raises CTInstructError where the columns are no usable voxel sizes in mm, or do not span space."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or lengths.min() < 1e-4 or lengths.max() > 1e4:
+        raise CTInstructError(f"{what} has no usable voxel size (affine columns of {lengths.tolist()} mm).")
+    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
+        raise CTInstructError(f"{what} has a broken orientation: its axes do not span space.")
+
+
+def upright(
+    array: np.ndarray, affine: np.ndarray, source: VolumeSource, warnings: list[str], limit: Limits
+) -> CTVolume:
+    """`canonical` for axes that may be sheared against each other: these are resampled to perpendicular ones first.
+
+    Raises:
+        CTInstructError: for an unusable affine, and where the upright grid is larger than allowed.
+    """
+    what = source.name or "the image"
+    check_affine(affine, what)
+    found = without_shear(affine, array.shape)
+    if found is not None:
+        affine, shape, source.resampling = found
+        check_size(f"{what} on an upright grid", shape, 4, limit)
+        array = source.resampling.forward(array, fill=0 if limit.labels else AIR_HU, nearest=limit.labels)
+        warnings.append("The axes are sheared against each other (gantry tilt): resampled to an upright grid.")
+    return canonical(array, affine, source, warnings)
 
 
 def canonical(array: np.ndarray, affine: np.ndarray, source: VolumeSource, warnings: list[str]) -> CTVolume:
@@ -213,8 +257,27 @@ def as_numpy(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def check_size(name: str, shape: Any, itemsize: int, limit: Limits) -> None:
-    """Refuse absurd sizes before anything is allocated."""
+def as_stored(mask: np.ndarray) -> np.ndarray:
+    """A mask in a type that NIfTI holds: bool as uint8, wide integers in 32 bits where they fit, half floats as float32.
+
+    Raises:
+        CTInstructError: for what is no number.
+    """
+    if mask.dtype.kind not in "biuf":
+        raise CTInstructError(f"The mask holds {mask.dtype} values: expected numbers.")
+    if mask.dtype == bool:
+        return mask.astype(np.uint8)
+    if mask.dtype.kind == "f":
+        return mask.astype(np.float32) if mask.dtype.itemsize == 2 else mask
+    if mask.dtype.itemsize == 8:
+        low, high = int(mask.min(initial=0)), int(mask.max(initial=0))
+        fits = [kind for kind in (np.int32, np.uint32) if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
+        return mask.astype(fits[0] if fits else np.float64)
+    return mask
+
+
+def check_size(name: str, shape: Any, itemsize: int, limit: Limits, packed: int | None = None) -> None:
+    """Refuse absurd sizes before anything is allocated or unpacked; `packed` is the size of a packed file in bytes."""
     dims = [int(dim) for dim in shape]
     size = itemsize
     for dim in dims:
@@ -225,6 +288,11 @@ def check_size(name: str, shape: Any, itemsize: int, limit: Limits) -> None:
         raise CTInstructError(
             f"{name} would unpack to {size / 2**30:.1f} GiB ({' x '.join(map(str, dims))}), more than the "
             f"{limit.bytes / 2**30:.3g} GiB allowed: pass max_bytes to allow more."
+        )
+    if packed is not None and size > max(PACKED_BYTES, PACKED_RATIO * packed):
+        raise CTInstructError(
+            f"{name} would unpack from {packed / 2**20:.3g} to {size / 2**20:.0f} MiB, and a packed file may grow to "
+            f"{PACKED_BYTES // 2**20} MiB or {PACKED_RATIO} times its size: give it unpacked."
         )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .volume import CTInstructError, CTVolume, Limits, check_size, from_array, last_line
+from .volume import CTInstructError, CTVolume, Limits, check_size, from_array, last_line, spacing_in_mm
+from .volume_files import inside
 
 
 def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
@@ -15,6 +16,8 @@ def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limi
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")
         if hasattr(loaded, "files"):
+            if not loaded.files:
+                raise CTInstructError(f"{path.name} holds no array.")
             key = "ct" if "ct" in loaded.files else loaded.files[0]
             if key != "ct" and len(loaded.files) != 1:
                 raise CTInstructError(f"{path.name} holds {', '.join(loaded.files)}: name the volume 'ct'.")
@@ -22,7 +25,7 @@ def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limi
                 version = np.lib.format.read_magic(member)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(member)
-            check_size(path.name, shape, dtype.itemsize, limit)
+            check_size(path.name, shape, dtype.itemsize, limit, packed=path.stat().st_size)
             loaded = loaded[key]
         check_size(path.name, loaded.shape, loaded.dtype.itemsize, limit)
         array = np.array(loaded)
@@ -33,11 +36,14 @@ def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limi
     sidecar = path.with_name(path.name.rsplit(".", 1)[0] + ".json")
     if spacing is None and sidecar.exists():
         try:
-            spacing = tuple(json.loads(sidecar.read_text())["spacing"])
-        except (ValueError, KeyError, TypeError) as error:
+            stored = json.loads(inside(path.parent, sidecar.name, path.name).read_text(encoding="utf-8"))["spacing"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, CTInstructError):
+                raise
             raise CTInstructError(
                 f"{sidecar.name} has no 'spacing': expected {{\"spacing\": [d, h, w]}} in mm."
             ) from error
+        spacing = tuple(spacing_in_mm(stored, sidecar.name))
     if spacing is None:
         raise CTInstructError(
             f"{path.name} has no voxel spacing: pass spacing=(depth, height, width) in mm, or {sidecar.name}."

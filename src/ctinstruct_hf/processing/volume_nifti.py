@@ -1,88 +1,101 @@
-"""NIfTI-1 and -2: header first, then exactly as many bytes as it promises, inflated by isal."""
+"""NIfTI-1 and -2, pairs of `.hdr` and `.img`, Analyze 7.5: header first, then exactly as many bytes as it promises."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 
-from .volume import CTInstructError, CTVolume, Limits, VolumeSource, canonical, check_size, clean_hu, last_line
-from .volume_resampling import SliceResampling
+from .volume import CTInstructError, CTVolume, Limits, VolumeSource, check_size, clean_hu, last_line, upright
+from .volume_files import file_beside, is_packed, open_inflated, read_exactly, skip
 
-_UNITS = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+_UNITS = {1: 1000.0, 2: 1.0, 3: 0.001, 0: 1.0}  # codes of NIfTI: metre, mm, micrometre, not stated
+_PAIR = {".hdr": ".img", ".img": ".hdr"}
 
 
 def read_nifti(path: Path, limit: Limits) -> CTVolume:
-    """A NIfTI file; see `read_volume`."""
-    if path.name.lower().endswith((".hdr", ".img")):
-        try:
-            return from_nibabel(nib.load(path), limit, path)
-        except CTInstructError:
-            raise
-        except Exception as error:
-            raise CTInstructError(f"{path.name} is no readable NIfTI file: {last_line(error)}") from error
+    """A NIfTI file, or a pair by either of its names; see `read_volume`."""
     try:
-        with _open(path) as stream:
-            header = _read_header(stream, path.name)
-            stored = _read_voxels(stream, header, path.name, limit)
+        head, voxels = _pair_of(path)
+        with open_inflated(head) as stream:
+            header, start = _read_header(stream, head.name, pair=voxels is not None)
+            if voxels is None:
+                packed = path.stat().st_size if is_packed(path) else None
+                stored = _read_voxels(stream, header, start, path.name, limit, packed)
+            else:
+                with open_inflated(voxels) as data:
+                    packed = voxels.stat().st_size if is_packed(voxels) else None
+                    stored = _read_voxels(data, header, b"", voxels.name, limit, packed)
     except CTInstructError:
         raise
     except Exception as error:  # isal, zlib and nibabel each have their own
         raise CTInstructError(f"{path.name} is no readable NIfTI file or is cut short: {last_line(error)}") from error
-    return _volume(stored, header, path.name, path, "nifti", limit)
-
-
-def from_nibabel(image: Any, limit: Limits, path: Path | None = None) -> CTVolume:
-    """A volume from a nibabel image."""
-    name = path.name if path else "the image"
-    header = image.header
-    if not hasattr(header, "get_best_affine"):
-        header = nib.Nifti1Header.from_header(header)
-    check_size(name, image.shape, header.get_data_dtype().itemsize, limit)
-    data = image.dataobj
-    raw = data.get_unscaled() if hasattr(data, "get_unscaled") else np.asarray(data)
-    header = header.copy()
-    if not hasattr(data, "get_unscaled"):
-        header.set_slope_inter(1.0, 0.0)
-    if getattr(image, "affine", None) is not None and not np.allclose(image.affine, header.get_best_affine()):
-        header.set_sform(image.affine, code=1)
+    scale = _scale_of(header, path.name)
     return _volume(
-        _squeezed(raw, name), header, path.name if path else "", path, "nibabel" if path is None else "nifti", limit
+        stored, header, scale, VolumeSource(stored.shape, np.eye(4), np.zeros((3, 2)), "nifti", path.name, path), limit
     )
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    stream = open(path, "rb")  # noqa: SIM115 -- closed by the caller's with
-    magic = stream.read(2)
-    stream.seek(0)
-    if magic == b"\x1f\x8b":
-        from isal import igzip
+def from_nibabel(image: Any, limit: Limits) -> CTVolume:
+    """A volume from a nibabel image."""
+    what = "the image"
+    header = image.header
+    check_size(what, image.shape, header.get_data_dtype().itemsize, limit)
+    data = image.dataobj
+    if all(isinstance(getattr(data, name, None), float | int | np.number) for name in ("slope", "inter")):
+        raw, scale = np.asanyarray(data.get_unscaled()), (float(data.slope), float(data.inter))
+    else:  # an array, or scaled by nibabel
+        raw, scale = np.asanyarray(data), (1.0, 0.0)
+    affine = image.affine
+    known = isinstance(header, nib.AnalyzeHeader)  # NIfTI's are of this kind too
+    header = header.copy() if known else nib.Nifti1Header()
+    stated = affine is None or (known and np.allclose(affine, header.get_best_affine()))
+    if not stated and isinstance(header, nib.Nifti1Header):
+        header.set_qform(None, code=0)
+        header.set_sform(affine, code=1)
+    source = VolumeSource(raw.shape, np.eye(4), np.zeros((3, 2)), "nibabel")
+    return _volume(_squeezed(raw, what), header, scale, source, limit)
 
-        stream.close()
-        return igzip.open(path, "rb")
-    return stream
+
+def _pair_of(path: Path) -> tuple[Path, Path | None]:
+    """The file with the header, and that with the voxels where it is another one."""
+    name = path.name
+    ending = ".gz" if name.lower().endswith(".gz") else ""
+    stem, suffix = name[: len(name) - len(ending) - 4], name[len(name) - len(ending) - 4 : len(name) - len(ending)]
+    other = _PAIR.get(suffix.lower())
+    if other is None:
+        return path, None
+    other = other.upper() if suffix.isupper() else other
+    candidates = [stem + other + end for end in (name[len(name) - len(ending) :] if ending else "", ".gz", "")]
+    found = next((one for one in candidates if (path.parent / one).exists()), candidates[0])
+    beside = file_beside(path, found)
+    return (path, beside) if suffix.lower() == ".hdr" else (beside, path)
 
 
-def _read_header(stream: Any, name: str) -> Any:
+def _read_header(stream: Any, name: str, pair: bool) -> tuple[Any, bytes]:
+    """The header, and the bytes that were read for it; one of a pair may be Analyze 7.5."""
     start = stream.read(540)
-    size = int.from_bytes(start[:4], "little")
-    swapped = int.from_bytes(start[:4], "big")
-    kind = nib.Nifti2Header if 540 in (size, swapped) else nib.Nifti1Header
-    length = 540 if kind is nib.Nifti2Header else 348
-    if 348 not in (size, swapped) and 540 not in (size, swapped):
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
+    if not sizes & {348, 540}:
         raise CTInstructError(f"{name} is no NIfTI file: its header does not start with 348 or 540.")
+    length = 540 if 540 in sizes else 348
     if len(start) < length:
         raise CTInstructError(f"{name} is cut short inside its header.")
-    header = kind(start[:length], check=False)
-    header.already_read = start
-    return header
+    kind = nib.Nifti2Header if length == 540 else nib.Nifti1Header
+    if pair and length == 348 and start[344:347] not in (b"n+1", b"ni1"):
+        kind = nib.spm2analyze.Spm2AnalyzeHeader
+    return kind(start[:length], check=False), start
 
 
-def _read_voxels(stream: Any, header: Any, name: str, limit: Limits) -> np.ndarray:
-    """The stored array (i, j, k), Fortran order, as the header says and no byte more."""
+def _read_voxels(stream: Any, header: Any, already: bytes, name: str, limit: Limits, packed: int | None) -> np.ndarray:
+    """The stored array (i, j, k), Fortran order, as the header says and no byte more.
+
+    Args:
+        stream: where the voxels lie, after the bytes `already` read from it.
+        packed: the file's size in bytes where it is inflated.
+    """
     dims = header["dim"]
     ndim = int(dims[0])
     if not 1 <= ndim <= 7:
@@ -94,29 +107,18 @@ def _read_voxels(stream: Any, header: Any, name: str, limit: Limits) -> np.ndarr
         raise CTInstructError(f"{name} has an unknown data type {int(header['datatype'])}.") from error
     if dtype.fields is not None:
         raise CTInstructError(f"{name} is a colour image: expected CT in HU.")
-    check_size(name, shape, dtype.itemsize, limit)
+    if dtype.itemsize == 0 or dtype.kind not in "iuf":
+        raise CTInstructError(f"{name} holds {dtype} values: expected numbers in HU.")
+    check_size(name, shape, dtype.itemsize, limit, packed)
     _squeezed(np.broadcast_to(np.zeros(1, np.int8), shape), name)
     offset = float(header["vox_offset"])
     if not np.isfinite(offset) or not 0 <= offset <= 64 * 2**20:
         raise CTInstructError(f"{name} says its voxels start at byte {offset}: its header is broken.")
-    already, offset = header.already_read, max(int(offset), 352)
+    least = header.single_vox_offset if already else 0  # a single file's voxels never lie in its header
+    first = max(int(offset), least)
+    skip(stream, first - len(already))
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size, dtype=np.uint8)
-    rest = already[offset:] if offset < len(already) else b""
-    skip = offset - len(already)
-    while skip > 0:
-        skipped = stream.read(min(skip, 2**20))
-        if not skipped:
-            break
-        skip -= len(skipped)
-    buffer[: min(len(rest), size)] = np.frombuffer(rest[:size], np.uint8)
-    filled = min(len(rest), size)
-    view = memoryview(buffer)
-    while filled < size:
-        count = stream.readinto(view[filled : filled + 2**22])
-        if not count:
-            raise CTInstructError(f"{name} is cut short: {filled} of {size} bytes of voxels are there.")
-        filled += count
+    buffer = read_exactly(stream, size, name, already[first:])
     return _squeezed(buffer.view(dtype).reshape(shape, order="F"), name)
 
 
@@ -132,40 +134,65 @@ def _squeezed(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _volume(stored: np.ndarray, header: Any, name: str, path: Path | None, kind: str, limit: Limits) -> CTVolume:
+def _volume(
+    stored: np.ndarray, header: Any, scale: tuple[float, float], source: VolumeSource, limit: Limits
+) -> CTVolume:
     warnings: list[str] = []
-    what = name or "the image"
+    what = source.name or "the image"
     affine = _affine(header, what, warnings)
     if stored.dtype.byteorder not in "=|" and not stored.dtype.isnative:
         stored = stored.astype(stored.dtype.newbyteorder("="))
-    hu = clean_hu(_scaled(stored, header), what, warnings, in_place=kind != "nibabel", keep_padding=limit.keep_padding)
-    source = VolumeSource(hu.shape, affine, np.zeros((3, 2)), kind=kind, name=name, path=path)
-    upright = without_shear(affine, hu.shape)
-    if upright is None:
-        return canonical(hu, affine, source, warnings)
-    affine, source.resampling = upright
-    warnings.append("The slices are sheared against each other (gantry tilt): resampled to an upright grid.")
-    return canonical(source.resampling.forward(hu, fill=-1024), affine, source, warnings)
+    if stored.dtype.kind not in "iufb":  # before scaling, which would drop an imaginary part
+        raise CTInstructError(f"{what} holds {stored.dtype} values: expected numbers in HU.")
+    in_place = source.kind != "nibabel"
+    hu = clean_hu(_scaled(stored, *scale), what, warnings, in_place=in_place, keep_padding=limit.keep_padding)
+    source.shape, source.affine = hu.shape, affine
+    return upright(hu, affine, source, warnings, limit)
 
 
-def _scaled(stored: np.ndarray, header: Any) -> np.ndarray:
-    """Stored values to HU by scl_slope and scl_inter, in int16 where that is exact."""
+def _scale_of(header: Any, name: str) -> tuple[float, float]:
+    """(slope, intercept) of a header; (1, 0) where its slope is 0 or no number, which means none by the standard.
+
+    Raises:
+        CTInstructError: for a slope without a usable intercept.
+    """
+    if not isinstance(header, nib.Nifti1Header):
+        slope, inter = header.get_slope_inter() if hasattr(header, "get_slope_inter") else (None, None)
+        return (1.0 if slope is None else float(slope)), (0.0 if inter is None else float(inter))
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if not np.isfinite(slope) or slope == 0 or not np.isfinite(inter):
-        slope, inter = 1.0, 0.0
+    if not np.isfinite(slope) or slope == 0:
+        return 1.0, 0.0
+    if not np.isfinite(inter):
+        raise CTInstructError(f"{name} has scl_slope {slope:g} and scl_inter {inter:g}: its HU are not known.")
+    return slope, inter
+
+
+def _scaled(stored: np.ndarray, slope: float, inter: float) -> np.ndarray:
+    """Stored values to HU, in int16 where that is exact."""
     if (slope, inter) == (1.0, 0.0):
         return stored
     if stored.dtype.kind in "iu" and slope == int(slope) and inter == int(inter):
         low, high = int(stored.min()) * int(slope) + int(inter), int(stored.max()) * int(slope) + int(inter)
         if max(abs(low), abs(high)) < 2**15:
             return (stored.astype(np.int32) * int(slope) + int(inter)).astype(np.int16)
+    if stored.dtype.itemsize > (4 if stored.dtype.kind == "f" else 2):  # float32 holds 24 bits of a wide integer
+        return (stored.astype(np.float64) * slope + inter).astype(np.float32)
     return stored.astype(np.float32) * np.float32(slope) + np.float32(inter)
 
 
 def _affine(header: Any, name: str, warnings: list[str]) -> np.ndarray:
+    """Voxel -> RAS mm by the header's own rules and units."""
+    if not isinstance(header, nib.Nifti1Header):
+        warnings.append("An Analyze file has no orientation: its first axis is taken as toward the patient's left.")
+        return np.asarray(header.get_best_affine(), dtype=float)
+    header = header.copy()
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    # the standard: qfac is −1 or else 1; without a form, voxel sizes have no sign
+    header["pixdim"][0] = -1.0 if header["pixdim"][0] < 0 else 1.0
+    if sform == 0 and qform == 0:
+        header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
     try:
-        affine = np.asarray(header.get_best_affine(), dtype=float)
+        affine = np.array(header.get_best_affine(), dtype=float)
     except Exception as error:
         raise CTInstructError(f"{name} has a broken orientation (qform): {last_line(error)}") from error
     if sform == 0 and qform == 0:
@@ -177,30 +204,8 @@ def _affine(header: Any, name: str, warnings: list[str]) -> np.ndarray:
             other = affine
         if not np.allclose(affine, other, atol=1e-2, rtol=1e-3):
             warnings.append("sform and qform disagree: the sform is used.")
-    unit = header.get_xyzt_units()[0] if hasattr(header, "get_xyzt_units") else "mm"
+    unit = int(header["xyzt_units"]) % 8
+    if unit not in _UNITS:
+        warnings.append(f"The header has an unknown unit of length ({unit}): mm is taken.")
     affine[:3] *= _UNITS.get(unit, 1.0)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or lengths.min() < 1e-4 or lengths.max() > 1e4:
-        raise CTInstructError(f"{name} has no usable voxel size (affine columns of {lengths.tolist()} mm).")
-    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
-        raise CTInstructError(f"{name} has a broken orientation: its axes do not span space.")
     return affine
-
-
-def without_shear(affine: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, SliceResampling] | None:
-    """Upright affine and resampling where the slices (k) drift within their plane by more than half a voxel."""
-    i, j, k = affine[:3, :3].T
-    normal = np.cross(i, j)
-    normal /= np.linalg.norm(normal)
-    distance = float(k @ normal)
-    drift = k - distance * normal
-    per_slice = np.array([drift @ i / (i @ i), drift @ j / (j @ j)])  # voxels along i and j
-    if np.abs(per_slice).max() * (shape[2] - 1) < 0.5:
-        return None
-    count = shape[2]
-    shifts = per_slice[None] * np.arange(count)[:, None]
-    resampling = SliceResampling(np.arange(count) * abs(distance), shifts, abs(distance), count)
-    upright = affine.copy()
-    upright[:3, 2] = distance * normal
-    upright[:3, 3] -= resampling.margins[0] * i + resampling.margins[2] * j
-    return upright, resampling

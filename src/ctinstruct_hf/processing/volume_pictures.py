@@ -9,9 +9,11 @@ import numpy as np
 
 from .volume import CTInstructError, CTVolume, Limits, check_size, from_array, last_line
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 # grey values of a picture have no unit: they are taken as this window (HU) unless the caller names another
 PICTURE_WINDOW = (-1250.0, 250.0)
+_ORIENTATION = 0x0112  # of EXIF
 
 
 def read_picture(
@@ -20,9 +22,9 @@ def read_picture(
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        # from a stream: Pillow garbles a turned TIFF that it maps into memory by its name
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
             check_size(path.name, picture.size, 4, limit)
-            picture.load()
             volume = from_picture(picture, path.name, spacing, window)
     except CTInstructError:
         raise
@@ -35,7 +37,21 @@ def read_picture(
 def from_picture(
     picture: Any, name: str, spacing: tuple[float, float, float] | None, window: tuple[float, float] | None
 ) -> CTVolume:
-    """One slice (1, height, width) from 8- or 16-bit grey; colour is refused, grey stored as colour is not."""
+    """One slice (1, height, width): 8- or 16-bit grey in a window, wider integers and floats as the HU they must be.
+
+    Colour is refused, grey stored as colour is not; so are several pages or frames.
+    """
+    from PIL import ImageOps
+
+    frames = getattr(picture, "n_frames", 1)
+    if frames != 1:
+        raise CTInstructError(f"{name} holds {frames} pages or frames: give one, or the volume as NIfTI or DICOM.")
+    wide = picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG")
+    notes = []
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+        picture.load()  # turns a TIFF
+        picture = ImageOps.exif_transpose(picture)
+        notes.append("The picture says how it was turned (EXIF): it is read upright, as viewers show it.")
     if picture.mode in ("P", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
         picture = picture.convert("RGB")
     grey = np.asarray(picture)
@@ -44,11 +60,24 @@ def from_picture(
         if spread > 8:
             raise CTInstructError(f"{name} is a colour image: expected a grey CT slice.")
         grey = grey[..., 0]
-    white = 1 if grey.dtype == bool else 255 if grey.dtype == np.uint8 else 65535
-    low, high = window or PICTURE_WINDOW
-    hu = grey.astype(np.float32) / white * (high - low) + low
-    note = f"A picture has no HU: black to white is taken as {low:g} to {high:g} HU."
-    notes = [note] if window is None else []
     if spacing is None:
         notes.append("A picture has no pixel spacing: 1 mm is taken, volumes in ml mean nothing.")
-    return from_array(hu, spacing or (1.0, 1.0, 1.0), name, "picture", notes)
+    mm = spacing or (1.0, 1.0, 1.0)
+    if wide:
+        if window is not None:
+            raise CTInstructError(f"{name} has no black and white but {grey.dtype} values: give no window for it.")
+        notes.insert(0, f"The picture's {grey.dtype} values are taken as HU, as they are stored.")
+        return from_array(grey, mm, name, "picture", notes)
+    white = 1 if grey.dtype == bool else 255 if grey.dtype == np.uint8 else 65535
+    darkest, brightest = int(grey.min()), int(grey.max())
+    if ((grey == darkest) | (grey == brightest)).all():
+        notes.append("The picture has no more than two grey levels: it looks like a mask, not like CT.")
+    if white == 65535 and 0 < brightest < 4096:
+        notes.append(
+            f"The brightest of its 65536 grey levels is {brightest}: it looks like 12 bits in 16, nearly black."
+        )
+    low, high = window or PICTURE_WINDOW
+    hu = grey.astype(np.float32) / white * (high - low) + low
+    if window is None:
+        notes.insert(0, f"A picture has no HU: black to white is taken as {low:g} to {high:g} HU.")
+    return from_array(hu, mm, name, "picture", notes)

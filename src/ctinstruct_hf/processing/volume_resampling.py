@@ -1,4 +1,4 @@
-"""Tilted or unevenly spaced slices -> an upright, even grid, and masks back.
+"""Tilted or unevenly spaced slices and sheared axes -> an upright, even grid, and masks back.
 
 Slices lie at distances along their common normal, each shifted within its plane. Upright means no shift; even means
 equal distances. In-plane axes come first: arrays here are (i, j, k) with k the slices.
@@ -34,8 +34,8 @@ class SliceResampling:
         high = np.ceil(self.shifts.max(axis=0)).astype(int)
         return int(-low[0]), int(high[0]), int(-low[1]), int(high[1])
 
-    def forward(self, stored: np.ndarray, fill: float) -> np.ndarray:
-        """HU on the even, upright grid, linear between neighbours."""
+    def forward(self, stored: np.ndarray, fill: float, nearest: bool = False) -> np.ndarray:
+        """HU on the even, upright grid, linear between neighbours; labels with `nearest`."""
         before_i, after_i, before_j, after_j = self.margins
         shape = (stored.shape[0] + before_i + after_i, stored.shape[1] + before_j + after_j)
         even = np.empty((*shape, self.count), dtype=np.float32, order="F")
@@ -47,7 +47,8 @@ class SliceResampling:
                 canvas[before_i : before_i + stored.shape[0], before_j : before_j + stored.shape[1]] = stored[
                     ..., index
                 ]
-                upright[index] = shifted(canvas, *self.shifts[index], fill=fill)
+                shift = np.rint(self.shifts[index]) if nearest else self.shifts[index]
+                upright[index] = shifted(canvas, *shift, fill=fill)
                 for old in [key for key in upright if key < index - 1]:
                     del upright[old]
             return upright[index]
@@ -57,6 +58,7 @@ class SliceResampling:
             upper = int(np.clip(np.searchsorted(self.distances, place), 1, len(self.distances) - 1))
             low, high = self.distances[upper - 1], self.distances[upper]
             weight = float(np.clip((place - low) / (high - low), 0.0, 1.0))
+            weight = round(weight) if nearest else weight
             if weight == 0.0:
                 even[..., k] = slice_of(upper - 1)
             elif weight == 1.0:
@@ -78,6 +80,59 @@ class SliceResampling:
             picked = even[..., source][np.ix_(i.clip(0, even.shape[0] - 1), j.clip(0, even.shape[1] - 1))]
             stored[..., k] = np.where(inside_i[:, None] & inside_j[None, :], picked, 0)
         return stored
+
+
+@dataclass
+class ShearResampling:
+    """Axes that are not perpendicular, made so one after the other.
+
+    Attributes:
+        steps: (order of the axes, resampling): the last axis of the order is straightened against the first two.
+    """
+
+    steps: list[tuple[tuple[int, int, int], SliceResampling]]
+
+    def forward(self, stored: np.ndarray, fill: float, nearest: bool = False) -> np.ndarray:
+        """HU on the upright grid, linear between neighbours; labels with `nearest`."""
+        for order, step in self.steps:
+            stored = step.forward(stored.transpose(order), fill, nearest).transpose(np.argsort(order))
+        return stored
+
+    def mask_back(self, upright: np.ndarray) -> np.ndarray:
+        """A mask from the upright grid to the stored one, nearest neighbour."""
+        for order, step in reversed(self.steps):
+            upright = step.mask_back(upright.transpose(order)).transpose(np.argsort(order))
+        return upright
+
+
+def without_shear(
+    affine: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, tuple[int, int, int], ShearResampling] | None:
+    """Upright affine and shape, and the way there, where j drifts along i, or k within their plane, by half a voxel.
+
+    Args:
+        affine: 4 x 4, voxel (i, j, k) -> mm; its axes span space.
+        shape: voxels along (i, j, k).
+    """
+    affine, sizes = affine.copy(), list(shape)
+    steps: list[tuple[tuple[int, int, int], SliceResampling]] = []
+    for axis, order in ((1, (0, 2, 1)), (2, (0, 1, 2))):
+        sides = affine[:3, :axis]  # those that are perpendicular by now
+        drift = np.zeros(2)  # voxels along the first two axes of the order, a step of `axis`
+        for number, side in enumerate(sides.T):
+            drift[number] = affine[:3, axis] @ side / (side @ side)
+        if np.abs(drift).max() * (sizes[axis] - 1) < 0.5:
+            continue
+        affine[:3, axis] -= sides @ drift[:axis]
+        step = float(np.linalg.norm(affine[:3, axis]))
+        lines = np.arange(sizes[axis])
+        resampling = SliceResampling(lines * step, drift[None] * lines[:, None], step, sizes[axis])
+        margins = resampling.margins
+        for number, side in enumerate(order[:2]):
+            affine[:3, 3] -= margins[2 * number] * affine[:3, side]
+            sizes[side] += margins[2 * number] + margins[2 * number + 1]
+        steps.append((order, resampling))
+    return (affine, (sizes[0], sizes[1], sizes[2]), ShearResampling(steps)) if steps else None
 
 
 def shifted(image: np.ndarray, shift_i: float, shift_j: float, fill: float) -> np.ndarray:

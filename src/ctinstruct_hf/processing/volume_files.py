@@ -1,0 +1,140 @@
+"""Files that a header names, and bytes that are read no further than a header promises."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from isal import igzip, isal_zlib
+
+from .volume import CTInstructError
+
+
+def inside(folder: Path, name: str, named_by: str) -> Path:
+    """The file or folder `name` that something in `folder` names, which must lie in it.
+
+    Args:
+        folder: where whatever names it lies.
+        name: relative to `folder`.
+        named_by: what names it, for the message.
+
+    Returns:
+        `folder / name`; whether it exists is not looked at.
+
+    Raises:
+        CTInstructError: for an absolute path, for `..`, and where links lead out of `folder`.
+    """
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0] or "\0" in name:
+        raise CTInstructError(f"{named_by} names '{_short(name)}', which lies outside of its folder: refused.")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CTInstructError(f"{named_by} names '{_short(name)}', a link that leads out of its folder: refused.")
+    return path
+
+
+def file_beside(header: Path, name: str) -> Path:
+    """The data file that a detached header names: a plain file in the header's folder.
+
+    Raises:
+        CTInstructError: where it lies elsewhere, is missing, or is no regular file.
+    """
+    path = inside(header.parent, name, header.name)
+    if "/" in name or "\\" in name:
+        raise CTInstructError(f"{header.name} names '{_short(name)}': its data file must lie beside it.")
+    if not path.is_file():
+        raise CTInstructError(f"{header.name} names '{_short(name)}', which is not beside it: give both files.")
+    return path
+
+
+def _short(name: str) -> str:
+    return name.encode("unicode_escape").decode("ascii")[:80]
+
+
+def open_gzip(stream: Any) -> Any:
+    """What a gzip stream holds."""
+    return igzip.open(stream, "rb")
+
+
+def open_inflated(path: Path) -> Any:
+    """A file's bytes, inflated where its first two say that it is gzip; for a `with`."""
+    stream = open(path, "rb")  # noqa: SIM115 -- closed by the caller's with
+    magic = stream.read(2)
+    stream.seek(0)
+    if magic == b"\x1f\x8b":
+        stream.close()
+        return igzip.open(path, "rb")
+    return stream
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip by its first two bytes."""
+    with open(path, "rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+def skip(stream: Any, count: int) -> None:
+    """Read over `count` bytes; fewer where the stream ends."""
+    while count > 0 and (block := stream.read(min(count, 2**20))):
+        count -= len(block)
+
+
+def read_exactly(stream: Any, size: int, name: str, head: bytes = b"") -> np.ndarray:
+    """uint8 [size] from a stream, beginning with `head`, which was read before; what follows is left unread.
+
+    Raises:
+        CTInstructError: where the stream ends before.
+    """
+    buffer = np.empty(size, dtype=np.uint8)
+    filled = min(len(head), size)
+    buffer[:filled] = np.frombuffer(head[:filled], np.uint8)
+    view = memoryview(buffer)
+    while filled < size:
+        count = stream.readinto(view[filled : filled + 2**22])
+        if not count:
+            raise CTInstructError(f"{name} is cut short: {filled} of {size} bytes of voxels are there.")
+        filled += count
+    return buffer
+
+
+class Inflated(io.RawIOBase):
+    """A readable stream of what a zlib or bzip2 stream holds, a few MB at a time.
+
+    Args:
+        stream: the packed bytes.
+        start: makes the decompressor, whose `decompress` takes (bytes, most bytes to give).
+    """
+
+    def __init__(self, stream: Any, start: Callable[[], Any]) -> None:
+        self.stream, self.unpacker = stream, start()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.unpacker.eof:
+            packed = getattr(self.unpacker, "unconsumed_tail", b"")
+            if not packed and getattr(self.unpacker, "needs_input", True):
+                packed = self.stream.read(2**20)
+                if not packed:
+                    break
+            piece = self.unpacker.decompress(packed, len(buffer))
+            if piece:
+                buffer[: len(piece)] = piece
+                return len(piece)
+        return 0
+
+
+def open_zlib(stream: Any) -> io.BufferedReader:
+    """What a zlib stream holds."""
+    return io.BufferedReader(Inflated(stream, isal_zlib.decompressobj))
+
+
+def open_bzip2(stream: Any) -> io.BufferedReader:
+    """What a bzip2 stream holds."""
+    import bz2
+
+    return io.BufferedReader(Inflated(stream, bz2.BZ2Decompressor))
