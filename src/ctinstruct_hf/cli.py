@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ app = typer.Typer(
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A folder or a name on the Hub; the bundled model by default.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub; its newest by default.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
@@ -52,6 +56,20 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _shown(status: Any, before: str = "") -> Callable[[str], None]:
+    """A callback that shows steps beside the spinner, names with brackets in them as they are."""
+    from rich.text import Text
+
+    return lambda step: status.update(Text(before + step))
+
+
+def _note(text: str) -> Any:
+    """A line that begins with a coloured "Note:"."""
+    from rich.text import Text
+
+    return Text.assemble(("Note:", "yellow"), f" {text}")
+
+
 def _split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
@@ -77,9 +95,9 @@ def demo(
     _quiet()
     console = Console(stderr=True)
     with console.status("starting") as status:
-        study = run_demo(output, seed, tell=status.update)
+        study = run_demo(output, seed, tell=_shown(status))
     for note in study.warnings:
-        console.print(f"[yellow]Note:[/] {note}", highlight=False)
+        console.print(_note(note))
     typer.echo(f"Research use only. Open {(output / 'results' / 'report.html').resolve()}")
 
 
@@ -106,6 +124,7 @@ def predict(
     restart: Annotated[bool, typer.Option("--restart", help="Answer anew what an earlier run has finished.")] = False,
     names: NamesOption = None,
     model: ModelOption = None,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -121,7 +140,7 @@ def predict(
     _quiet()
     request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
     request.report = request.report or request.empty
-    reading = {"model": model, "dtype": dtype, "series": series, "spacing": _millimetres(spacing)}
+    reading: dict[str, Any] = {"model": model, "revision": revision, "dtype": dtype, "series": series, "spacing": _millimetres(spacing)}
     reading["names"] = None if names is None else read_names(names)
     scans = find_scans(inputs)
     console = Console(stderr=True)
@@ -132,15 +151,16 @@ def predict(
                 output,
                 request,
                 device=device,
-                tell=lambda step: status.update(f"{scans[0].name}: {step}"),
-                **reading,  # type: ignore[arg-type]
+                tell=_shown(status, f"{scans[0].name}: "),
+                **reading,
             )
         for note in study.warnings:
-            console.print(f"[yellow]Note:[/] {scans[0].name}: {note}", highlight=False, markup=True)
+            console.print(_note(f"{scans[0].name}: {note}"))
         typer.echo(f"{output / 'report.html'}")
         console.print("Research use only. Not a diagnosis.")
         return
 
+    from rich.markup import escape
     from rich.progress import Progress
 
     from .batch import predict_studies
@@ -155,7 +175,7 @@ def predict(
             devices=_devices(device),
             engine=engine,
             restart=restart,
-            tell=lambda done, total, name: bar.update(task, completed=done, description=name),
+            tell=lambda done, total, name: bar.update(task, completed=done, description=escape(name)),
             **reading,
         )
     counts = {status: sum(one.status == status for one in outcomes) for status in ("done", "kept", "failed")}
@@ -197,6 +217,7 @@ def serve(
     studies: Annotated[int, typer.Option("--studies", help="Open at once.")] = 4,
     waiting: Annotated[int, typer.Option("--waiting", help="Questions in the line before more are refused.")] = 16,
     model: ModelOption = None,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -209,7 +230,7 @@ def serve(
 
     _quiet()
     limits = Limits(upload_bytes=int(max_upload * 2**30), studies=studies, waiting=waiting)
-    engine = Engine(model, device, dtype, limits)
+    engine = Engine(model, device, dtype, limits, revision)
 
     def told(address: str) -> None:
         typer.echo(f"Research use only. The page is at {address}" if not api else f"Research use only. {address}/api")
@@ -238,7 +259,7 @@ def convert(
     from .hub.released import convert_released
 
     with Console(stderr=True).status("reading") as status:
-        convert_released(source, output, tokenizer, tell=status.update)
+        convert_released(source, output, tokenizer, tell=_shown(status))
     typer.echo(str(output))
 
 
@@ -301,8 +322,8 @@ def check_data(
 
     console = Console(stderr=True)
     with console.status("reading") as status:
-        found = check(folder, volumes, status.update)
-    out = Console(highlight=False)
+        found = check(folder, volumes, _shown(status))
+    out = Console(highlight=False, markup=False)
     table = Table("kind", "source", "task", "split", "rows")
     for (kind, source, task, split), count in sorted(found.counts.items()):
         table.add_row(kind, source, task, split, str(count))
@@ -367,7 +388,7 @@ def publish_data(
 
     with Console(stderr=True).status("reading") as status:
         counts = share(
-            folder, repository, root, private=not public, license=license, dry_run=dry_run, tell=status.update
+            folder, repository, root, private=not public, license=license, dry_run=dry_run, tell=_shown(status)
         )
     _tell_rows(counts)
     typer.echo(f"{'would go' if dry_run else 'sent'} to {repository}, {'public' if public else 'private'}")
@@ -455,7 +476,7 @@ def instruct(
     if vision is not None:
         told["vision"] = str(vision)
     console = Console(stderr=True)
-    metrics = run(told, resume, restart, tell=lambda step: console.print(step, highlight=False))
+    metrics = run(told, resume, restart, tell=lambda step: console.print(step, highlight=False, markup=False))
     for name, value in metrics.items():
         typer.echo(f"{name} {value:.4f}")
     typer.echo(f"The model is in {Path(told['output_dir']) / 'model'}.")
@@ -464,6 +485,7 @@ def instruct(
 @app.command()
 def evaluate(
     model: ModelOption = None,
+    revision: RevisionOption = None,
     data: Annotated[
         str | None, typer.Option("--data", help="A prepared folder, a JSONL file, or phantoms:trunk:900000-900040.")
     ] = None,
@@ -506,11 +528,18 @@ def evaluate(
     _quiet()
     with Console(stderr=True).status("starting") as status:
         if data is not None:
-            from .study import BUNDLED_MODEL
+            from .hub.models import BUNDLED_MODEL
 
             options = RunOptions(tuple(_split(tasks)), split, limit, batch_size, max_new_tokens, limits == "validation")
             file = run_model(
-                model or str(BUNDLED_MODEL), data, output, options, device=device, dtype=dtype, tell=status.update
+                model or str(BUNDLED_MODEL),
+                data,
+                output,
+                options,
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                tell=_shown(status),
             )
             if not is_main_process():
                 return
@@ -522,7 +551,7 @@ def evaluate(
         else:
             assert predictions is not None
             found = read_predictions(predictions)
-        scores = score_predictions(found, limits, surface=surface, tell=status.update)
+        scores = score_predictions(found, limits, surface=surface, tell=_shown(status))
         tables = write_comparison([scores], output / "page")
         write_scores(scores, output / "scores.json")
     for table in tables:
@@ -563,7 +592,7 @@ def calibrate(
         rows = load_data(data, "alignment", split)[:limit]
         if not any(row["masks"] for row in rows):
             raise CTInstructError(f"{data} has no sample of split {split} with a mask: nothing to learn a floor from.")
-        floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), status.update)  # type: ignore[misc]
+        floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), _shown(status))  # type: ignore[misc]
         write_floors(model, floors)
         processor.image_processor.mask_floors = floors  # this process may have it loaded
     for name, (least, level) in sorted(floors.items()):
@@ -603,7 +632,7 @@ def compare(
         keys = [{(record.task, record.dataset) for record in one.records} for one in (found[0], other)]
         check_same(found[0], other, sorted(keys[0] & keys[1]))
     with Console(stderr=True).status("scoring") as status:
-        scores = [score_predictions(one, limits, surface=surface, tell=status.update) for one in found]
+        scores = [score_predictions(one, limits, surface=surface, tell=_shown(status)) for one in found]
         tables = write_comparison(scores, output, pictures)
     for table in tables:
         typer.echo(table.markdown())
@@ -671,7 +700,7 @@ def publish(
         typer.echo(text)
         return
     with Console(stderr=True).status("starting") as status:
-        typer.echo(send(folder, repository, plan, private=not public, tell=status.update))
+        typer.echo(send(folder, repository, plan, private=not public, tell=_shown(status)))
 
 
 @app.command()

@@ -90,6 +90,7 @@ def predict_study(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
     series: str | None = None,
     spacing: tuple[float, float, float] | None = None,
     names: dict[str, list[str]] | None = None,
@@ -101,7 +102,7 @@ def predict_study(
         scan: what `read_volume` takes.
         output: the folder to write.
         request: what to ask.
-        model, device, dtype: see `study.load_model`.
+        model, device, dtype, revision: see `hub.models.load_model`.
         series, spacing: see `read_volume`.
         names: {name: other names} of the user, see `data.names.read_names`.
         tell: called with the name of each step.
@@ -110,7 +111,9 @@ def predict_study(
         CTInstructError: nothing is written then.
     """
     tell("reading")
-    study = Study.open(scan, model, device=device, dtype=dtype, series=series, spacing=spacing, names=names)
+    study = Study.open(
+        scan, model, device=device, dtype=dtype, revision=revision, series=series, spacing=spacing, names=names
+    )
     diseases = (
         study.diseases_asked(request.diagnose) if request.diagnose else None
     )  # fail before the work, not after it
@@ -129,6 +132,9 @@ def predict_study(
         tell("probabilities")
         study.diagnose(diseases)
     tell("writing")
-    asked = settings_of(request, {"model": model, "dtype": dtype, "series": series, "spacing": spacing, "names": names})
+    asked = settings_of(
+        request,
+        {"model": model, "dtype": dtype, "revision": revision, "series": series, "spacing": spacing, "names": names},
+    )
     study.save(output, output_types=request.output_types, multi_label=request.multi_label, asked=asked)
     return study

@@ -25,13 +25,14 @@ from .data.templates import (
     ask_diagnosis,
     ask_segmentation,
 )
-from .errors import CTInstructError, cannot_load
+from .errors import CTInstructError
 from .evaluation.text import chosen_option
+from .hub.chat_templates import render_chat
+from .hub.models import BUNDLED_MODEL, load_model, load_processor
 from .modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
 from .processing.processing_ctinstruct import CTInstructProcessor
 from .processing.volume import CTVolume
 
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "ctinstruct-tiny"
 UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
 
 
@@ -76,58 +77,6 @@ def notes_on(config: Any) -> list[str]:
     return [note for note in (None if config.trained else UNTRAINED, config.note) if note]
 
 
-@functools.lru_cache(maxsize=4)
-def load_processor(model: str | None = None) -> CTInstructProcessor:
-    """The processor of a model, by folder or name; the bundled model's by default.
-
-    Raises:
-        CTInstructError: where there is no such model.
-    """
-    if model is None and not (BUNDLED_MODEL / "config.json").exists():
-        raise CTInstructError("The bundled model is missing: install the package again, or name a model.")
-    folder = str(model or BUNDLED_MODEL)
-    try:
-        return CTInstructProcessor.from_pretrained(folder)
-    except CTInstructError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cannot_load("model", folder, error) from error
-
-
-@functools.lru_cache(maxsize=2)
-def load_model(
-    model: str | None = None, device: str | None = None, dtype: str | None = None
-) -> tuple[CTInstructForConditionalGeneration, CTInstructProcessor]:
-    """A model and its processor, ready to answer; the last two are kept.
-
-    Args:
-        model: a folder or a name on the Hub; the bundled model by default.
-        device: cpu, cuda, cuda:1, mps …; cuda where there is one.
-        dtype: float32, bfloat16 or float16; float32 on a CPU, bfloat16 elsewhere.
-
-    Raises:
-        CTInstructError: where there is no such model, device or dtype.
-    """
-    processor = load_processor(model)
-    folder = str(model or BUNDLED_MODEL)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = dtype or ("float32" if place == "cpu" else "bfloat16")
-    if kind not in ("float32", "bfloat16", "float16"):
-        raise CTInstructError(f"dtype is '{kind}': use float32, bfloat16 or float16.")
-    try:
-        target = torch.device(place)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise CTInstructError(f"device '{place}' cannot be used here: {str(error).splitlines()[0]}") from error
-    try:
-        network = CTInstructForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, kind))
-    except CTInstructError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cannot_load("model", folder, error) from error
-    return network.to(target).eval(), processor
-
-
 class Study:
     """One scan, or several of one patient in the order given, and a model that answers about it.
 
@@ -164,6 +113,7 @@ class Study:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        revision: str | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
         **reading: Any,
     ) -> Study:
@@ -172,7 +122,7 @@ class Study:
         Args:
             source: whatever `read_volume` takes, or a list of such for several scans of one patient.
             model: a folder, a name on the Hub, or (model, processor); the bundled model by default.
-            device, dtype: see `load_model`.
+            device, dtype, revision: see `load_model`.
             names: {name: other names} that users write, beside the package's, see `data.names.read_names`.
             reading: further arguments of `read_volume` (spacing, series, window, max_bytes).
 
@@ -182,11 +132,11 @@ class Study:
         from .processing.volume_reading import read_volume
 
         sources = source if isinstance(source, list | tuple) else [source]
-        processor = model[1] if isinstance(model, tuple) else load_processor(model)
+        processor = model[1] if isinstance(model, tuple) else load_processor(model, revision)
         keep = processor.image_processor.intensity == "zscore"
         # the scan first: it is where things go wrong, and it is quick
         volumes = [read_volume(one, **{"keep_padding": keep, **reading}) for one in sources]
-        network = model[0] if isinstance(model, tuple) else load_model(model, device, dtype)[0]
+        network = model[0] if isinstance(model, tuple) else load_model(model, device, dtype, revision)[0]
         return cls(volumes, network, processor, names)
 
     @property
@@ -229,7 +179,7 @@ class Study:
     def _ids(self, question: str, answer: str | None = None) -> torch.Tensor:
         """Token ids [1, L] of the images, a question, and the beginning of an answer."""
         content = [*({"type": "image"} for _ in self.volumes), {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = render_chat(self.processor, [{"role": "user", "content": content}], add_generation_prompt=True)
         rows = [int(np.prod(row)) for row in self.batch["patch_grid"].tolist()]
         text = self.processor.expand([text], rows)[0] + (answer or "")
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -557,4 +507,4 @@ class Study:
         return save_study(self, Path(folder), **options)
 
 
-__all__ = ["Answer", "Results", "Study", "load_model"]
+__all__ = ["BUNDLED_MODEL", "Answer", "Results", "Study", "load_model", "load_processor"]

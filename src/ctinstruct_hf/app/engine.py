@@ -22,8 +22,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..errors import CTInstructError
+from ..hub.models import load_model
 from ..output.report import key_place
-from ..study import Study, load_model
+from ..study import Study
 
 logger = logging.getLogger(__name__)
 KINDS = ("ask", "report", "segment", "diagnose")
@@ -129,7 +130,7 @@ class Engine:
     """Everything behind the page.
 
     Args:
-        model, device, dtype: see `study.load_model`.
+        model, device, dtype, revision: see `hub.models.load_model`.
         limits: what it takes on.
     """
 
@@ -139,9 +140,10 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         limits: Limits | None = None,
+        revision: str | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.model, self.processor = load_model(model, device, dtype)
+        self.model, self.processor = load_model(model, device, dtype, revision)
         remove_left_over()
         self.root = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))  # readable by this user only
         self.studies: dict[str, OpenStudy] = {}

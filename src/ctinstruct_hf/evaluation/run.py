@@ -22,8 +22,11 @@ from accelerate.utils import send_to_device
 from ..data.reading import PHANTOM_KINDS, open_volume
 from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
 from ..data.tasks import with_names
-from ..errors import CTInstructError, cannot_load
+from ..errors import CTInstructError
 from ..files import whole_folder, write_whole
+from ..hub.chat_templates import render_chat
+from ..hub.folders import require
+from ..hub.models import load_model, load_stage_one, resolve_model
 from .alignment import questions_of
 from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
 
@@ -96,6 +99,7 @@ def run_model(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
     tell: Callable[[str], None] = lambda step: None,
 ) -> Path:
     """Answer every sample of the data; a run that was interrupted goes on with what is missing.
@@ -107,7 +111,7 @@ def run_model(
         data: see `load_data`.
         output: folder for `predictions.jsonl` and `masks/`.
         options: what to run.
-        device, dtype: see `study.load_model`.
+        device, dtype, revision: see `hub.models.load_model`.
         tell: called with a sentence on progress.
 
     Returns:
@@ -121,13 +125,14 @@ def run_model(
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if device is None and state.num_processes > 1 and state.device.type == "cuda":
         device = str(state.device)
-    speaker: Any = _load(model, device, dtype)
+    resolved = resolve_model(model, revision)
+    speaker: Any = _load(model, resolved.folder, device, dtype, revision)
     unknown = sorted(set(options.tasks) - set(speaker.tasks))
     if unknown:
         raise CTInstructError(f"--tasks has {', '.join(unknown)}: this model can be asked {', '.join(speaker.tasks)}.")
     settings = {
         "model": Path(model).name if Path(model).exists() else model,
-        "weights": _fingerprint(Path(model)),
+        "weights": _fingerprint(resolved.folder),
         "data": data,
         "tasks": list(options.tasks),
         "split": options.split,
@@ -241,16 +246,10 @@ def _jobs(speaker: Any, data: str, options: RunOptions) -> list[_Job]:
     return jobs
 
 
-def _load(model: str, device: str | None, dtype: str | None) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", model, error) from error
-    if "CTInstructForPretraining" in (getattr(config, "architectures", None) or []):
-        return StageOne(model, device)
-    return StageTwo(model, device, dtype)
+def _load(model: str, folder: Path, device: str | None, dtype: str | None, revision: str | None) -> Any:
+    if require(folder, "stage one", "stage two") == "stage one":
+        return StageOne(folder, device)
+    return StageTwo(model, device, dtype, revision)
 
 
 def _masks_of(job: _Job, logits: Sequence[torch.Tensor], image_processor: Any, volume: Any, output: Path) -> list[Any]:
@@ -279,10 +278,8 @@ class StageTwo:
     kind = "instructions"
     tasks = tuple(task for task in TASKS if task != "retrieval")
 
-    def __init__(self, model: str, device: str | None, dtype: str | None) -> None:
-        from ..study import load_model
-
-        self.model, self.processor = load_model(model, device, dtype)
+    def __init__(self, model: str, device: str | None, dtype: str | None, revision: str | None) -> None:
+        self.model, self.processor = load_model(model, device, dtype, revision)
         self._features: dict[str, tuple[Any, Any]] = {}
 
     def jobs_of(self, sample: InstructionSample) -> Iterator[_Job]:
@@ -328,7 +325,7 @@ class StageTwo:
         return self._features[key]
 
     def _ids(self, messages: Sequence[dict[str, Any]], features: Any, ask: bool) -> torch.Tensor:
-        text = self.processor.apply_chat_template(list(messages), add_generation_prompt=ask)
+        text = render_chat(self.processor, messages, add_generation_prompt=ask)
         tokens = [int(torch.tensor(row).prod()) for row in features.patch_grid.tolist()]
         text = self.processor.expand([text], tokens)[0]
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -413,22 +410,12 @@ class StageOne:
     kind = "alignment"
     tasks = STAGE_ONE_TASKS
 
-    def __init__(self, model: str, device: str | None) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(self, folder: Path, device: str | None) -> None:
         from ..data.store import PatchStore
-        from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
-        from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
         from ..train.collator import AlignmentCollator
 
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            network: Any = CTInstructForPretraining.from_pretrained(model)
-            self.model: Any = network.to(place).eval()
-            self.processor = CTInstructImageProcessor.from_pretrained(model)
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise cannot_load("model", model, error) from error
+        self.model: Any
+        self.model, self.processor, tokenizer = load_stage_one(folder, device)
         self.store = PatchStore(self.processor, None)
         self.words = AlignmentCollator(self.store, tokenizer).words
 

@@ -11,6 +11,7 @@ import yaml
 
 from ..errors import CTInstructError
 from ..files import write_whole
+from .folders import identify, require
 
 # metric of an evaluation -> how the Hub names it
 _METRICS = {
@@ -52,6 +53,8 @@ def make_card(
     Raises:
         CTInstructError: where the folder holds no model, or the scores are none.
     """
+    if identify(folder)[0] != "nothing":
+        require(folder, "stage two", "stage one", "tower")
     config = _read(folder / "config.json", f"{folder} holds no model")
     title = name or folder.resolve().name
     found = [] if scores is None else _read(scores, f"{scores} is no evaluation").get("tasks")

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from ..errors import CTInstructError
+from ..errors import CTInstructError, cannot_load, first_line
 from ..files import whole_folder
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES, CTInstructConfig
 from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ..modeling.saving_ctinstruct import MODEL_AUTO_MAP, add_auto_map, copy_code
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
+from .folders import INDEX, check_json_files, file_inside, identify, read_object, require, weight_files
+from .folders import some as _some
 
 
 @dataclass(frozen=True)
@@ -251,15 +253,12 @@ class Entry:
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Name -> place of every tensor in a folder's safetensors files; only their headers are read."""
-    index = folder / "model.safetensors.index.json"
-    listed = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-    files = sorted({folder / name for name in listed.values()})
+    index = folder / INDEX
+    files, listed = weight_files(folder) if index.exists() else ([], {})
     if not files:
         files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
         files = files or sorted(folder.glob("model-*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-        raise CTInstructError(f"{index.name} names {len(absent)} shards that are not there: {_some(absent)}.")
+        files = [file_inside(folder, file.name, str(folder)) for file in files]
     if not files:
         raise CTInstructError(f"{folder} holds no safetensors file: give the folder of the release's shards.")
     entries: dict[str, Entry] = {}
@@ -270,7 +269,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                     part = shard.get_slice(name)
                     entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
         except Exception as error:
-            raise CTInstructError(f"{file.name} is no readable safetensors file: {error}") from error
+            raise CTInstructError(f"{file.name} is no readable safetensors file: {first_line(error)}.") from error
     lost = sorted(set(listed) - set(entries))
     if lost:
         raise CTInstructError(f"{index.name} lists {len(lost)} tensors that no shard holds: {_some(lost)}.")
@@ -392,10 +391,6 @@ def _text_config(
     }
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
 def check_names(entries: dict[str, Entry], config: CTInstructConfig) -> None:
     """Every tensor has a rule, and every one of our parameters a tensor.
 
@@ -488,9 +483,16 @@ def convert_released(
         CTInstructError: where tensors are unknown or missing, all of them by name; nothing is written then.
     """
     entries = read_entries(source)
+    if not any(name.startswith("visual.encoder.") for name in entries) and identify(source)[0] != "nothing":
+        require(source, "release", "other", argument="input")
     settings_file = source / "config.json"
-    settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
-    config = config_of(entries, settings)
+    settings = read_object(settings_file) if settings_file.exists() else {}
+    try:
+        config = config_of(entries, settings)
+    except CTInstructError:
+        raise
+    except Exception as error:  # values of any type are in it
+        raise CTInstructError(f"{settings_file} cannot be used: {first_line(error)}.") from error
     check_names(entries, config)
     with whole_folder(output) as draft:
         write_shards(entries, config, draft, tell)
@@ -570,7 +572,11 @@ def write_processor(source: Path, config: CTInstructConfig, folder: Path) -> Non
             stacklevel=2,
         )
         return
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    check_json_files(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("tokenizer", str(source), error) from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_TOKENS)}, replace_extra_special_tokens=False)
     ids = {
         "<SEG>": config.seg_token_id,

@@ -401,11 +401,11 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             ValueError: where token ids lie outside the language model's vocabulary.
         """
         if isinstance(language_model, str):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+            language_model = AutoModelForCausalLM.from_pretrained(language_model, use_safetensors=True)
         if isinstance(vision, str):
             known = AutoConfig.from_pretrained(vision).model_type
             loader = AutoModel if known == "ctinstruct_vision" else AutoModelForPreTraining
-            vision = loader.from_pretrained(vision)
+            vision = loader.from_pretrained(vision, use_safetensors=True)
         tower = getattr(vision, "vision_tower", vision)
         decoder = getattr(vision, "segmentation_decoder", None)
         if tokenizer is not None:

@@ -18,6 +18,8 @@ from ..data.samples import TASKS, ImageRef, text_of
 from ..data.store import PatchStore
 from ..errors import CTInstructError
 from ..files import write_whole
+from ..hub.folders import require
+from ..hub.models import check_weights, load_processor, resolve_model
 from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
@@ -121,13 +123,11 @@ class InstructSettings:
             raise CTInstructError("The recipe has model and vision: beside model, vision only gives align_prompts its texts.")  # fmt: skip
         if self.model is not None and self.config:
             raise CTInstructError("The recipe has model and config: a model that is gone on from keeps its own.")
-        for name in ("vision", "model"):
+        for name, wanted in (("vision", ("stage one", "stage two", "tower")), ("model", ("stage two",))):
             value = getattr(self, name)
-            if (
-                value is not None
-                and not (Path(value) / "config.json").exists()
-                and (name == "vision" or "/" not in value)
-            ):
+            if value is not None and Path(value).is_dir():
+                require(Path(value), *wanted, argument=name)
+            elif value is not None and (name == "vision" or "/" not in value):
                 raise CTInstructError(f"{name}: {value} is no folder with a model.")
         check_voxels(self.positive_voxels)
         wrong = sorted(set(self.freeze) - set(PARTS))
@@ -164,10 +164,12 @@ def build_model(settings: InstructSettings) -> tuple[Any, CTInstructProcessor]:
     """
     loading: dict[str, Any] = {"quantization_config": _four_bits()} if settings.load_in_4bit else {}
     if settings.model is not None:
-        from ..study import load_processor
-
-        processor = load_processor(settings.model)
-        model = CTInstructForConditionalGeneration.from_pretrained(settings.model, dtype=torch.float32, **loading)
+        processor = load_processor(settings.model, None)
+        folder = resolve_model(settings.model).folder
+        check_weights(folder)
+        model = CTInstructForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **loading
+        )
     else:
         model, processor = _from_parts(settings, loading)
     set_batch_norm(model, settings.batch_norm)

@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CTInstructError, cannot_load
 from ..files import whole_folder
+from ..hub.folders import require
+from ..hub.models import resolve_model
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .collator import spell
@@ -46,10 +48,15 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_config(config), tokenizer
     try:
         if name == PACKAGED:
-            folder, file = _packaged()
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **loading)
-            return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        return AutoModelForCausalLM.from_pretrained(name, **loading), AutoTokenizer.from_pretrained(name)
+            packaged, file = _packaged()
+            model = AutoModelForCausalLM.from_pretrained(packaged, gguf_file=file, **loading)
+            return model, AutoTokenizer.from_pretrained(packaged, gguf_file=file)
+        folder = resolve_model(name, argument="language_model").folder
+        require(folder, "language model", "other", argument="language_model")
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **loading)
+        return model, AutoTokenizer.from_pretrained(folder)
+    except CTInstructError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("language_model", name, error) from error
 

@@ -19,6 +19,7 @@ from ..data.tiny import TINY_PATCH
 from ..errors import CTInstructError
 from ..evaluation.alignment import AlignmentScores, score_alignment
 from ..files import write_whole
+from ..hub.folders import require
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
@@ -116,6 +117,8 @@ class PretrainSettings:
             raise CTInstructError(f"freeze names {', '.join(wrong)}: known parts are {', '.join(PARTS)}.")
         if self.model is not None and not Path(self.model).is_dir():
             raise CTInstructError(f"model: {self.model} does not exist.")
+        if self.model is not None:
+            require(Path(self.model), "stage one")
 
     @property
     def evaluation_part(self) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
     if settings.model is not None:
         from transformers import AutoTokenizer
 
-        model = CTInstructForPretraining.from_pretrained(settings.model, **settings.alignment)
+        model = CTInstructForPretraining.from_pretrained(settings.model, use_safetensors=True, **settings.alignment)
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
     else:
         encoder, tokenizer = load_text_encoder(settings.text_encoder)

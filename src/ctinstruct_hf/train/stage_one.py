@@ -29,7 +29,7 @@ def load_stage_one(folder: str) -> tuple[CTInstructForPretraining, Texts]:
     from transformers import AutoTokenizer
 
     try:
-        model = CTInstructForPretraining.from_pretrained(folder).eval().requires_grad_(False)
+        model = CTInstructForPretraining.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CTInstructError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError, cannot_load
+from ..hub.models import resolve_model
 
 HUB_NAMES = {"biolord-2023": "FremyCompany/BioLORD-2023"}
 PACKAGED = "all-minilm-l6-v2"
@@ -60,11 +61,14 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
 
     source = find_text_encoder(name)
     try:
+        source = str(resolve_model(source, argument="text_encoder").folder)
         try:  # the first token's pooler, where an encoder has one, is not used
-            model = AutoModel.from_pretrained(source, add_pooling_layer=False)
+            model = AutoModel.from_pretrained(source, use_safetensors=True, add_pooling_layer=False)
         except TypeError:
-            model = AutoModel.from_pretrained(source)
+            model = AutoModel.from_pretrained(source, use_safetensors=True)
         return model, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
+        if isinstance(error, CTInstructError) and error.__cause__ is not None:
+            error = error.__cause__  # type: ignore[assignment]
         hint = f" Without network, use text_encoder: {PACKAGED}." if source != str(cache_folder() / PACKAGED) else ""
         raise cannot_load("text_encoder", name, error, hint) from error

@@ -1,0 +1,374 @@
+"""A model by its folder or its name on the Hub: one snapshot for processor and weights, looked at before it is loaded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CTInstructError, cannot_load, first_line
+from ..modeling.configuration_ctinstruct import CTInstructConfig
+from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
+from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
+from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from ..processing.processing_ctinstruct import CTInstructProcessor
+from .chat_templates import check_template
+from .folders import INDEX, MODEL_FILES, check_json_files, require, some, tensor_shapes
+
+logger = logging.getLogger(__name__)
+BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "ctinstruct-tiny"
+# an adapter is fetched too, so that a sentence can say what it is
+_FETCHED = [*MODEL_FILES, "adapter_config.json"]
+_SECONDS = 8  # that the Hub has to answer which commit a name stands for
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model's files are on this machine.
+
+    Attributes:
+        folder: of the files; for a name on the Hub its snapshot in the cache.
+        name: as given; the folder's name for the bundled model.
+        commit: of the snapshot, 40 hexadecimal digits; None for a folder.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None = None
+
+
+def resolve_model(
+    model: str | Path | None = None, revision: str | None = None, argument: str = "model"
+) -> ResolvedModel:
+    """Find a model's files, and fetch them where they are not in the cache.
+
+    The Hub is asked once which commit the name stands for. Where it does not answer within seconds, or refuses, the copy
+    in the cache is used.
+
+    Args:
+        model: a folder or a name on the Hub; the bundled model by default.
+        revision: a branch, tag or commit of a name on the Hub.
+        argument: what the name was given as, for messages.
+
+    Raises:
+        CTInstructError: where there is no such model; what the Hub says about it.
+    """
+    if model is None:
+        if revision is not None:
+            raise CTInstructError(f"revision '{revision}' needs a model that is a name on the Hub.")
+        if not (BUNDLED_MODEL / "config.json").exists():
+            raise CTInstructError("The bundled model is missing: install the package again, or name a model.")
+        return ResolvedModel(BUNDLED_MODEL, BUNDLED_MODEL.name)
+    name = str(model)
+    if os.path.isdir(name):
+        if revision is not None:
+            raise CTInstructError(
+                f"revision '{revision}' is for a name on the Hub, but {argument} '{name}' is a folder."
+            )
+        return ResolvedModel(Path(name), name)
+    if os.path.exists(name):
+        raise CTInstructError(f"{argument} '{name}' is a file: give the folder that it is in.")
+    return _snapshot(name, revision, argument)
+
+
+@functools.lru_cache(maxsize=16)
+def _snapshot(name: str, revision: str | None, argument: str) -> ResolvedModel:
+    """A name on the Hub, the same commit for the whole life of the process."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise cannot_load(argument, name, error, " Name a revision by --revision." if "@" in name else "") from error
+    found = _cached(name, revision)
+    if found is not None and re.fullmatch(r"[0-9a-f]{40}", revision or "") and (found / "config.json").exists():
+        weights = (found / INDEX).exists() or (found / "model.safetensors").exists()
+        if weights:  # a commit never changes
+            return ResolvedModel(found, name, found.name)
+    try:
+        latest = _within(_SECONDS, lambda: HfApi().model_info(name, revision=revision, timeout=_SECONDS))
+        files = [entry.rfilename for entry in latest.siblings or []]
+        wanted = [file for file in files if any(fnmatchcase(file, pattern) for pattern in _FETCHED)]
+        if found is None or found.name != latest.sha or not all((found / file).exists() for file in wanted):
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
+    except Exception as error:  # of the client, of its HTTP library, of the network
+        if found is None:
+            hint = " It is no folder here and not in the cache." if not hasattr(error, "response") else ""
+            raise cannot_load(argument, name, error, hint) from error
+        reason = first_line(error)
+        logger.warning("The Hub gives no answer on %s (%s): commit %s of the cache is used.", name, reason, found.name)
+    return ResolvedModel(found, name, found.name)
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The snapshot of a revision in the cache of the Hub's client."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What a call returns. The limit of an HTTP client counts each address and each try anew, this one does not.
+
+    Raises:
+        TimeoutError: after so many seconds; the call goes on in a thread that nobody waits for.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"the Hub does not answer within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return result
+
+
+@functools.lru_cache(maxsize=4)
+def load_processor(model: str | None = None, revision: str | None = None) -> CTInstructProcessor:
+    """The processor of a model, by folder or name; the bundled model's by default. The last four are kept.
+
+    Args:
+        model, revision: see `resolve_model`.
+
+    Raises:
+        CTInstructError: where there is no such model, or a file of it cannot be used: which, and why.
+    """
+    folder = resolve_model(model, revision).folder
+    require(folder, "stage two")
+    check_json_files(folder)
+    if not (folder / "processor_config.json").exists():
+        raise CTInstructError(
+            f"{folder} lacks processor_config.json: save the processor there too, by save_pretrained."
+        )
+    with _explaining(folder):
+        processor = CTInstructProcessor.from_pretrained(folder, trust_remote_code=False)
+        _try_image_processor(processor.image_processor)
+        config: Any = CTInstructConfig.from_pretrained(folder)
+        _check_config(config)
+    _check_pair(config, processor, folder)
+    check_template(processor.chat_template, folder)
+    return processor
+
+
+@functools.lru_cache(maxsize=2)
+def load_model(
+    model: str | None = None, device: str | None = None, dtype: str | None = None, revision: str | None = None
+) -> tuple[CTInstructForConditionalGeneration, CTInstructProcessor]:
+    """A model and its processor, ready to answer; the last two are kept.
+
+    Args:
+        model, revision: see `resolve_model`.
+        device: cpu, cuda, cuda:1, mps …; cuda where there is one.
+        dtype: float32, bfloat16 or float16; float32 on a CPU, bfloat16 elsewhere.
+
+    Raises:
+        CTInstructError: where there is no such model, device or dtype, or a file of the model cannot be used.
+    """
+    resolved = resolve_model(model, revision)
+    processor = load_processor(model, revision)
+    target, number = _device_and_dtype(device, dtype)
+    check_weights(resolved.folder)
+    with _explaining(resolved.folder):
+        network: Any = CTInstructForConditionalGeneration.from_pretrained(
+            resolved.folder, dtype=number, use_safetensors=True, trust_remote_code=False
+        )
+        _check_generation(network)
+    network.config._commit_hash = resolved.commit
+    return network.to(target).eval(), processor
+
+
+def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    number = dtype or ("float32" if name == "cpu" else "bfloat16")
+    if number not in ("float32", "bfloat16", "float16"):
+        raise CTInstructError(f"dtype is '{number}': use float32, bfloat16 or float16.")
+    try:
+        target = torch.device(name)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise CTInstructError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return target, getattr(torch, number)
+
+
+def load_stage_one(
+    folder: Path, device: str | None = None
+) -> tuple[CTInstructForPretraining, CTInstructImageProcessor, Any]:
+    """A stage-one model in float32, its image processor and the tokenizer of its text encoder.
+
+    Args:
+        folder: what `resolve_model` found.
+        device: as for `load_model`.
+
+    Raises:
+        CTInstructError: where the folder is something else, or a file of it cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    require(folder, "stage one")
+    check_json_files(folder)
+    target, _ = _device_and_dtype(device, "float32")
+    check_weights(folder, CTInstructForPretraining)
+    with _explaining(folder):
+        network: Any = CTInstructForPretraining.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        image_processor = CTInstructImageProcessor.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return network.to(target).eval(), image_processor, tokenizer
+
+
+def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGeneration) -> None:
+    """The weights are whole, and have every tensor of the model in its shape; nothing is loaded for it.
+
+    Args:
+        folder: what `resolve_model` found.
+        kind: the class of the model.
+
+    Raises:
+        CTInstructError: naming the file, or the tensors.
+    """
+    shapes = tensor_shapes(folder)
+    with _explaining(folder):
+        config = CTInstructConfig.from_pretrained(folder)
+        _check_config(config)
+        with torch.device("meta"):
+            network = kind(config)
+    if getattr(config, "quantization_config", None) is not None:  # its tensors are packed
+        return
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    missing = sorted(set(expected) - set(shapes))
+    if missing:
+        raise CTInstructError(
+            f"{folder}: its safetensors files lack {len(missing)} tensors of the model: {some(missing)}."
+        )
+    wrong = [
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if shapes[name] != shape
+    ]
+    if wrong:
+        raise CTInstructError(f"{folder}: weights and config.json do not fit each other: {some(wrong, 5)}.")
+
+
+def _check_config(config: Any) -> None:
+    """Fields that are first looked at while answering.
+
+    Raises:
+        CTInstructError: for values of a wrong type.
+    """
+    lists = config.disease_lists
+    sound = isinstance(lists, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists.values()
+    )
+    if not sound:
+        raise CTInstructError("disease_lists must be {name: [diseases]}")
+    for name, kind in (("note", str | None), ("trained", bool), ("names_masks", bool)):
+        if not isinstance(getattr(config, name), kind):  # type: ignore[arg-type]
+            raise CTInstructError(f"{name} is {getattr(config, name)!r}, a {type(getattr(config, name)).__name__}")
+    vocabulary = config.text_config.vocab_size
+    for name in SPECIAL_TOKENS:
+        value = getattr(config, name)
+        if not isinstance(value, int) or not 0 <= value < vocabulary:
+            raise CTInstructError(f"{name} is {value!r}, expected a number from 0 to {vocabulary - 1}")
+
+
+def _check_pair(config: Any, processor: CTInstructProcessor, folder: Path) -> None:
+    """Tokenizer and model mean the same by a token, processor and model by a head.
+
+    Raises:
+        CTInstructError: where they do not; answers would be wrong without a word.
+    """
+    for name, token in SPECIAL_TOKENS.items():
+        found = processor.tokenizer.convert_tokens_to_ids(token)
+        if found != getattr(config, name):
+            raise CTInstructError(
+                f"{folder / 'tokenizer.json'} gives {token} the id {found}, but config.json says {getattr(config, name)}: "
+                "save tokenizer and model together."
+            )
+    if processor.disease_lists and processor.disease_lists != config.disease_lists:
+        raise CTInstructError(
+            f"{folder / 'processor_config.json'} and config.json have different disease_lists: save both together."
+        )
+
+
+def _check_generation(network: CTInstructForConditionalGeneration) -> None:
+    settings: Any = network.generation_config
+    settings.validate()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "num_beams"):
+        value = getattr(settings, name, None)
+        values = value if isinstance(value, list) and name.endswith("_token_id") else [value]
+        if not all(one is None or (isinstance(one, int) and one >= 0) for one in values):
+            raise CTInstructError(f"generation_config.json: {name} is {value!r}, expected a whole number")
+
+
+def _try_image_processor(image_processor: Any) -> None:
+    """Prepare a small picture, which needs every setting."""
+    image_processor([torch.zeros(1, 8, 8)], spacing=[(1.0, 1.0, 1.0)], return_tensors="pt")
+
+
+def _is_failure(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of a library in Rust
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """Loading from a folder; whatever goes wrong becomes a sentence on the file at fault, found by reading each alone."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise _explained(folder, error) from error
+
+
+def _explained(folder: Path, error: BaseException) -> CTInstructError:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, GenerationConfig
+
+    parts: list[tuple[str, Callable[[], Any]]] = [
+        ("config.json", lambda: _check_config(CTInstructConfig.from_pretrained(folder))),
+        ("generation_config.json", lambda: GenerationConfig.from_pretrained(folder)),
+        ("tokenizer.json", lambda: Tokenizer.from_file(str(folder / "tokenizer.json"))),
+        ("tokenizer_config.json", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False)),
+        ("processor_config.json", lambda: _try_image_processor(CTInstructImageProcessor.from_pretrained(folder))),
+    ]
+    for name, read in parts:
+        try:
+            if (folder / name).exists():
+                read()
+        except BaseException as reason:
+            if not _is_failure(reason):
+                raise
+            return CTInstructError(f"{folder / name} cannot be used: {first_line(reason)}.")
+    if isinstance(error, CTInstructError):
+        return CTInstructError(f"{folder}: {first_line(error)}.")
+    return cannot_load("model", str(folder), error)
+
+
+__all__ = ["BUNDLED_MODEL", "ResolvedModel", "check_weights", "load_model", "load_processor", "load_stage_one",
+           "resolve_model"]  # fmt: skip
