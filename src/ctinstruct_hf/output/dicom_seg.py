@@ -152,7 +152,7 @@ def check_dicom_seg(volume: CTVolume) -> None:
     if volume.source.kind != "dicom" or not volume.source.dicom_files:
         raise CTInstructError(f"{name} is no DICOM series on disk: DICOM SEG references one.")
     first = pydicom.dcmread(
-        volume.source.dicom_files[0], stop_before_pixels=True, specific_tags=["FrameOfReferenceUID"]
+        volume.source.dicom_files[0], stop_before_pixels=True, force=True, specific_tags=["FrameOfReferenceUID"]
     )
     if not first.get("FrameOfReferenceUID"):
         raise CTInstructError(f"{name} has no frame of reference: DICOM SEG cannot be placed in it.")
@@ -172,7 +172,7 @@ def _source_frames(volume: CTVolume, notes: list[str]) -> tuple[list[_Frame], di
     """The scan's slices in the order of k, and the elements that the SEG takes from them."""
     source = volume.source
     headers: dict[Path, Any] = {
-        file: pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_WANTED))
+        file: pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_WANTED))
         for file in dict.fromkeys(source.dicom_files)
     }
     frames = []

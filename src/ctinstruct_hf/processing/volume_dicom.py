@@ -88,7 +88,9 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     rows, columns = integer(first.header, "Rows"), integer(first.header, "Columns")
     name = path.name or str(path)
     frames = sum({one.path: integer(one.header, "NumberOfFrames", 1) for one in slices}.values())
-    check_size(name, (max(frames, len(slices)), rows, columns), 2, limit)
+    check_size(
+        name, (max(frames, len(slices)), rows, columns), max(integer(first.header, "BitsAllocated") // 8, 2), limit
+    )
     hu = read_pixels(slices, rows, columns, warnings, limit.keep_padding)
     if hu.dtype != np.int16:  # whole values are cleaned slice by slice as they are read
         hu = clean_hu(hu, name, warnings, in_place=True, keep_padding=limit.keep_padding)
@@ -139,7 +141,7 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
         lean = drift - distances[:, None] * normal
         slope = lean[-1] / distances[-1]
         beside = float(np.linalg.norm(lean - distances[:, None] * slope, axis=1).max())
-        if beside <= max(first.pixel_spacing or (1.0,)):
+        if beside <= 0.5 * min(first.pixel_spacing):
             angle = np.degrees(np.arctan(np.linalg.norm(slope)))
             warnings.append(f"The gantry was tilted by {angle:.1f} degrees: resampled to an upright grid.")
         else:

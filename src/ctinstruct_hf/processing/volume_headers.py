@@ -7,11 +7,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.datadict import tag_for_keyword
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from .volume import CTInstructError, Limits
@@ -25,12 +26,15 @@ DIRECTORY = "1.2.840.10008.1.3.10"  # the class of a DICOMDIR
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
-def _tags(*keywords: str) -> list[int]:
-    return [tag for keyword in keywords if (tag := tag_for_keyword(keyword)) is not None]
+tag_of = cache(Tag)  # keyword -> tag; pydicom looks a keyword up each time
+
+
+def _tags(*keywords: str) -> list[BaseTag]:
+    return [tag_of(keyword) for keyword in keywords]
 
 
 # nothing in here identifies a patient
-HEADER_TAGS: list[int] = _tags(
+HEADER_TAGS = _tags(
     "ImageType",
     "SOPClassUID",
     "SOPInstanceUID",
@@ -160,7 +164,9 @@ def read_headers(files: Sequence[Path], limit: Limits) -> tuple[list[tuple[Path,
 
 
 def _starts_like_dicom(start: bytes) -> bool:
-    """Whether bytes without preamble begin with an element of group 2 or 8, explicit or implicit."""
+    """Whether bytes without preamble begin with an element of group 2 or 8, and one of DICOM's UIDs follows."""
+    if b"1.2.840.10008." not in start:
+        return False
     if len(start) < 16 or start[:2] not in (b"\x02\x00", b"\x08\x00") or int.from_bytes(start[2:4], "little") > 0x70:
         return False
     return (start[4:6].isalpha() and start[4:6].isupper()) or int.from_bytes(start[4:8], "little") <= 256
@@ -197,7 +203,7 @@ def what_it_is(header: Any) -> str:
 
 def numbers(dataset: Any, keyword: str) -> list[float]:
     """The decimal strings of an element, straight from its bytes where pydicom has not read them yet; [] for none."""
-    element = dataset.get_item(keyword)
+    element = dataset.get_item(tag_of(keyword))
     if element is None or element.value is None:
         return []
     value = element.value
@@ -210,7 +216,7 @@ def numbers(dataset: Any, keyword: str) -> list[float]:
 
 def integer(dataset: Any, keyword: str, default: int = 0) -> int:
     """A whole number of a header, straight from its bytes where pydicom has not read them yet."""
-    element = dataset.get_item(keyword)
+    element = dataset.get_item(tag_of(keyword))
     if element is None or element.value is None or element.value == b"":
         return default
     value = element.value
@@ -223,7 +229,7 @@ def integer(dataset: Any, keyword: str, default: int = 0) -> int:
 
 def text(dataset: Any, keyword: str) -> str:
     r"""An element's characters as stored, several values with \ between them; "" for none."""
-    element = dataset.get_item(keyword)
+    element = dataset.get_item(tag_of(keyword))
     value = None if element is None else element.value
     if value is None:
         return ""

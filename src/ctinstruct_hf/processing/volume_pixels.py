@@ -41,8 +41,7 @@ def read_pixels(
     """HU (slices, rows, columns): int16 where every rescale is whole, float32 otherwise."""
     check_encoding(slices, warnings)
     check_rescale(slices, warnings)
-    rescales = {(1.0 if one.slope is None else one.slope, one.intercept or 0.0) for one in slices}
-    whole = all(slope == int(slope) and intercept == int(intercept) for slope, intercept in rescales)
+    whole = all((one.slope or 1.0).is_integer() and (one.intercept or 0.0).is_integer() for one in slices)
     hu = np.empty((len(slices), rows, columns), dtype=np.int16 if whole else np.float32)
     wrong_sign: list[str] = []
 
@@ -167,7 +166,8 @@ def padding_of(words: np.ndarray, stored: np.ndarray, one: Slice) -> np.ndarray 
     if signed and high >= 2 ** (bits - 1) and high < 2**bits:  # written as unsigned
         low, high = sorted((low - 2**bits if low >= 2 ** (bits - 1) else low, high - 2**bits))
     elif not signed and low < 0:  # written as signed
-        low, high = sorted((low + 2**16, high + 2**16 if high < 0 else high))
+        wrap = 2 ** (8 * stored.dtype.itemsize)
+        low, high = sorted((low + wrap, high + wrap if high < 0 else high))
     if high >= 2**bits:  # outside the bits of a pixel: the whole word says so
         stored = words.view(np.uint16) if words.dtype.itemsize == 2 else words
     padded = (stored == low) if low == high else (stored >= low) & (stored <= high)

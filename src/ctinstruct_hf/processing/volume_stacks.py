@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .volume import CTInstructError
-from .volume_headers import integer, some
+from .volume_headers import integer, some, text
 from .volume_slices import Slice
 
 Group = tuple[str, list[Slice]]  # what tells a group of images from the others, its images
@@ -75,7 +75,7 @@ def _without_copies(images: list[Slice], notes: list[str]) -> list[Slice]:
     """Each image once: the same SOPInstanceUID, frame and position is the same image, wherever it lies."""
     kept: dict[tuple[object, ...], Slice] = {}
     for one in images:
-        uid = str(one.header.get("SOPInstanceUID", "")) or str(one.path)
+        uid = text(one.header, "SOPInstanceUID") or str(one.path)
         place = None if one.position is None else tuple(one.position)
         kept.setdefault((uid, one.frame, place), one)
     if len(kept) < len(images):
