@@ -10,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .volume import AIR_HU, CTInstructError, CTVolume, Limits, VolumeSource, canonical, check_size, clean_hu
+from .volume import (
+    AIR_HU,
+    CTInstructError,
+    CTVolume,
+    Limits,
+    VolumeSource,
+    canonical,
+    check_affine,
+    check_size,
+    clean_hu,
+)
 from .volume_headers import integer, quiet_pydicom, some
 from .volume_pixels import read_pixels
 from .volume_resampling import SliceResampling
@@ -108,6 +118,7 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     affine[:3, 2] = normal * step
     affine[:3, 3] = first.position
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    check_affine(affine, name)
     source = VolumeSource(
         (columns, rows, len(slices)),
         affine,
@@ -158,13 +169,14 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     upright[:3, 3] -= margins[0] * affine[:3, 0] + margins[2] * affine[:3, 1]
     source.affine = affine.copy()
     source.affine[:3, 2] = mean_step * [-1.0, -1.0, 1.0]
-    return canonical(resampling.forward(stored, fill=AIR_HU), upright, source, warnings)
+    even_hu = resampling.forward(stored, fill=0 if limit.labels else AIR_HU, nearest=limit.labels)
+    return canonical(even_hu, upright, source, warnings)
 
 
 def slice_step(distances: np.ndarray, first: Slice) -> tuple[float, bool, str]:
     """mm between slices, whether that holds for all, and where it does not."""
     if len(distances) == 1:
-        return first.thickness or float(first.header.get("SpacingBetweenSlices", 0) or 0) or 1.0, True, ""
+        return first.thickness or 1.0, True, ""
     steps = np.diff(distances)
     step = float(np.median(steps))
     odd = np.flatnonzero(np.abs(steps - step) > max(0.02, 0.02 * step))
