@@ -104,7 +104,7 @@ class CTVolume:
     def from_file_axes(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `in_file_axes`."""
         identity = np.array([[0, 1], [1, 1], [2, 1]])
-        turn = nib.orientations.ornt_transform(self.source.orientation, identity)
+        turn = nib.orientations.ornt_transform(identity, self.source.orientation)
         return nib.orientations.apply_orientation(array, turn).transpose(2, 1, 0)
 
     def to_source(self, mask: Any, path: str | Path | None = None) -> nib.Nifti1Image:

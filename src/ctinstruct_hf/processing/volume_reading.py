@@ -100,7 +100,7 @@ def _read(
         raise CTInstructError(
             f"A volume cannot be read from a {type(source).__name__}: give a path, an image or an array."
         )
-    return from_array(array, spacing or (1.0, 1.0, 1.0), keep_padding=limit.keep_padding)
+    return from_array(array, (1.0, 1.0, 1.0) if spacing is None else spacing, keep_padding=limit.keep_padding)
 
 
 def _read_path(
