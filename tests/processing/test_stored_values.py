@@ -79,7 +79,7 @@ def test_scale_factors_apply_to_objects_and_pairs_as_to_files(slope: float, inte
 def test_a_slope_without_an_intercept_is_refused_and_no_slope_is_none(dtype: type, tmp_path: Path) -> None:
     stored = np.rint(field(AFFINE)).astype(dtype)
     for inter in (np.nan, np.inf):
-        with pytest.raises(CTInstructError, match="scl_inter (nan|inf)"):
+        with pytest.raises(CTInstructError, match=r"scl_inter (nan|inf)"):
             read_volume(changed(tmp_path / "scan.nii", {"scl_slope": 2, "scl_inter": inter}, stored))
     for slope, inter in ((0, 5), (np.nan, np.nan), (np.nan, 7)):
         assert off(read_volume(changed(tmp_path / "scan.nii", {"scl_slope": slope, "scl_inter": inter}, stored))) <= 0.5
