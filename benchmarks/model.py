@@ -9,6 +9,7 @@ resolution, then the dot product.
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from common import PeakMemory, alternate, arguments, header, table
 
 from ctinstruct_hf import CTInstructConfig, CTInstructSegmentationDecoder, CTInstructVisionModel
+from ctinstruct_hf.modeling.inference_ctinstruct import optimize_for_inference
 from ctinstruct_hf.modeling.segmentation_ctinstruct import assemble, sinusoid_2d
 from ctinstruct_hf.modeling.vision_blocks_ctinstruct import ConvNorm
 
@@ -82,6 +84,7 @@ def main() -> int:
         if isinstance(module, torch.nn.BatchNorm2d):  # norms that do something
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+    quick = tuple(optimize_for_inference(copy.deepcopy(part)) for part in (tower, decoder))
     queries = torch.randn(1, segmentation.hidden_size)
     count = sum(parameter.numel() for part in (tower, decoder) for parameter in part.parameters())
     print(
@@ -108,12 +111,12 @@ def main() -> int:
         }
         for patches, pixels in inputs.items():
             grid = (patches, 1, 1, depth)
-            exact, plain = ours(pixels, grid, (tower, decoder)), theirs(pixels, grid)
+            exact, plain = ours(pixels, grid, quick), theirs(pixels, grid)
             difference = float((exact - plain).abs().max() / plain.abs().max())
             print(f"{patches} patches: outputs differ by {difference:.1e} of the largest", flush=True)
             assert difference < 1e-4
             for name, side_of in (
-                ("ours", lambda: ours(pixels, grid, (tower, decoder))),
+                ("ours", lambda: ours(pixels, grid, quick)),
                 ("theirs", lambda: theirs(pixels, grid)),
             ):
                 gc.collect()
@@ -123,7 +126,7 @@ def main() -> int:
             pairs.append(
                 alternate(
                     f"float32, {patches} patches, one answer, one mask",
-                    lambda: ours(pixels, grid, (tower, decoder)),
+                    lambda: ours(pixels, grid, quick),
                     lambda: theirs(pixels, grid),
                     runs,
                     None if options.quick else 1.4,
@@ -133,10 +136,10 @@ def main() -> int:
         half = (CTInstructVisionModel(vision).eval(), CTInstructSegmentationDecoder(segmentation).eval())
         half[0].load_state_dict(tower.state_dict())
         half[1].load_state_dict(decoder.state_dict())
-        half = (half[0].to(torch.bfloat16), half[1].to(torch.bfloat16))
+        half = tuple(optimize_for_inference(part.to(torch.bfloat16)) for part in half)
         pixels = next(iter(inputs.values()))[:depth]
         grid = (1, 1, 1, depth)
-        exact = ours(pixels, grid, (tower, decoder)) > 0
+        exact = ours(pixels, grid, quick) > 0
         rounded = ours(pixels.to(torch.bfloat16), grid, half) > 0
         dice = float(2 * (exact & rounded).sum() / (exact.sum() + rounded.sum()).clamp(min=1))
         print(f"bfloat16 mask against float32: Dice {dice:.4f}")

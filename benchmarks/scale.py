@@ -32,12 +32,13 @@ def measure(preset: str, side: int, patches: int, studies: int, runs: int) -> di
     import torch
 
     from ctinstruct_hf import CTInstructConfig, CTInstructSegmentationDecoder, CTInstructVisionModel
+    from ctinstruct_hf.modeling.inference_ctinstruct import optimize_for_inference
 
     torch.manual_seed(0)
     config = CTInstructConfig.preset(preset)  # type: ignore[arg-type]
     depth = 32
-    tower = CTInstructVisionModel(config.vision_config).eval()
-    decoder = CTInstructSegmentationDecoder(config.segmentation_config).eval()
+    tower = optimize_for_inference(CTInstructVisionModel(config.vision_config).eval())
+    decoder = optimize_for_inference(CTInstructSegmentationDecoder(config.segmentation_config).eval())
     query = torch.randn(1, config.segmentation_config.hidden_size)
 
     @torch.inference_mode()

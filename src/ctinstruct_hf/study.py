@@ -419,10 +419,9 @@ class Study:
         rows = slice(stop - int(np.prod(grids[-1])), stop)
         return self.model.segmentation_decoder(
             self.model.segmentation_query(torch.stack(queries)),
-            self.features.feature_maps,
-            self.features.last_hidden_state,
+            tuple(part[rows] for part in self.features.feature_maps),
+            self.features.last_hidden_state[rows],
             grids[-1],
-            rows,
         )
 
     @torch.inference_mode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +17,7 @@ from ctinstruct_hf import (
     CTInstructVisionModel,
 )
 from ctinstruct_hf.evaluation.segmentation import volume_dice
+from ctinstruct_hf.modeling.inference_ctinstruct import optimize_for_inference
 from ctinstruct_hf.modeling.losses_ctinstruct import mask_loss
 
 KINDS = [("hybrid", "paper"), ("hybrid", "released"), ("resnet3d", "paper"), ("vit3d", "paper")]
@@ -48,8 +52,8 @@ def test_the_stem_reads_each_window_as_a_channel(tiny_config) -> None:
     model = CTInstructVisionModel(config).eval()
     assert model.get_input_embeddings().weight.shape[1] == 2
     slices = torch.tensor([[[-1.0, -0.2, 0.05, 0.3, 1.0]]])
-    torch.testing.assert_close(model.encoder.windowed(slices)[0, 0], slices[0])
-    torch.testing.assert_close(model.encoder.windowed(slices)[0, 1], torch.tensor([[-1.0, -1.0, 0.0, 1.0, 1.0]]))
+    torch.testing.assert_close(model.encoder.windows(slices)[0, 0], slices[0])
+    torch.testing.assert_close(model.encoder.windows(slices)[0, 1], torch.tensor([[-1.0, -1.0, 0.0, 1.0, 1.0]]))
     pixels = torch.rand(3, 64, 64) - 0.5
     seen = model(pixels, [(1, 1, 1, 3)])
     outside = model(torch.where(pixels > 0.3, pixels + 0.1, pixels), [(1, 1, 1, 3)])  # one of the windows still sees it
@@ -82,26 +86,24 @@ def test_a_mixed_batch_gives_each_image_what_it_gets_alone(tower: CTInstructVisi
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("grids", [[(3, 1, 1, 4)], [(1, 2, 3, 2), (1, 2, 3, 2), (2, 1, 1, 2)]], ids=["one", "several"])
-def test_inference_and_training_paths_agree(
-    tower: CTInstructVisionModel, grids: list[tuple[int, int, int, int]], padded: bool
+def test_a_tower_made_quick_for_inference_gives_the_same(
+    tower: CTInstructVisionModel, grids: list[tuple[int, int, int, int]], padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks, folded norms, reused padding and attention in place change nothing but the rounding."""
+    """Chunks, folded norms and reused padding change nothing but the rounding."""
     count = sum(z * y * x * s for z, y, x, s in grids)
     pixels = torch.randn(count, 64, 64)
     mask = torch.ones(count, dtype=torch.bool)
     if padded:
         mask[count - 4 :] = False
         pixels[count - 4 :] = -1.0
-    if tower.config.architecture == "hybrid":
-        tower.encoder.slice_chunk_size = 5
-        for module in tower.modules():
-            if hasattr(module, "chunk_cells"):
-                module.chunk_cells = 10
-    plain = tower(pixels, grids, mask)
+    monkeypatch.setattr("ctinstruct_hf.modeling.inference_ctinstruct.CELLS_PER_SLICE", 2)
+    quick = copy.deepcopy(tower)
+    quick.config.slice_chunk_size = 5
+    optimize_for_inference(quick)
     with torch.no_grad():
-        fast = tower(pixels, grids, mask)
-    torch.testing.assert_close(fast.last_hidden_state, plain.last_hidden_state, atol=1e-5, rtol=1e-4)
-    for ours, theirs in zip(fast.feature_maps, plain.feature_maps, strict=True):
+        expected, found = tower(pixels, grids, mask), quick(pixels, grids, mask)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(found.feature_maps, expected.feature_maps, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -122,7 +124,7 @@ def test_attention_over_many_patches_works_in_bounded_chunks(tiny_config) -> Non
     """Beside the volume itself nothing grows with the patches but the biases, small at this size."""
     config = tiny_config().vision_config
     config.slice_chunk_size = 1
-    tower = CTInstructVisionModel(config).eval()
+    tower = optimize_for_inference(CTInstructVisionModel(config).eval())
     largest = []
     for patches in (4, 16):
         last_map = torch.randn(patches * 32, config.hidden_size, 4, 4)
@@ -132,15 +134,19 @@ def test_attention_over_many_patches_works_in_bounded_chunks(tiny_config) -> Non
     assert largest[1] <= 1.5  # feed-forward over all cells at once would be more than twice the volume
 
 
-def test_folded_norms_follow_a_changed_weight(tiny_config) -> None:
-    tower = CTInstructVisionModel(tiny_config().vision_config).eval()
-    pixels = torch.randn(2, 64, 64)
-    with torch.no_grad():
-        before = tower(pixels).last_hidden_state
-        tower.encoder.stages[0][0].reduce.norm.weight.mul_(3.0)
-        after = tower(pixels).last_hidden_state
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, tower(pixels).last_hidden_state.detach(), atol=1e-5, rtol=1e-4)
+@torch.no_grad()
+def test_norms_are_folded_but_for_the_stem_whose_map_is_given_back(tiny_config) -> None:
+    tower = optimize_for_inference(CTInstructVisionModel(tiny_config().vision_config).eval())
+    norms = [name for name, module in tower.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms == ["encoder.stem.norm"]
+
+
+def test_a_model_made_quick_for_inference_is_not_saved(tiny_config, tmp_path: Path) -> None:
+    """Its folded weights would load as something else."""
+    model = optimize_for_inference(CTInstructForConditionalGeneration(tiny_config()).eval())
+    with pytest.raises(CTInstructError, match="load it again"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @torch.no_grad()
@@ -188,14 +194,14 @@ def test_masks_in_chunks_equal_masks_at_once(tiny_config, detail: bool) -> None:
     grid = (2, 1, 2, 3)
     features = tower(torch.randn(12, 64, 64), [grid])
     arguments = (torch.randn(3, 16), features.feature_maps, features.last_hidden_state, grid)
+    whole = decoder(*arguments)
+    more = (torch.randn(9, 16), *arguments[1:])  # more queries than channels takes the other path
+    more_whole = decoder(*more)
     decoder.config.slice_chunk_size = 2
-    chunked = decoder(*arguments)
-    with torch.enable_grad():
-        whole = decoder(*arguments)
-    assert chunked.shape == (3, 6, 64, 128)
-    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-4)
-    many = decoder(torch.randn(9, 16), *arguments[1:])  # more queries than channels takes the other path
-    assert many.shape == (9, 6, 64, 128)
+    optimize_for_inference(decoder)
+    assert whole.shape == (3, 6, 64, 128)
+    torch.testing.assert_close(decoder(*arguments), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder(*more), more_whole, atol=1e-5, rtol=1e-4)
 
 
 def test_the_slices_at_full_resolution_give_edges_of_one_voxel(tiny_config) -> None:

@@ -199,7 +199,7 @@ def load_model(
         )
         _check_generation(network)
     network.config._commit_hash = resolved.commit
-    return network.to(target).eval(), processor
+    return network.to(target).eval().optimize_for_inference(), processor
 
 
 def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

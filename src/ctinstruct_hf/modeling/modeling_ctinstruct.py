@@ -23,8 +23,9 @@ from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstr
 from .losses_ctinstruct import label_loss, masks_loss, prompt_loss
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
+from .vision_attention_ctinstruct import CosineAttention
 from .vision_blocks_ctinstruct import init_weights
-from .vision_ctinstruct import CosineAttention, CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
+from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +107,7 @@ class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    _no_split_modules = ["Bottleneck", "AttentionLayer", "UpBlock", "TokenUpBlock", "DecoderLayer"]
+    _no_split_modules = ["Bottleneck", "AttentionLayer", "UpBlock", "DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache", "vision_features", "mm_encoder_outputs"]
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .configuration_ctinstruct import CTInstructError
+
 _TWO_STAGES = {
     "AutoConfig": "configuration_ctinstruct.CTInstructConfig",
     "AutoModel": "modeling_ctinstruct.CTInstructModel",
@@ -38,6 +40,8 @@ class SavesItsCode:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
+        if getattr(self, "optimized_for_inference", False):
+            raise CTInstructError("The model was made quick for inference and cannot be saved: load it again.")
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
             return

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .configuration_ctinstruct import CTInstructSegmentationConfig
 from .saving_ctinstruct import SavesItsCode
-from .vision_blocks_ctinstruct import ConvNorm, eager_attention, fastest_layout, init_weights, needs_plain_forward
+from .small_models_ctinstruct import DetailBlock
+from .vision_blocks_ctinstruct import ConvNorm, eager_attention, init_weights
 
 
 class UpBlock(GradientCheckpointingLayer):
@@ -31,29 +31,11 @@ class UpBlock(GradientCheckpointingLayer):
         self.first = ConvNorm(nn.Conv2d(2 * out, out, 3, padding=1, bias=False), "leaky_relu")
         self.second = ConvNorm(nn.Conv2d(out, out, 3, padding=1, bias=False), "leaky_relu")
 
-    def raise_to(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """`hidden` at the size of `skip`."""
-        return self.up(hidden)
-
     def forward(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        joined = torch.cat([self.raise_to(hidden, skip), skip], dim=1)
-        return self.second(self.first(fastest_layout(joined)))
-
-
-class TokenUpBlock(UpBlock):
-    """The first step, from the slice's token [N, D, 1, 1] to the last map's h x w; patches of another side than
-    `last_map_size` stands for are interpolated."""
-
-    def raise_to(self, hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        # a transposed convolution of one pixel is a matrix product, and much faster as one
-        weight = self.up.weight  # [D, C, side, side]
-        if weight.is_meta:  # offloaded: only the module's own call brings it back
-            raised = self.up(hidden)
-        else:
-            raised = (hidden.flatten(1) @ weight.flatten(1)).view(-1, *weight.shape[1:])
-        if raised.shape[-2:] != skip.shape[-2:]:
+        raised = self.up(hidden)
+        if raised.shape[-2:] != skip.shape[-2:]:  # a token raised to `last_map_size`, where patches have another side
             raised = F.interpolate(raised, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        return raised
+        return self.second(self.first(torch.cat([raised, skip], dim=1)))
 
 
 class CrossAttention(nn.Module):
@@ -97,23 +79,6 @@ class DecoderLayer(GradientCheckpointingLayer):
         return queries + self.down(F.relu(self.up(self.feed_forward_norm(queries))))
 
 
-class DetailBlock(GradientCheckpointingLayer):
-    """A map at full resolution: the slices as they are join what the U-Net knows of the place. Not in the paper.
-
-    [N, C_slices, H, W] and [N, C_stem, H / 2, W / 2] -> [N, C_detail, H, W].
-    """
-
-    def __init__(self, slice_channels: int, stem_channels: int, out: int) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose2d(stem_channels, out, 2, stride=2, bias=False)
-        self.first = ConvNorm(nn.Conv2d(slice_channels, out, 3, padding=1, bias=False), "leaky_relu")
-        self.second = ConvNorm(nn.Conv2d(2 * out, out, 1, bias=False), "leaky_relu")
-
-    def forward(self, slices: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
-        joined = torch.cat([self.up(half), self.first(fastest_layout(slices))], dim=1)
-        return self.second(fastest_layout(joined))
-
-
 class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     """Masks of one image from the tower's maps and tokens, one per query."""
 
@@ -124,14 +89,14 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["UpBlock", "TokenUpBlock", "DecoderLayer"]
+    _no_split_modules = ["UpBlock", "DecoderLayer"]
 
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
         super().__init__(config)
         channels = list(config.feature_channels)
         slice_channels = channels.pop(0) if config.detail_channels else 0
         width = config.hidden_size
-        self.token_block = TokenUpBlock(channels[-1], channels[-1], config.last_map_size)
+        self.token_block = UpBlock(channels[-1], channels[-1], config.last_map_size)
         self.blocks = nn.ModuleList(
             [UpBlock(deep, skip, 2) for deep, skip in zip(channels[:0:-1], channels[-2::-1], strict=True)]
         )
@@ -156,25 +121,17 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
 
-    def unet_maps(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Without the slices, if they come before them."""
-        return feature_maps[1:] if self.detail is not None else feature_maps
-
-    def coarse(self, feature_maps: tuple[torch.Tensor, ...], tokens: torch.Tensor) -> torch.Tensor:
-        """The first two steps of the U-Net, small in pixels and large in weights: [N, C, H / 16, W / 16]."""
-        hidden = self.token_block(tokens[:, :, None, None], feature_maps[-1])
-        return self.blocks[0](hidden, feature_maps[-2])
-
-    def fine(self, feature_maps: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> torch.Tensor:
-        """The rest of the U-Net up to half resolution, large in pixels: [N, C_stem, H / 2, W / 2]."""
-        for block, skip in zip(self.blocks[1:], self.unet_maps(feature_maps)[-3::-1], strict=True):
+    def unet(self, feature_maps: Sequence[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """The U-Net up to half resolution: [N, C_stem, H / 2, W / 2]."""
+        hidden = tokens[:, :, None, None]
+        for block, skip in zip([self.token_block, *self.blocks], feature_maps[::-1], strict=True):
             hidden = block(hidden, skip)
         return hidden
 
-    def memory(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def memory(self, feature_maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values Z_f of equation 3, [N, h*w, D_text], the same for all queries."""
         size = feature_maps[-1].shape[-2:]
-        pooled = [F.avg_pool2d(part, part.shape[-1] // size[-1]) for part in self.unet_maps(feature_maps)]
+        pooled = [F.avg_pool2d(part, part.shape[-1] // size[-1]) for part in feature_maps]
         values = self.fuse(torch.cat(pooled, dim=1).flatten(2).transpose(1, 2))
         return values + sinusoid_2d(size, values.shape[-1], values.device, values.dtype), values
 
@@ -185,26 +142,31 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             states = layer(states, keys, values)
         return self.mask_embedding(self.norm(states))
 
-    def paint(self, embeddings: torch.Tensor, half: torch.Tensor, detail: torch.Tensor | None = None) -> torch.Tensor:
-        """Dot product of mask embeddings [N, C, C_stem + C_detail] with the maps at full resolution: [N, C, H, W]."""
-        if detail is None:
-            return self.paint_half(embeddings, half)
-        stem, fine = embeddings.split([half.shape[1], detail.shape[1]], dim=2)
-        return self.paint_half(stem, half) + torch.einsum("ncd,ndhw->nchw", fine, detail)
+    def paint(
+        self,
+        queries: Sequence[torch.Tensor],
+        feature_maps: tuple[torch.Tensor, ...],
+        tokens: torch.Tensor,
+        grids: Sequence[tuple[int, int, int, int]],
+    ) -> list[torch.Tensor]:
+        """Mask logits [C, Z*S, Y*H, X*W] of each image, whose slices come one after the other.
 
-    def paint_half(self, embeddings: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
-        """Dot product of [N, C, C_stem] with the U-Net's map, brought to full resolution: [N, C, H, W].
-
-        The last upsampling is linear, so the embeddings go through its kernel instead of the map: equal, and cheaper
-        while there are fewer queries than channels.
+        The U-Net runs once over the slices of all images; a mask is the dot product of its embedding with the map.
         """
-        count, queries, _ = embeddings.shape
-        if queries >= half.shape[1] or self.last_up.weight.is_meta:
-            return torch.einsum("ncd,ndhw->nchw", embeddings, self.last_up(half))
-        kernel = torch.einsum("ncd,edij->ncije", embeddings, self.last_up.weight)  # [N, C, 2, 2, C_stem]
-        height, width = half.shape[-2:]
-        painted = torch.einsum("nke,nehw->nkhw", kernel.flatten(1, 3), half)
-        return F.pixel_shuffle(painted.reshape(count, queries * 4, height, width), 2)
+        unet_maps = feature_maps[1:] if self.detail is not None else feature_maps
+        keys, values = self.memory(unet_maps)
+        half = self.unet(unet_maps, tokens)
+        full = self.last_up(half)  # [N, C_stem, H, W]
+        if self.detail is not None:
+            full = torch.cat([full, self.detail(feature_maps[0], half)], dim=1)
+        sizes = [math.prod(grid) for grid in grids]
+        masks = []
+        for query, key, value, painted, grid in zip(
+            queries, keys.split(sizes), values.split(sizes), full.split(sizes), grids, strict=True
+        ):
+            embeddings = self.mask_embeddings(query, key, value)
+            masks.append(assemble(torch.einsum("ncd,ndhw->nchw", embeddings, painted), grid))
+        return masks
 
     def forward(
         self,
@@ -212,7 +174,6 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         feature_maps: tuple[torch.Tensor, ...],
         tokens: torch.Tensor,
         grid: tuple[int, int, int, int] | Sequence[tuple[int, int, int, int]],
-        rows: slice | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Mask logits on the canvas of one image, or of each of several.
 
@@ -220,33 +181,26 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             queries: T_seg [C, D_text]; a list of them for several images, where an image may have none.
             feature_maps: the tower's maps [N, ...].
             tokens: the tower's tokens [N, D].
-            grid: patches along depth, height and width, slices per patch; a list of them for several images.
-            rows: the slices of a single image among the N (all by default). Several images have theirs one after the
-                other. While training, their statistics in batch norm are joint.
+            grid: patches along depth, height and width, slices per patch; a list of them for several images, whose
+                slices come one after the other. While training, their statistics in batch norm are joint.
 
         Returns:
             [C, Z*S, Y*patch_height, X*patch_width], or a list of such.
         """
-        several = not isinstance(queries, torch.Tensor)
-        if several:
-            each: list[torch.Tensor] = list(queries)
-            grids: list[Any] = list(grid)
-            sizes = [math.prod(one) for one in grids]
-            spans = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-        else:
-            each, grids = [cast(torch.Tensor, queries)], [grid]
-            spans = [rows if rows is not None else slice(0, tokens.shape[0])]
-        asked = [index for index, one in enumerate(each) if len(one)]
-        if needs_plain_forward(self):
-            painted = self.paint_together(each, feature_maps, tokens, grids, spans, asked)
-        else:
-            painted = {
-                index: self.paint_in_chunks(each[index], feature_maps, tokens, grids[index], spans[index])
-                for index in asked
-            }
-        if not several:
-            return painted[0]
-        return [painted[index] if index in painted else tokens.new_zeros(0, 0, 0, 0) for index in range(len(each))]
+        if isinstance(queries, torch.Tensor):
+            return self.paint([queries], feature_maps, tokens, [cast(tuple[int, int, int, int], grid)])[0]
+        grids = cast(Sequence[tuple[int, int, int, int]], grid)
+        asked = [index for index, query in enumerate(queries) if len(query)]
+        masks = [tokens.new_zeros(0, 0, 0, 0) for _ in queries]
+        if asked and len(asked) < len(queries):  # images without a query are left out
+            spans = torch.arange(len(tokens), device=tokens.device).split([math.prod(row) for row in grids])
+            kept = torch.cat([spans[index] for index in asked])
+            feature_maps, tokens = tuple(part[kept] for part in feature_maps), tokens[kept]
+        if asked:
+            painted = self.paint([queries[i] for i in asked], feature_maps, tokens, [grids[i] for i in asked])
+            for index, mask in zip(asked, painted, strict=True):
+                masks[index] = mask
+        return masks
 
     def paint_owned(
         self,
@@ -264,73 +218,13 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             feature_maps, tokens, grids: of all images, see `forward`.
         """
         rows = [[row for row, owner in enumerate(owners) if owner == image] for image in range(len(grids))]
-        painted = self([queries[own] for own in rows], feature_maps, tokens, grids)
+        painted = self([queries[of_image] for of_image in rows], feature_maps, tokens, grids)
         masks = {
-            row: mask for own, parts in zip(rows, painted, strict=True) for row, mask in zip(own, parts, strict=True)
+            row: mask
+            for of_image, parts in zip(rows, painted, strict=True)
+            for row, mask in zip(of_image, parts, strict=True)
         }
         return [masks[row] for row in range(len(queries))]
-
-    def paint_together(
-        self,
-        queries: Sequence[torch.Tensor],
-        feature_maps: tuple[torch.Tensor, ...],
-        tokens: torch.Tensor,
-        grids: Sequence[tuple[int, int, int, int]],
-        spans: Sequence[slice],
-        asked: Sequence[int],
-    ) -> dict[int, torch.Tensor]:
-        """The U-Net runs once over the slices of all images that are asked about, then each image is painted."""
-        maps, seen = feature_maps, tokens
-        if len(asked) == 1:
-            maps, seen = tuple(part[spans[asked[0]]] for part in feature_maps), tokens[spans[asked[0]]]
-        elif len(asked) < len(queries):
-            kept = torch.cat([torch.arange(spans[one].start, spans[one].stop, device=tokens.device) for one in asked])
-            maps, seen = tuple(part[kept] for part in feature_maps), tokens[kept]
-        keys, values = self.memory(maps)
-        half = self.fine(maps, self.coarse(maps, seen))
-        detail = None if self.detail is None else self.detail(maps[0], half)
-        sizes = [spans[one].stop - spans[one].start for one in asked]
-        painted = {}
-        details = [None] * len(sizes) if detail is None else detail.split(sizes)
-        for one, key, value, part, own in zip(
-            asked, keys.split(sizes), values.split(sizes), half.split(sizes), details, strict=True
-        ):
-            embeddings = self.mask_embeddings(queries[one], key, value)
-            painted[one] = assemble(self.paint(embeddings, part, own), grids[one])
-        return painted
-
-    def paint_in_chunks(
-        self,
-        queries: torch.Tensor,
-        feature_maps: tuple[torch.Tensor, ...],
-        tokens: torch.Tensor,
-        grid: tuple[int, int, int, int],
-        rows: slice,
-    ) -> torch.Tensor:
-        """The same masks with bounded memory: more slices at once where maps are small, fewer where they are large."""
-        z, y, x, s = grid
-        step = self.config.slice_chunk_size
-        canvas: torch.Tensor | None = None
-        for start in range(rows.start, rows.stop, 4 * step):
-            wide = slice(start, min(start + 4 * step, rows.stop))
-            maps = tuple(part[wide] for part in feature_maps)
-            embeddings = self.mask_embeddings(queries, *self.memory(maps))
-            hidden = self.coarse(maps, tokens[wide])
-            for first in range(0, wide.stop - wide.start, step):
-                narrow = slice(first, first + step)
-                few = tuple(part[narrow] for part in maps)
-                half = self.fine(few, hidden[narrow])
-                detail = None if self.detail is None else self.detail(few[0], half)
-                painted = self.paint(embeddings[narrow], half, detail)
-                if canvas is None:
-                    height, width = painted.shape[-2:]
-                    canvas = painted.new_empty((painted.shape[1], z, s, y, height, x, width))
-                for offset, part in enumerate(painted):
-                    patch, place = divmod(start - rows.start + first + offset, s)
-                    plane, row, column = patch // (y * x), patch // x % y, patch % x
-                    canvas[:, plane, place, row, :, column, :] = part
-        assert canvas is not None
-        return canvas.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
 def assemble(patches: torch.Tensor, grid: tuple[int, int, int, int]) -> torch.Tensor:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-
-def channels_last(images: torch.Tensor) -> torch.Tensor:
-    """The memory order in which 2D convolutions are fastest; values unchanged. [N, C, H, W]."""
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def eager_attention(
@@ -33,69 +28,24 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-def fastest_layout(images: torch.Tensor) -> torch.Tensor:
-    """Channels last, but for the small maps of float32 on a CPU, whose wide kernels run faster channels first."""
-    small = images.shape[-1] * images.shape[-2] <= 256 and images.dtype == torch.float32
-    if small and images.device.type == "cpu":
-        return images.contiguous()
-    return channels_last(images)
-
-
-def is_plain(conv: nn.Module) -> bool:
-    """False where the convolution's weights are not simply there (an adapter, offloaded weights): only its own call
-    knows them then."""
-    return type(conv) in (nn.Conv2d, nn.Conv3d) and not hasattr(conv, "_hf_hook") and not conv.weight.is_meta
-
-
-def needs_plain_forward(module: nn.Module) -> bool:
-    """True where gradients or a graph are wanted: then nothing is folded, cut in chunks or changed in place."""
-    return module.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, activation.
+    """Convolution without bias, batch norm, activation."""
 
-    In inference the norm is folded into the convolution, so that one pass over the pixels is saved: equal up to
-    rounding. The folded weights are kept until a parameter changes.
-    """
-
-    def __init__(self, conv: nn.Conv2d | nn.Conv3d, activation: str | None = None) -> None:
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d, activation: Literal["relu", "leaky_relu"] | None = None) -> None:
         super().__init__()
         self.conv = conv
         norm = nn.BatchNorm2d if isinstance(conv, nn.Conv2d) else nn.BatchNorm3d
         self.norm = norm(conv.out_channels)
         self.activation = activation
-        self._folded: tuple[Any, torch.Tensor, torch.Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
-
-    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of the one convolution that equals convolution and norm in inference."""
-        norm, weight = self.norm, self.conv.weight
-        sources = (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        state = tuple(
-            (id(source), 0 if source.is_inference() else source._version, source.dtype, source.device)
-            for source in sources
-        )
-        if self._folded is None or self._folded[0] != state:
-            scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-            bias = norm.bias.float() - norm.running_mean.float() * scale
-            folded = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
-            self._folded = (state, folded.to(weight.dtype), bias.to(weight.dtype))
-        return self._folded[1], self._folded[2]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if needs_plain_forward(self) or not is_plain(self.conv):
-            hidden = self.norm(self.conv(images))
-        else:
-            weight, bias = self.folded()
-            convolve = F.conv2d if weight.ndim == 4 else F.conv3d
-            hidden = convolve(images, weight, bias, self.conv.stride, self.conv.padding)
+        return self.activate(self.norm(self.conv(images)))
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.activation == "relu":
-            return F.relu(hidden, inplace=not torch.is_grad_enabled())
+            return F.relu(hidden)
         if self.activation == "leaky_relu":
-            return F.leaky_relu(hidden, 0.01, inplace=not torch.is_grad_enabled())
+            return F.leaky_relu(hidden, 0.01)
         return hidden
 
 
@@ -113,10 +63,7 @@ class Bottleneck(GradientCheckpointingLayer):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         residual = images if self.shortcut is None else self.shortcut(images)
-        hidden = self.expand(self.spatial(self.reduce(images)))
-        if torch.is_grad_enabled():
-            return F.relu(hidden + residual)
-        return F.relu_(hidden.add_(residual))
+        return F.relu(self.expand(self.spatial(self.reduce(images))) + residual)
 
 
 def init_weights(module: nn.Module, deviation: float) -> None:

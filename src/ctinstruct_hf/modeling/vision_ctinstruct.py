@@ -1,12 +1,11 @@
 """The vision tower (section 3.2): a ResNet2D reads every slice, attention relates patches, then slices.
 
-Names of dimensions, the same everywhere: N slices of all images, D width of a token, Z x Y x X the patches of one image
-along depth, height and width, S slices in a patch, h x w the last feature map, B images of one grid.
+Read with `vision_attention_ctinstruct.py`. Names of dimensions, the same everywhere: N slices of all images, D width of a
+token, Z x Y x X the patches of an image along depth, height and width, S slices in a patch.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,26 +13,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructError, CTInstructVisionConfig
+from .released_ctinstruct import ReleasedSliceAttention
 from .saving_ctinstruct import SavesItsCode
-from .vision_ablations_ctinstruct import ResNet3D, ViT3D
-from .vision_blocks_ctinstruct import (
-    Bottleneck,
-    ConvNorm,
-    channels_last,
-    eager_attention,
-    init_weights,
-    is_plain,
-    needs_plain_forward,
-)
+from .small_models_ctinstruct import StemWindows
+from .vision_attention_ctinstruct import CosineAttention, SliceAttention, Trace
+from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, init_weights
+from .vision_towers_ctinstruct import ResNet3D, ViT3D
 
 PatchGrid = torch.Tensor | Sequence[Sequence[int]]
-CELLS_PER_SLICE = 128  # attention takes this many cells at once in inference for each slice that the encoder takes
 
 
 @dataclass
@@ -75,13 +66,10 @@ class SliceEncoder(nn.Module):
 
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__()
-        self.slice_chunk_size = config.slice_chunk_size
         self.keeps_slices = config.keeps_slices
-        self.windows = [(float(low), float(high)) for low, high in config.stem_windows]
-        if not all(low < high for low, high in self.windows):
-            raise CTInstructError(f"stem_windows is {self.windows}: give [low, high] of each window.")
-        seen = max(len(self.windows), 1)
-        self.stem = ConvNorm(nn.Conv2d(seen, config.stem_channels, 7, stride=2, padding=3, bias=False))
+        self.windows = StemWindows(config.stem_windows) if config.stem_windows else None
+        in_channels = max(len(config.stem_windows), 1)
+        self.stem = ConvNorm(nn.Conv2d(in_channels, config.stem_channels, 7, stride=2, padding=3, bias=False))
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = config.stem_channels
         stages = []
@@ -94,426 +82,28 @@ class SliceEncoder(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
 
-    def windowed(self, slices: torch.Tensor) -> torch.Tensor:
-        """[n, H, W] -> [n, windows, H, W], each window stretched to −1…1; [n, 1, H, W] without windows."""
-        if not self.windows:
-            return slices[:, None]
-        seen = [(slices.clamp(low, high) - low) * (2 / (high - low)) - 1 for low, high in self.windows]
-        return torch.stack(seen, dim=1)
-
-    def encode(self, slices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One pass over [n, H, W] slices."""
-        seen = channels_last(self.windowed(slices))
-        stem = self.stem.conv(seen)
-        maps = [seen, stem] if self.keeps_slices else [stem]
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        grids: Sequence[tuple[int, int, int, int]] | None = None,
+        slice_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Read each slice by itself, so that neither the grids nor the padding matter."""
+        slices = pixel_values[:, None] if self.windows is None else self.windows(pixel_values)
+        slices = slices.contiguous(memory_format=torch.channels_last)  # convolutions are fastest in it
+        stem = self.stem.conv(slices)
+        maps = [slices, stem] if self.keeps_slices else [stem]
         hidden = self.pool(F.relu(self.stem.norm(stem)))
         for stage in self.stages:
             hidden = stage(hidden)
             maps.append(hidden)
         return tuple(maps)
 
-    def forward(self, pixel_values: torch.Tensor, slice_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        if needs_plain_forward(self):
-            return self.encode(pixel_values)
-        return self.encode_in_chunks(pixel_values, slice_mask)
 
-    def encode_in_chunks(self, pixel_values: torch.Tensor, slice_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """The same maps with bounded memory; padding slices, all alike, are computed once."""
-        count = pixel_values.shape[0]
-        rows = torch.arange(count, device=pixel_values.device)
-        padding = rows[:0]
-        if slice_mask is not None:
-            candidates = rows[~slice_mask.bool()]
-            if len(candidates) > 1 and bool((pixel_values[candidates] == pixel_values[candidates[0]]).all()):
-                padding = candidates
-                keep = torch.ones(count, dtype=torch.bool, device=rows.device)
-                keep[padding[1:]] = False
-                rows = rows[keep]
-        maps: list[torch.Tensor] = []
-        for chunk in rows.split(self.slice_chunk_size):
-            encoded = self.encode(pixel_values[chunk])
-            if not maps:
-                maps = [channels_last(part.new_empty((count, *part.shape[1:]))) for part in encoded]
-            for whole, part in zip(maps, encoded, strict=True):
-                whole[chunk] = part
-        for whole in maps:
-            if len(padding) > 1:
-                whole[padding[1:]] = whole[padding[0]].clone()
-        return tuple(maps)
-
-
-class PositionConv(nn.Module):
-    """Depthwise 3 x 3 x 3 convolution as position encoding; in depth it looks back only. [B, Z, Y, X, D] both ways."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(width, width, 3, groups=width)
-
-    def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        return self.conv(self.padded(volume)).movedim(1, -1)
-
-    def add_to(self, volume: torch.Tensor, budget: int) -> None:
-        """Add the encoding to `volume` in place, as many channels at once as `budget` numbers hold."""
-        if not is_plain(self.conv):
-            volume += self(volume)
-            return
-        width = volume.shape[-1]
-        step = max(budget // (volume.numel() // width) // 16, 1) * 16
-        for first in range(0, width, step):
-            own = slice(first, min(first + step, width))
-            weight, bias = self.conv.weight[own], self.conv.bias[own]
-            encoding = F.conv3d(self.padded(volume[..., own]), weight, bias, groups=own.stop - first)
-            volume[..., own] += encoding.movedim(1, -1)
-
-    @staticmethod
-    def padded(volume: torch.Tensor) -> torch.Tensor:
-        """[B, Z, Y, X, C] -> [B, C, Z + 2, Y + 2, X + 2]."""
-        return F.pad(volume.movedim(-1, 1), (1, 1, 1, 1, 2, 0))
-
-
-class RelativePositionBias(nn.Module):
-    """Continuous relative position bias: log-spaced offsets -> MLP -> one number per attention head."""
-
-    def __init__(self, width: int, heads: int, axes: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(axes, width), nn.Linear(width, width)])
-        self.out = nn.Linear(width, heads)
-
-    def forward(self, *sizes: int) -> torch.Tensor:
-        """Bias [heads, L, L] over a grid of `sizes`, L its cells. Each different offset is computed once."""
-        device, dtype = self.out.weight.device, self.out.weight.dtype
-        offsets = torch.stack(
-            torch.meshgrid(*[torch.arange(1 - size, size, device=device) for size in sizes], indexing="ij"), dim=-1
-        ).flatten(0, -2)
-        hidden = torch.sign(offsets) * torch.log(offsets.abs() + 1.0)
-        hidden = hidden.to(dtype)
-        for layer in self.layers:
-            hidden = F.leaky_relu(layer(hidden), 0.1)
-        table = self.out(hidden)  # [offsets, heads]
-        cells = torch.meshgrid(*[torch.arange(size, device=device) for size in sizes], indexing="ij")
-        place = torch.zeros_like(cells[0])  # of a cell in the table, had its axes the lengths of the table's
-        middle = 0
-        for cell, size in zip(cells, sizes, strict=True):
-            place = place * (2 * size - 1) + cell
-            middle = middle * (2 * size - 1) + size - 1
-        place = place.flatten()
-        return table.t()[:, place[:, None] - place[None] + middle]
-
-
-class CosineAttention(nn.Module):
-    """Attention by cosine similarity with learned scales per channel. [B, L, D] both ways."""
-
-    def __init__(self, config: CTInstructVisionConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.is_causal = False
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.attention_head_dim
-        inner = self.num_heads * self.head_dim
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.query = nn.Linear(width, inner, bias=False)
-        self.key = nn.Linear(width, inner, bias=False)
-        self.value = nn.Linear(width, inner, bias=False)
-        self.query_scale = nn.Parameter(torch.ones(self.head_dim))
-        self.key_scale = nn.Parameter(torch.ones(self.head_dim))
-        self.out = nn.Linear(inner, width, bias=False)
-
-    def reset_scales(self) -> None:
-        init.ones_(self.query_scale)
-        init.ones_(self.key_scale)
-
-    def forward(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, L, D] and, with eager attention, the weights [B, heads, L, L].
-
-        `bias` [1 or B, 1 or heads, 1 or L, L] is added to the similarities, -inf-like where a key is padding."""
-        shape = (*tokens.shape[:2], self.num_heads, self.head_dim)
-        normed = self.norm(tokens)
-        query = F.normalize(self.query(normed).view(shape), dim=-1).transpose(1, 2) * self.query_scale
-        key = F.normalize(self.key(tokens).view(shape), dim=-1).transpose(1, 2) * self.key_scale
-        value = self.value(tokens).view(shape).transpose(1, 2)
-        implementation = self.config._attn_implementation or "eager"
-        if "flash" in implementation:
-            implementation = "sdpa"  # flash kernels take no bias
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        mask = None
-        if bias is not None:
-            mask = bias.to(query.dtype).expand(query.shape[0], -1, query.shape[2], -1)
-        mixed, weights = attend(self, query, key, value, mask, scaling=self.config.attention_scale, dropout=0.0)
-        return self.out(mixed.flatten(2)), weights
-
-
-class GatedFeedForward(nn.Module):
-    """GEGLU behind its own LayerNorm."""
-
-    def __init__(self, width: int, multiple: float) -> None:
-        super().__init__()
-        inner = int(width * multiple * 2 / 3)
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        value, gate = self.up(self.norm(tokens)).chunk(2, dim=-1)
-        return self.down(F.gelu(gate) * value)
-
-
-class AttentionLayer(GradientCheckpointingLayer):
-    """Position convolution, attention within groups of cells, feed-forward; each added to what came in."""
-
-    def __init__(self, config: CTInstructVisionConfig, width: int) -> None:
-        super().__init__()
-        self.chunk_cells = CELLS_PER_SLICE * config.slice_chunk_size
-        self.position = PositionConv(width)
-        self.attention = CosineAttention(config, width)
-        self.feed_forward = GatedFeedForward(width, config.feed_forward_multiple)
-
-    def forward(
-        self,
-        volume: torch.Tensor,
-        grouping: Grouping,
-        bias: torch.Tensor | None,
-        kept: torch.Tensor | None = None,
-        in_place: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The volume [B, Z*S, Y*h, X*w, D] after this layer, and the attention weights where they are to be had.
-
-        Args:
-            bias: [1 or groups, heads or 1, 1 or cells, cells].
-            kept: bool [groups, cells] of keys that are no padding; only with `in_place`.
-            in_place: change `volume` itself, chunk by chunk, with bounded memory.
-        """
-        if in_place:
-            volume = volume.contiguous()
-            self.update(volume, grouping, bias, kept)
-            return volume, None
-        volume = volume + self.position(volume)
-        tokens = grouping.split(volume)
-        mixed, weights = self.attention(tokens, bias)
-        tokens = tokens + mixed
-        tokens = tokens + self.feed_forward(tokens)
-        return grouping.join(tokens), weights
-
-    def update(
-        self, volume: torch.Tensor, grouping: Grouping, bias: torch.Tensor | None, kept: torch.Tensor | None
-    ) -> None:
-        """`forward` in place, of a contiguous volume."""
-        self.position.add_to(volume, self.chunk_cells * volume.shape[-1])
-        groups, leading = grouping.view(volume)
-        counts = groups.shape[:leading]
-        size = math.prod(groups.shape[leading:-1])
-        for chunk in torch.arange(math.prod(counts), device=volume.device).split(max(self.chunk_cells // size, 1)):
-            places = torch.unravel_index(chunk, counts)
-            cells = groups[places]
-            tokens = cells.flatten(1, -2)
-            own = bias
-            if kept is not None:
-                padding = padding_bias(kept[chunk], volume.dtype)
-                own = padding if bias is None else bias + padding
-            mixed, _ = self.attention(tokens, own)
-            groups[places] = (tokens + mixed).view_as(cells)
-        for tokens in volume.flatten(0, -2).split(self.chunk_cells):
-            tokens += self.feed_forward(tokens)
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """Which cells of a volume [B, Z*S, Y*h, X*w, D] attend to each other.
-
-    Attributes:
-        grid: patches Z, Y, X and slices S.
-        map_size: h, w of the map within a patch (1, 1 once pooled).
-        over: `patches`: the same slice of all patches; `slices`: all slices of one patch at one place;
-            `column`: all slices of the whole grid at one place.
-    """
-
-    grid: tuple[int, int, int, int]
-    map_size: tuple[int, int]
-    over: str
-
-    def view(self, volume: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """[B, Z*S, Y*h, X*w, D] as a view [*groups, *cells, D], and how many axes count groups."""
-        (z, y, x, s), (h, w) = self.grid, self.map_size
-        cells = volume.view(-1, z, s, y * h, x * w, volume.shape[-1])
-        if self.over == "patches":
-            return cells.transpose(1, 2), 2
-        if self.over == "slices":
-            return cells.permute(0, 1, 3, 4, 2, 5), 4
-        return cells.permute(0, 3, 4, 1, 2, 5), 3
-
-    def split(self, volume: torch.Tensor) -> torch.Tensor:
-        """[B, Z*S, Y*h, X*w, D] -> [groups, cells, D]."""
-        groups, leading = self.view(volume.contiguous())
-        return groups.reshape(math.prod(groups.shape[:leading]), -1, volume.shape[-1])
-
-    def join(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The inverse of `split`."""
-        (z, y, x, s), (h, w) = self.grid, self.map_size
-        width = tokens.shape[-1]
-        if self.over == "patches":
-            cells = tokens.reshape(-1, s, z, y * h, x * w, width).transpose(1, 2)
-        elif self.over == "slices":
-            cells = tokens.reshape(-1, z, y * h, x * w, s, width).permute(0, 1, 4, 2, 3, 5)
-        else:
-            cells = tokens.reshape(-1, y * h, x * w, z, s, width).permute(0, 3, 4, 1, 2, 5)
-        return cells.reshape(-1, z * s, y * h, x * w, width)
-
-
-@dataclass(frozen=True)
-class ReleasedGrouping(Grouping):
-    """The released code's groups. Patch-wise: the in-plane patches of one slice. Slice-wise: a column of slices, whose
-    tokens the position convolution reads as if they were ordered slice by slice, which they are not; the released
-    weights were trained with it."""
-
-    def view(self, volume: torch.Tensor) -> tuple[torch.Tensor, int]:
-        z, y, x, s = self.grid
-        return volume.view(-1, y * x if self.over == "patches" else z * s, volume.shape[-1]), 1
-
-    def join(self, tokens: torch.Tensor) -> torch.Tensor:
-        z, y, x, s = self.grid
-        return tokens.reshape(-1, z * s, y, x, tokens.shape[-1])
-
-
-def padding_bias(keys_kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask [groups, 1, 1, cells] from bool [groups, cells]."""
-    bias = torch.zeros(keys_kept.shape, dtype=dtype, device=keys_kept.device)
-    return bias.masked_fill(~keys_kept, torch.finfo(dtype).min)[:, None, None, :]
-
-
-@dataclass(frozen=True)
-class VolumeLayout:
-    """Between the rows of `pixel_values` and the volume that they are cut from."""
-
-    grid: tuple[int, int, int, int]
-    map_size: tuple[int, int]
-
-    def volume(self, rows: torch.Tensor) -> torch.Tensor:
-        """[B*Z*Y*X*S, h*w, D] -> [B, Z*S, Y*h, X*w, D]."""
-        (z, y, x, s), (h, w) = self.grid, self.map_size
-        cells = rows.reshape(-1, z, y, x, s, h, w, rows.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        return cells.reshape(-1, z * s, y * h, x * w, rows.shape[-1])
-
-    def rows(self, volume: torch.Tensor) -> torch.Tensor:
-        """The inverse of `volume`."""
-        (z, y, x, s), (h, w) = self.grid, self.map_size
-        cells = volume.reshape(-1, z, s, y, h, x, w, volume.shape[-1]).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        return cells.reshape(-1, h * w, volume.shape[-1])
-
-    def means(self, volume: torch.Tensor) -> torch.Tensor:
-        """[B*Z*Y*X*S, D]: the mean of `rows` over a slice of a patch."""
-        (z, y, x, s), (h, w) = self.grid, self.map_size
-        cells = volume.view(-1, z, s, y, h, x, w, volume.shape[-1]).mean(dim=(4, 6))
-        return cells.permute(0, 1, 3, 4, 2, 5).flatten(0, -2)
-
-
-class Trace:
-    """Hidden states [N, h*w, D] before each layer and after the last, and attention weights, for those who ask."""
-
-    def __init__(self) -> None:
-        self.states: list[torch.Tensor] = []
-        self.attentions: list[torch.Tensor | None] = []
-
-    def state(self, volume: torch.Tensor, layout: VolumeLayout) -> torch.Tensor:
-        """Takes the state down and gives it back, so that its gradient can be kept."""
-        self.states.append(layout.rows(volume))
-        return layout.volume(self.states[-1])
-
-
-class SliceAttention(nn.Module):
-    """Patch-wise, then slice-wise attention over the last map of the slice encoder.
-
-    `attention_layout="paper"` (section 3.2) attends on the h x w grid and pools afterwards; `"released"` pools first.
-    """
-
-    def __init__(self, config: CTInstructVisionConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.released = config.attention_layout == "released"
-        self.chunk_cells = CELLS_PER_SLICE * config.slice_chunk_size
-        self.patch_layers = nn.ModuleList(
-            [AttentionLayer(config, width) for _ in range(config.num_patch_attention_layers)]
-        )
-        self.patch_norm = nn.LayerNorm(width, bias=False)
-        self.position_bias = RelativePositionBias(width, config.num_attention_heads, axes=2 if self.released else 3)
-        self.slice_layers = nn.ModuleList(
-            [AttentionLayer(config, width) for _ in range(config.num_slice_attention_layers)]
-        )
-        self.slice_norm = nn.LayerNorm(width, bias=False)
-
-    def forward(
-        self, last_map: torch.Tensor, grid: tuple[int, int, int, int], kept: torch.Tensor, trace: Trace | None = None
-    ) -> torch.Tensor:
-        """Tokens of B images that share one grid.
-
-        Args:
-            last_map: [B*Z*Y*X*S, D, h, w].
-            grid: Z, Y, X, S.
-            kept: bool [B, Z*Y*X*S], False for padding slices.
-            trace: takes down what is between the layers.
-
-        Returns:
-            [B*Z*Y*X*S, D].
-        """
-        z, y, x, _s = grid
-        if self.released:
-            last_map = last_map.mean(dim=(2, 3), keepdim=True)
-        h, w = last_map.shape[2:]
-        layout = VolumeLayout(grid, (h, w))
-        volume = layout.volume(last_map.flatten(2).transpose(1, 2))  # [B, Z*S, Y*h, X*w, D]
-        in_place = not (needs_plain_forward(self) or trace)
-        if in_place and volume.untyped_storage().data_ptr() == last_map.untyped_storage().data_ptr():
-            volume = volume.clone()  # the map itself is given back
-        kept_volume = layout.volume(kept.reshape(-1, 1, 1).expand(-1, h * w, 1))
-        no_padding = in_place and bool(kept.all())
-        make = ReleasedGrouping if self.released else Grouping
-        patches, slices = make(grid, (h, w), "patches"), make(grid, (h, w), "column" if self.released else "slices")
-        column = Grouping(grid, (h, w), "column")
-
-        def run(
-            layer: AttentionLayer,
-            volume: torch.Tensor,
-            groups: Grouping,
-            bias: torch.Tensor | None,
-            keys: torch.Tensor | None,
-        ) -> torch.Tensor:
-            if in_place:
-                return layer(volume, groups, bias, None if no_padding else keys, in_place=True)[0]
-            volume, weights = layer(volume, groups, bias)
-            if trace:
-                trace.attentions.append(weights)
-            return volume
-
-        if self.released:
-            bias, keys = self.position_bias(y, x)[None], None
-        else:
-            bias, keys = self.position_bias(z, y * h, x * w)[None], patches.split(kept_volume)[..., 0]
-            if not in_place:  # once for all layers
-                bias = bias + padding_bias(keys, bias.dtype)
-        for layer in self.patch_layers:
-            volume = trace.state(volume, layout) if trace else volume
-            volume = run(layer, volume, patches, bias, keys)
-        volume = self.normed(self.patch_norm, volume, in_place)
-
-        keys = (column if self.released else slices).split(kept_volume)[..., 0]
-        bias = None if in_place else padding_bias(keys, volume.dtype)
-        for layer in self.slice_layers:
-            volume = trace.state(volume, layout) if trace else volume
-            if self.released:  # the layers read a column's tokens in the released, mixed order
-                volume = slices.join(column.split(volume))
-            volume = run(layer, volume, slices, bias, keys)
-            if self.released:
-                volume = column.join(slices.split(volume))
-        volume = self.normed(self.slice_norm, volume, in_place)
-        volume = trace.state(volume, layout) if trace else volume
-        return layout.means(volume)  # equation 2
-
-    def normed(self, norm: nn.LayerNorm, volume: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """The volume after a norm."""
-        if not in_place:
-            return norm(volume)
-        volume = volume.contiguous()
-        for tokens in volume.flatten(0, -2).split(self.chunk_cells):
-            tokens.copy_(norm(tokens))
-        return volume
+# `vision_config.architecture`: the paper's tower and the two of its table 4. Each gives five maps per slice.
+TOWERS: dict[str, type[nn.Module]] = {"hybrid": SliceEncoder, "resnet3d": ResNet3D, "vit3d": ViT3D}
+# `vision_config.attention_layout` of the hybrid tower
+ATTENTION_LAYOUTS = {"paper": SliceAttention, "released": ReleasedSliceAttention}
 
 
 class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
@@ -531,13 +121,10 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
 
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__(config)
+        self.encoder = TOWERS[config.architecture](config)
+        self.attention = None
         if config.architecture == "hybrid":
-            self.encoder = SliceEncoder(config)
-            self.attention = SliceAttention(config)
-        elif config.architecture == "resnet3d":
-            self.encoder = ResNet3D(config)
-        else:
-            self.encoder = ViT3D(config)
+            self.attention = ATTENTION_LAYOUTS[config.attention_layout](config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -577,11 +164,7 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
         if sum(sizes) != count:
             raise CTInstructError(f"patch_grid counts {sum(sizes)} slices, but pixel_values has {count}.")
         kept = torch.ones(count, dtype=torch.bool, device=pixel_values.device) if slice_mask is None else slice_mask
-        pixel_values = pixel_values.to(self.dtype)
-        if self.config.architecture == "hybrid":
-            maps = self.encoder(pixel_values, slice_mask)
-        else:
-            maps = self.encoder(pixel_values, grids)
+        maps = self.encoder(pixel_values.to(self.dtype), grids, slice_mask)
 
         by_grid: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
         for index, grid in enumerate(grids):
@@ -594,7 +177,7 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
         for (grid, images), trace in zip(by_grid.items(), traces, strict=True):
             spans = [slice(starts[image], starts[image] + sizes[image]) for image in images]
             last_map = maps[-1] if len(by_grid) == 1 else torch.cat([maps[-1][span] for span in spans])
-            if self.config.architecture == "hybrid":
+            if self.attention is not None:
                 kept_rows = torch.stack([kept[span].bool() for span in spans])
                 mixed = self.attention(last_map, grid, kept_rows, trace)
             else:

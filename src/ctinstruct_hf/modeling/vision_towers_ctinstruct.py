@@ -6,16 +6,18 @@ brought back to one per slice, so that tokens and masks keep the granularity of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .configuration_ctinstruct import CTInstructVisionConfig
-from .vision_blocks_ctinstruct import ConvNorm, channels_last
+from .vision_blocks_ctinstruct import ConvNorm
 
 
 def blocks_of(
-    pixel_values: torch.Tensor, grids: list[tuple[int, int, int, int]]
+    pixel_values: torch.Tensor, grids: Sequence[tuple[int, int, int, int]]
 ) -> list[tuple[int, list[slice], torch.Tensor]]:
     """The patches of all images, those of equal depth together: (S, their rows, [P, 1, S, H, W])."""
     spans: dict[int, list[slice]] = {}
@@ -40,15 +42,20 @@ class Tower3D(nn.Module):
         """[P, 1, S, H, W] -> five maps [P * S, C, H / 2^k, W / 2^k]."""
         raise NotImplementedError
 
-    def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int, int]]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        grids: Sequence[tuple[int, int, int, int]],
+        slice_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         groups = blocks_of(pixel_values, grids)
         encoded = [self.encode(volume) for _, _, volume in groups]
         if len(groups) == 1:
-            return tuple(channels_last(part) for part in encoded[0])
+            return tuple(encoded[0])
         order = torch.cat(
             [torch.arange(row.start, row.stop, device=pixel_values.device) for _, rows, _ in groups for row in rows]
         ).argsort()
-        return tuple(channels_last(torch.cat(parts)[order]) for parts in zip(*encoded, strict=True))
+        return tuple(torch.cat(parts)[order] for parts in zip(*encoded, strict=True))
 
 
 class Block3D(nn.Module):
