@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining
-from ctinstruct_hf.modeling.losses_ctinstruct import hard_weights, label_loss, mask_loss, masks_loss, prompt_loss
+from ctinstruct_hf.modeling.losses_ctinstruct import label_loss, mask_loss, masks_loss
 from ctinstruct_hf.modeling.pretraining_ctinstruct import contrastive_loss
+from ctinstruct_hf.modeling.small_models_ctinstruct import hard_weights, prompt_loss
 
 
 def batch() -> dict[str, object]:

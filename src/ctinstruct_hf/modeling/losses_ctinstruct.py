@@ -132,27 +132,6 @@ def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.T
     return (losses * weights).sum() / weights.sum()
 
 
-def hard_weights(losses: torch.Tensor, power: float, weights: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Weights [n] by which what is not learned yet counts more: `weights` times losses [n] to a power.
-
-    After some hundred steps most names of a category grain are known; in a plain mean the few others hardly move
-    anything. A focal loss by name; not in the paper.
-    """
-    if not power:
-        return weights
-    hard = losses.detach().clamp(min=1e-6) ** power
-    return hard if weights is None else hard * weights.to(hard)
-
-
-def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy of each name [names] over its known labels, of [images, names]; names without any are left out."""
-    labels = labels.to(logits.device).float()
-    kept = labels >= 0
-    entropy = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none") * kept
-    counts = kept.sum(0)
-    return (entropy.sum(0) / counts.clamp(min=1))[counts > 0]
-
-
 def _voxel_weight(labels: torch.Tensor, most: float, power: float) -> float:
     inside, kept = int((labels > 0).sum()), int((labels >= 0).sum())
     return min(most, max(1.0, ((kept - inside) / max(inside, 1)) ** power))
@@ -190,14 +169,6 @@ def _small_masks_loss(
     entropy, number, overlap, size = sums
     loss = entropy / number.clamp(min=1) + 1 - (2 * overlap + smooth) / (size + smooth)
     return torch.where(number > 0, loss, torch.zeros_like(loss)), weights
-
-
-def prompt_loss(queries: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far prompts of the mask decoder [n, D] are from those it was trained with, in shares of their spread: 0 where they
-    are equal, 1 for their mean."""
-    wanted = wanted.to(queries.device, queries.dtype)
-    spread = (wanted - wanted.mean(0)).square().mean().clamp(min=1e-3) if len(wanted) > 1 else wanted.square().mean()
-    return (queries - wanted).square().mean() / spread
 
 
 def label_loss(

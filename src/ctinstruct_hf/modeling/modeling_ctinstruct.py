@@ -20,12 +20,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstructSegmentationConfig
-from .losses_ctinstruct import label_loss, masks_loss, prompt_loss
+from .losses_ctinstruct import label_loss, masks_loss
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
+from .small_models_ctinstruct import prompt_loss
 from .vision_attention_ctinstruct import CosineAttention
-from .vision_blocks_ctinstruct import init_weights
-from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
+from .vision_blocks_ctinstruct import PatchGrid, grid_rows, init_weights
+from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +116,12 @@ class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
         init_weights(module, self.config.initializer_range)
         if isinstance(module, CosineAttention):
             module.reset_scales()
+
+    def optimize_for_inference(self) -> CTInstructPreTrainedModel:
+        """Make the network quick and small for answers, equal up to rounding; it can no longer be trained or saved."""
+        from .inference_ctinstruct import optimize_for_inference
+
+        return optimize_for_inference(self)  # type: ignore[return-value]
 
 
 def make_bridger(config: CTInstructConfig) -> nn.Module:

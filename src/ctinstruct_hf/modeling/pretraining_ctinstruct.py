@@ -21,10 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError
-from .losses_ctinstruct import hard_weights, label_loss, label_losses, masks_loss, weighted_mean
+from .losses_ctinstruct import label_loss, masks_loss
 from .modeling_ctinstruct import CTInstructPreTrainedModel
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
-from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput, PatchGrid, grid_rows
+from .small_models_ctinstruct import SHARPNESS, cell_loss, hard_label_loss, smooth_max
+from .vision_blocks_ctinstruct import PatchGrid, grid_rows
+from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput
 
 
 @dataclass
@@ -36,7 +38,7 @@ class CTInstructPretrainingOutput(ModelOutput):
         contrastive_loss: L_CLIP over the image-text pairs of the batch.
         category_loss: L_cls over the known category labels.
         segmentation_loss: L_seg over the masks.
-        cell_loss: see `CTInstructForPretraining.cell_loss`; only where `loss_weights` names it.
+        cell_loss: see `small_models_ctinstruct.cell_loss`; only where `loss_weights` names it.
         image_features: [images, D_text], normalised.
         text_features: [texts, D_text], normalised.
         category_logits: [images, categories], scaled cosines.
@@ -126,22 +128,6 @@ def mean_of_words(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
     return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
-_SHARPNESS = 4.0  # of `smooth_max` over projected tokens, whose channels have a spread below one
-
-
-def smooth_max(scores: torch.Tensor, patch_grid: PatchGrid, slice_mask: torch.Tensor | None) -> torch.Tensor:
-    """Log-mean-exp over the slices of each image: [N, C] -> [images, C] float32; padding slices do not count."""
-    scores = scores.float()
-    sizes = [z * y * x * s for z, y, x, s in grid_rows(patch_grid)]
-    counts: list[int] = sizes
-    if slice_mask is not None:
-        kept = slice_mask.to(scores.device).bool()
-        scores = scores.masked_fill(~kept[:, None], torch.finfo(scores.dtype).min)
-        counts = [max(int(part.sum()), 1) for part in kept.split(sizes)]
-    pooled = [part.logsumexp(0) - math.log(count) for part, count in zip(scores.split(sizes), counts, strict=True)]
-    return torch.stack(pooled)
-
-
 class CTInstructForPretraining(CTInstructPreTrainedModel):
     """Vision tower, segmentation decoder and a text encoder, aligned at three grains."""
 
@@ -223,8 +209,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         """
         if self.config.contrastive_pooling == "mean":
             return F.normalize(projection(self.pool(features, slice_mask)), dim=-1)
-        scores = projection(features.last_hidden_state) * _SHARPNESS
-        return F.normalize(smooth_max(scores, features.patch_grid, slice_mask) / _SHARPNESS, dim=-1)
+        scores = projection(features.last_hidden_state) * SHARPNESS
+        return F.normalize(smooth_max(scores, features.patch_grid, slice_mask) / SHARPNESS, dim=-1)
 
     def get_image_features(
         self,
@@ -368,13 +354,22 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
                     mask_groups,
                 )
                 if wants_cells:
-                    output.cell_loss = self.cell_loss(features, queries, mask_labels, mask_images, mask_weights)
+                    output.cell_loss = cell_loss(
+                        features,
+                        self.category_projection,
+                        lambda cosines: cosines * self.category_scale.exp() + self.category_bias,
+                        queries,
+                        mask_labels,
+                        mask_images,
+                        mask_weights,
+                        self.hard_names,
+                    )
         output.loss = self.sum_of_losses(output)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
 
     def sum_of_losses(self, output: CTInstructPretrainingOutput) -> torch.Tensor | None:
-        """Equation 3 over the losses that a batch has; each counts once unless `loss_weights` says otherwise."""
+        """Equation 5 over the losses that a batch has; each counts once unless `loss_weights` says otherwise."""
         parts = {
             "contrastive": output.contrastive_loss,
             "category": output.category_loss,
@@ -398,62 +393,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
 
     def category_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """L_cls of [images, categories], −1 unknown (equation 4); with `hard_names`, categories count by how hard they are."""
-        if not self.hard_names:
-            return label_loss(logits, labels)
-        losses = label_losses(logits, labels)
-        return weighted_mean(losses, hard_weights(losses, self.hard_names)) if len(losses) else logits.sum() * 0.0
-
-    def cell_loss(
-        self,
-        features: CTInstructVisionOutput,
-        names: torch.Tensor,
-        labels: Sequence[torch.Tensor],
-        owners: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Category alignment of each cell of the tower's last map with what lies in it; not in the paper.
-
-        A slice's label does not say where a finding is, and the decoder marks it from earlier maps: neither teaches the
-        cells, whose mean is the slice's token, to know of something small. Cells inside weigh sqrt(outside / inside), at
-        most 10: of a slice's cells, a lesion fills one or two.
-
-        Args:
-            features: with `hidden_states`, the cells [N, h*w, D] that the tokens are means of.
-            names: [masks, D_text], texts as the decoder is asked with.
-            labels: int8 [D, H, W] on the canvas per mask; a cell has a structure if one of its voxels has.
-            owners: [masks], the image of each; 0 by default.
-            weights: [masks], how much each counts; alike by default.
-        """
-        grids = grid_rows(features.patch_grid)
-        by_grid = [image for grid in dict.fromkeys(grids) for image, one in enumerate(grids) if one == grid]
-        cells = F.normalize(self.category_projection(features.hidden_states[-1]), dim=-1)
-        # hidden states come in the order of the grids
-        parts = cells.split([math.prod(grids[image]) for image in by_grid])
-        cells_of = dict(zip(by_grid, parts, strict=True))
-        texts = F.normalize(names, dim=-1)
-        rows, columns = features.feature_maps[-1].shape[-2:]
-        masks_of: dict[int, list[int]] = {}
-        for mask, owner in enumerate([0] * len(names) if owners is None else owners.tolist()):
-            masks_of.setdefault(owner, []).append(mask)
-        losses: list[torch.Tensor] = [texts.sum() * 0.0] * len(names)
-        for owner, masks in masks_of.items():
-            z, y, x, s = grids[owner]
-            voxels = torch.stack([labels[mask] for mask in masks]).to(cells.device)
-            there = voxels.unflatten(3, (x, columns, -1)).unflatten(2, (y, rows, -1)).amax(dim=(4, 7))
-            # cells in the order of pixel_values
-            there = there.unflatten(1, (z, s)).permute(0, 1, 3, 5, 2, 4, 6).flatten(1).float()
-            scores = cells_of[owner].flatten(0, 1) @ texts[masks].T * self.category_scale.exp() + self.category_bias
-            known = (there >= 0).float()
-            inside = (there > 0).float().sum(1, keepdim=True)
-            rarity = ((known.sum(1, keepdim=True) - inside) / inside.clamp(min=1)).sqrt().clamp(1, 10)
-            entropy = F.binary_cross_entropy_with_logits(
-                scores.T.float(), there.clamp(min=0), known, reduction="none", pos_weight=rarity
-            )
-            means = entropy.sum(1) / known.sum(1).clamp(min=1)
-            for mask, loss in zip(masks, means, strict=True):
-                losses[mask] = loss
-        by_mask = torch.stack(losses)
-        return weighted_mean(by_mask, hard_weights(by_mask, self.hard_names, weights))
+        return hard_label_loss(logits, labels, self.hard_names) if self.hard_names else label_loss(logits, labels)
 
     def segment(
         self, features: CTInstructVisionOutput, queries: torch.Tensor, owners: torch.Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+PatchGrid = torch.Tensor | Sequence[Sequence[int]]
+
+
+def grid_rows(patch_grid: PatchGrid) -> list[tuple[int, int, int, int]]:
+    """`patch_grid` as Python numbers. A list of tuples passes through, which keeps `torch.compile` in one graph."""
+    rows = patch_grid.tolist() if isinstance(patch_grid, torch.Tensor) else patch_grid
+    return [(int(z), int(y), int(x), int(s)) for z, y, x, s in rows]
 
 
 def eager_attention(

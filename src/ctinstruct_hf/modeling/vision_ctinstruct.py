@@ -21,10 +21,8 @@ from .released_ctinstruct import ReleasedSliceAttention
 from .saving_ctinstruct import SavesItsCode
 from .small_models_ctinstruct import StemWindows
 from .vision_attention_ctinstruct import CosineAttention, SliceAttention, Trace
-from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, init_weights
+from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, PatchGrid, grid_rows, init_weights
 from .vision_towers_ctinstruct import ResNet3D, ViT3D
-
-PatchGrid = torch.Tensor | Sequence[Sequence[int]]
 
 
 @dataclass
@@ -50,12 +48,6 @@ class CTInstructVisionOutput(ModelOutput):
     patch_grid: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def grid_rows(patch_grid: PatchGrid) -> list[tuple[int, int, int, int]]:
-    """`patch_grid` as Python numbers. A list of tuples passes through, which keeps `torch.compile` in one graph."""
-    rows = patch_grid.tolist() if isinstance(patch_grid, torch.Tensor) else patch_grid
-    return [(int(z), int(y), int(x), int(s)) for z, y, x, s in rows]
 
 
 class SliceEncoder(nn.Module):

@@ -60,9 +60,9 @@ class PretrainSettings:
             `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
             With `power` that is the most, and large structures get less, see `masks_loss`.
         hard_names: {power, from}: from this share of the steps on, a name counts in the category and the cell loss by its
-            own loss to this power, see `losses_ctinstruct.hard_weights`; 0, alike, by default.
+            own loss to this power, see `small_models_ctinstruct.hard_weights`; 0, alike, by default.
         loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 3, and `cells`, 0 by
-            default, of `CTInstructForPretraining.cell_loss`.
+            default, of `small_models_ctinstruct.cell_loss`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
             convolutions with batch norm like.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
