@@ -140,7 +140,13 @@ def predict(
     _quiet()
     request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
     request.report = request.report or request.empty
-    reading: dict[str, Any] = {"model": model, "revision": revision, "dtype": dtype, "series": series, "spacing": _millimetres(spacing)}
+    reading: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "dtype": dtype,
+        "series": series,
+        "spacing": _millimetres(spacing),
+    }
     reading["names"] = None if names is None else read_names(names)
     scans = find_scans(inputs)
     console = Console(stderr=True)

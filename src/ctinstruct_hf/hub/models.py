@@ -237,7 +237,7 @@ def load_stage_one(
         network: Any = CTInstructForPretraining.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
         image_processor = CTInstructImageProcessor.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return network.to(target).eval(), image_processor, tokenizer
+    return network.to(target).eval().optimize_for_inference(), image_processor, tokenizer
 
 
 def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGeneration) -> None:
