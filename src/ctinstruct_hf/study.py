@@ -56,12 +56,19 @@ class Answer(str):
 
 @dataclass
 class Results:
-    """What a study was asked and what came out, in the order of asking."""
+    """What a study was asked and what came out, in the order of asking.
+
+    Attributes:
+        notes: what `Study.save` had to say the last time.
+        failures: {output type: why} that it could not write then.
+    """
 
     report: str | None = None
     answers: list[tuple[str, str]] = field(default_factory=list)
     diagnosis: dict[str, float] = field(default_factory=dict)
     masks: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 def first_bad(model: torch.nn.Module) -> str | None:
@@ -146,9 +153,10 @@ class Study:
 
     @property
     def warnings(self) -> list[str]:
-        """What was odd about the scan, which names were not known, and whether the model is trained."""
+        """What was odd about the scan, which names were not known, what saving had to say, and whether the model is
+        trained."""
         notes = [note for volume in self.volumes for note in volume.warnings]
-        return [*notes, *self.notes, *notes_on(self.model.config)]
+        return [*notes, *self.notes, *self.results.notes, *notes_on(self.model.config)]
 
     def _note(self, notes: Iterable[str | None]) -> None:
         self.notes += [note for note in dict.fromkeys(notes) if note and note not in self.notes]

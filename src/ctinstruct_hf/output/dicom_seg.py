@@ -115,7 +115,8 @@ def _no_quotes() -> Iterator[None]:
 def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> list[str]:
     """Write a binary DICOM SEG with a segment per mask, on the frames of the source series.
 
-    What the standard allows is repaired: an absent study or series UID becomes one that is derived from the files, a date,
+    What the standard allows is repaired: an absent UID of the study, the series or the
+    frame of reference becomes one that is derived from the files, a date,
     time or sex that is not valid is left empty, text is written in UTF-8.
 
     Args:
@@ -151,11 +152,15 @@ def check_dicom_seg(volume: CTVolume) -> None:
     name = volume.source.name or "The scan"
     if volume.source.kind != "dicom" or not volume.source.dicom_files:
         raise CTInstructError(f"{name} is no DICOM series on disk: DICOM SEG references one.")
-    first = pydicom.dcmread(
-        volume.source.dicom_files[0], stop_before_pixels=True, force=True, specific_tags=["FrameOfReferenceUID"]
-    )
-    if not first.get("FrameOfReferenceUID"):
-        raise CTInstructError(f"{name} has no frame of reference: DICOM SEG cannot be placed in it.")
+
+
+@_no_quotes()
+def series_uid(volume: CTVolume) -> str | None:
+    """The SeriesInstanceUID of a DICOM scan on disk."""
+    for file in volume.source.dicom_files[:1]:
+        found = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=["SeriesInstanceUID"])
+        return str(found.get("SeriesInstanceUID") or "") or None
+    return None
 
 
 @dataclass
@@ -197,7 +202,6 @@ def _source_frames(volume: CTVolume, notes: list[str]) -> tuple[list[_Frame], di
     thickness = _part(first, source.dicom_frames[0], "PixelMeasuresSequence").get("SliceThickness")
     elements: dict[str, Any] = {keyword: _valid(first, keyword, notes) or None for keyword in _PATIENT_AND_STUDY}
     elements |= {
-        "FrameOfReferenceUID": str(first.FrameOfReferenceUID),
         "ImageOrientationPatient": _decimals((axes / lengths)[:, :2].T.ravel()),
         "PixelSpacing": _decimals(lengths[[1, 0]]),
         "SliceThickness": _decimals([thickness or lengths[2]])[0],
@@ -205,13 +209,13 @@ def _source_frames(volume: CTVolume, notes: list[str]) -> tuple[list[_Frame], di
         "Rows": source.shape[1],
     }
     instances = sorted(one.sop_instance for one in frames)
-    for level in ("Study", "Series"):
-        found = Counter(str(header.get(f"{level}InstanceUID") or "") for header in headers.values())
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        found = Counter(str(header.get(keyword) or "") for header in headers.values())
         found.pop("", None)
         if not found:
-            notes.append(f"The files have no {level}InstanceUID: the DICOM SEG has one that is derived from them.")
-            found[str(pydicom.uid.generate_uid(entropy_srcs=[level, *instances[:1]]))] += 1
-        elements[f"{level}InstanceUID"] = found.most_common(1)[0][0]
+            notes.append(f"The files have no {keyword}: the DICOM SEG has one that is derived from them.")
+            found[str(pydicom.uid.generate_uid(entropy_srcs=[keyword, *instances[:1]]))] += 1
+        elements[keyword] = found.most_common(1)[0][0]
     return frames, elements
 
 
@@ -359,4 +363,4 @@ def _description(number: int, name: str) -> Any:
     return description
 
 
-__all__ = ["CODES", "check_dicom_seg", "save_dicom_seg"]
+__all__ = ["CODES", "check_dicom_seg", "save_dicom_seg", "series_uid"]

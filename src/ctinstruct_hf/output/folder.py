@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
 import re
+import shutil
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import __version__
 from ..errors import CTInstructError
-from ..files import whole_folder
+from ..files import whole_folder, why_unwritable
+from .dicom_seg import check_dicom_seg, save_dicom_seg, series_uid
+from .measure import measure
 from .nifti import save_label_map, save_mask
 
 if TYPE_CHECKING:
     from ..study import Study
 
 OUTPUT_TYPES = ("nifti", "dicom-seg")
+# of findings.json, described by findings.schema.json beside this file; a new key raises the second number
+SCHEMA_VERSION = "1.0"
+# letters of a file's name, endings not counted
+_NAME_LENGTH = 80
 
 
 def file_name(name: str) -> str:
-    """A structure's name as the name of a file."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "mask"
+    """A structure's name as the name of a file: letters and digits of any script in lower case, joined by underscores."""
+    words = re.sub(r"[\W_]+", "_", unicodedata.normalize("NFKC", name).casefold()).strip("_")
+    while len(words.encode()) > _NAME_LENGTH:
+        words = words[:-1]
+    return words or "mask"
+
+
+def file_names(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
+    """A file name for each structure, all different and none of `taken`: what would be the same name gets a number."""
+    found: dict[str, str] = {}
+    used = set(taken)
+    for name in names:
+        numbered = (f"{file_name(name)}_{number}" for number in itertools.count(2))
+        found[name] = next(one for one in itertools.chain([file_name(name)], numbered) if one not in used)
+        used.add(found[name])
+    return found
+
+
+def check_output(volume: Any, output_types: Iterable[str]) -> None:
+    """Raises CTInstructError for an output type that is unknown or that this scan cannot have."""
+    unknown = sorted(set(output_types) - set(OUTPUT_TYPES))
+    if unknown:
+        raise CTInstructError(f"output type {', '.join(unknown)} is unknown: use {', '.join(OUTPUT_TYPES)}.")
+    if "dicom-seg" in output_types:
+        check_dicom_seg(volume)
 
 
 def save_study(
@@ -31,15 +66,21 @@ def save_study(
     output_types: tuple[str, ...] = ("nifti",),
     multi_label: bool = False,
     asked: dict[str, Any] | None = None,
+    keep_series_uid: bool = False,
 ) -> Path:
     """Write what a study was asked so far.
+
+    An output type that cannot be written does not keep the others from being written: it is listed under `failures` of
+    `findings.json` and in `study.results.failures`.
 
     Args:
         study: the study.
         folder: where; existing files of the same names are replaced.
         output_types: nifti, dicom-seg or both.
-        multi_label: one NIfTI with all structures and a label table instead of one file each.
+        multi_label: one NIfTI with all structures and a label table instead of one file each; a structure that overlaps
+            an earlier one has a file of its own.
         asked: the request as settings, kept in `findings.json` beside the answers.
+        keep_series_uid: keep the SeriesInstanceUID of a DICOM scan in `findings.json`, by which it can be found again.
 
     Returns:
         The folder.
@@ -49,64 +90,122 @@ def save_study(
     """
     from .report import write_page
 
-    unknown = set(output_types) - set(OUTPUT_TYPES)
-    if unknown:
-        raise CTInstructError(f"output type {', '.join(sorted(unknown))} is unknown: use {', '.join(OUTPUT_TYPES)}.")
+    check_output(study.volume, output_types)
     results, volume = study.results, study.volume
+    results.notes, results.failures = [], {}
     with whole_folder(folder) as draft:
         segmentation = {name: measure(volume, mask) for name, mask in results.masks.items()}
-        if results.masks and "nifti" in output_types:
-            (draft / "masks").mkdir()
-            if multi_label:
-                save_label_map(volume, results.masks, draft / "masks" / "labels.nii.gz")
-            for name, mask in results.masks.items():
-                file = "masks/labels.nii.gz" if multi_label else f"masks/{file_name(name)}.nii.gz"
-                if not multi_label:
-                    save_mask(volume, mask, draft / file)
-                segmentation[name]["file"] = file
-        if results.masks and "dicom-seg" in output_types:
-            from .dicom_seg import save_dicom_seg
-
-            save_dicom_seg(volume, results.masks, draft / "masks.dcm")
-            for name in results.masks:
-                segmentation[name].setdefault("file", "masks.dcm")
+        for output_type in OUTPUT_TYPES:
+            if not results.masks or output_type not in output_types:
+                continue
+            write, place = _WRITERS[output_type]
+            try:
+                files, notes = write(volume, results.masks, draft / place, multi_label)
+            except Exception as error:
+                if why_unwritable(error):
+                    raise
+                results.failures[output_type] = _sentence(error, volume, output_type)
+                shutil.rmtree(draft / place) if (draft / place).is_dir() else (draft / place).unlink(missing_ok=True)
+                continue
+            results.notes += notes
+            for name, file in files.items():
+                segmentation[name]["file"] = segmentation[name]["file"] or f"{place}{file}"
+        results.notes += _cut_off_note(segmentation) + [
+            f"No {output_type} was written: {why}" for output_type, why in results.failures.items()
+        ]
         findings = {
+            "schema_version": SCHEMA_VERSION,
+            "package_version": __version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "source": volume.source.name,
+            **({"series_uid": series_uid(volume)} if keep_series_uid else {}),
             "model": model_name(study),
+            "model_fingerprint": model_fingerprint(study),
+            "model_commit": getattr(study.model.config, "_commit_hash", None),
             "research_use_only": True,
             "asked": asked,
-            "report": results.report,
-            "answers": [{"question": question, "answer": answer} for question, answer in results.answers],
+            "report": None if results.report is None else study.processor.write_out(results.report),
+            "answers": [
+                {"question": question, "answer": study.processor.write_out(answer)}
+                for question, answer in results.answers
+            ],
             "diagnosis": {name: round(value, 4) for name, value in results.diagnosis.items()},
             "segmentation": segmentation,
+            "failures": [{"output_type": name, "error": why} for name, why in results.failures.items()],
             "warnings": study.warnings,
         }
         (draft / "findings.json").write_text(
             json.dumps(findings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         notice = "Research use only. Not a diagnosis.\n"
-        text = results.report if results.report is not None else "No report was asked for."
+        text = findings["report"] if findings["report"] is not None else "No report was asked for."
         lines = [notice, *(f"Note: {note}\n" for note in study.warnings), text, ""]
         (draft / "report.txt").write_text("\n".join(lines), encoding="utf-8")
         write_page(study, findings, draft / "report.html")
     return folder
 
 
-def measure(volume: Any, mask: np.ndarray) -> dict[str, Any]:
-    """Voxels on the source's grid, their volume in ml, and the mean HU inside."""
-    stored = np.asarray(volume.to_source(mask).dataobj)
-    voxels = int((stored > 0).sum())
-    per_voxel = abs(float(np.linalg.det(volume.source.affine[:3, :3])))
-    inside = volume.hu[mask]
-    return {
-        "file": None,
-        "volume_ml": round(voxels * per_voxel / 1000, 3),
-        "mean_hu": round(float(inside.mean()), 1) if inside.size else None,
-        "voxels": voxels,
-    }
+def _write_nifti(
+    volume: Any, masks: dict[str, np.ndarray], folder: Path, multi_label: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Files by structure, as they go on from the name of what was written; and what must be said about them."""
+    folder.mkdir()
+    notes: list[str] = []
+    alone = list(masks)
+    if multi_label:
+        alone = save_label_map(volume, masks, folder / "labels.nii.gz")
+        notes = [
+            f"{name} overlaps structures of the label map: it has a file of its own, and is not in the map."
+            for name in alone
+        ]
+    stems = file_names(masks, taken=["labels"])
+    for name in alone:
+        save_mask(volume, masks[name], folder / f"{stems[name]}.nii.gz")
+    return {name: f"/{stems[name] if name in alone else 'labels'}.nii.gz" for name in masks}, notes
+
+
+def _write_dicom_seg(
+    volume: Any, masks: dict[str, np.ndarray], path: Path, multi_label: bool
+) -> tuple[dict[str, str], list[str]]:
+    return dict.fromkeys(masks, ""), save_dicom_seg(volume, masks, path)
+
+
+_WRITERS = {"nifti": (_write_nifti, "masks"), "dicom-seg": (_write_dicom_seg, "masks.dcm")}
+
+
+def _sentence(error: Exception, volume: Any, output_type: str) -> str:
+    """Why an output type was not written; what a library says may quote the scan, so only its type is passed on."""
+    if isinstance(error, CTInstructError):
+        return str(error)
+    return f"{volume.source.name or 'The scan'} cannot be written as {output_type} ({type(error).__name__})."
+
+
+def _cut_off_note(segmentation: dict[str, dict[str, Any]]) -> list[str]:
+    """The structures that the scan does not hold whole, in one sentence."""
+    cut = [f"{name} ({', '.join(numbers['cut_off'])})" for name, numbers in segmentation.items() if numbers["cut_off"]]
+    if not cut:
+        return []
+    return [f"Cut off by the edge of the scan: {', '.join(cut)}. The volume is that of the part inside."]
 
 
 def model_name(study: Study) -> str:
     """The model's name without the path of this machine, and whether it is trained."""
-    name = Path(str(study.model.config.name_or_path or "model")).name
+    folder = Path(str(study.model.config.name_or_path or "model"))
+    name = folder.name
+    if folder.parent.name == "snapshots":  # in the cache of the Hub's client
+        name = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     return name if study.model.config.trained else f"{name} (untrained)"
+
+
+def model_fingerprint(study: Study) -> str | None:
+    """`hub.fingerprint` of the model's files; None for a model that was not read from a folder."""
+    from ..hub.fingerprint import fingerprint
+
+    folder = Path(str(study.model.config.name_or_path or ""))
+    try:
+        return fingerprint(folder) if study.model.config.name_or_path and folder.is_dir() else None
+    except CTInstructError:
+        return None
+
+
+__all__ = ["OUTPUT_TYPES", "check_output", "file_name", "file_names", "measure", "save_study"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nibabel as nib
 import numpy as np
 from PIL import Image
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-450.0, 1050.0)}
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f9dff", "#f58231", "#b865d9", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 PICTURE_SIDE = 420
+_PLANES = {"S": "Axial", "I": "Axial", "P": "Coronal", "A": "Coronal", "L": "Sagittal", "R": "Sagittal"}
 
 _STYLE = """
 :root { color-scheme: light; font-family: system-ui, sans-serif; line-height: 1.5; }
@@ -79,7 +81,8 @@ def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
     diseases = [name for names in study.model.config.disease_lists.values() for name in names]
     parts += ["<h2>Pictures</h2>", pictures(volume, study.results.masks, list(dict.fromkeys(diseases)))]
     parts.append(
-        f"</main><footer>Made by ctinstruct-hf {__version__}. Left in the picture is the patient's right.</footer></body></html>"
+        f"</main><footer>Made by ctinstruct-hf {__version__}. Head or front is up. Left in a picture is the patient's right, "
+        "in sagittal pictures the patient's front.</footer></body></html>"
     )
     path.write_text("\n".join(parts), encoding="utf-8")
 
@@ -133,16 +136,17 @@ def bars(probabilities: dict[str, float]) -> str:
 
 
 def structure_table(segmentation: dict[str, dict[str, Any]]) -> str:
-    """Volume and mean HU of every structure."""
+    """Volume and mean HU of every structure, and where the scan cuts it off."""
     lines = []
     for index, (name, numbers) in enumerate(segmentation.items()):
         mean = "–" if numbers["mean_hu"] is None else f"{numbers['mean_hu']:.0f}"
         file = f'<a href="{escape(numbers["file"])}">{escape(numbers["file"])}</a>' if numbers["file"] else ""
         lines.append(
             f'<tr><th scope="row">{swatch(index)}{escape(name)}</th><td class="number">{numbers["volume_ml"]:.1f}</td>'
-            f'<td class="number">{mean}</td><td class="number">{numbers["voxels"]}</td><td>{file}</td></tr>'
+            f'<td class="number">{mean}</td><td class="number">{numbers["voxels"]}</td>'
+            f"<td>{', '.join(numbers['cut_off'])}</td><td>{file}</td></tr>"
         )
-    head = '<tr><th scope="col">Structure</th><th scope="col" class="number">Volume (ml)</th><th scope="col" class="number">Mean HU</th><th scope="col" class="number">Voxels</th><th scope="col">File</th></tr>'
+    head = '<tr><th scope="col">Structure</th><th scope="col" class="number">Volume (ml)</th><th scope="col" class="number">Mean HU</th><th scope="col" class="number">Voxels</th><th scope="col">Cut off at</th><th scope="col">File</th></tr>'
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -159,19 +163,31 @@ def pictures(volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[
         centre = key_place(masks[largest])
         where = f"the {largest}"
     figures = []
-    planes = [("Axial", 0)] + ([("Coronal", 1), ("Sagittal", 2)] if depth > 1 else [])
-    for title, axis in planes:
-        figures.append(_figure(volume, shown, axis, centre[axis], "soft tissue", f"{title} through {where}"))
-    figures.append(_figure(volume, shown, 0, centre[0], "lung", f"Axial through {where}"))
+    for axis in range(3 if depth > 1 else 1):
+        title = f"{plane_of(volume, axis)} through {where}"
+        figures.append(_figure(volume, shown, axis, centre[axis], "soft tissue", title))
+    figures.append(_figure(volume, shown, 0, centre[0], "lung", f"{plane_of(volume, 0)} through {where}"))
     for name in [*marked, *(name for name in masks if name not in marked)]:
         if not masks[name].any():
             continue
         best = key_place(masks[name])[0]
         inside = float(volume.hu[best][masks[name][best]].mean())
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
-        caption = f"{name}, where it is largest: slice {best + 1} of {depth} from the feet"
+        caption = f"{name}, where it is largest" + (f": slice {best + 1} of {depth} from the feet" if depth > 1 else "")
         figures.append(_figure(volume, shown, 0, best, window, caption))
     return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def plane_of(volume: CTVolume, axis: int) -> str:
+    """The plane of the pictures across an axis (0 depth, 1 height, 2 width) of the volume."""
+    if volume.source.kind == "picture":
+        return "Picture"  # it does not say
+    return _PLANES[axis_codes(volume)[axis]]
+
+
+def axis_codes(volume: CTVolume) -> str:
+    """Where each axis (depth, height, width) leads: SPL for volumes, I among them for an upright slice."""
+    return "".join(nib.aff2axcodes(volume.affine)[::-1])
 
 
 def key_place(mask: np.ndarray) -> tuple[int, int, int]:
@@ -198,7 +214,7 @@ def swatch(number: int) -> str:
 
 def figure(image: Image.Image, description: str, caption: str, legend: str = "") -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", compress_level=4)
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<figure><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
@@ -207,7 +223,8 @@ def figure(image: Image.Image, description: str, caption: str, legend: str = "")
 
 
 def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str) -> Image.Image:
-    """One slice in a window with the outlines of masks; head up, the patient's right on the left."""
+    """One slice in a window with the outlines of masks, in the scan's aspect in mm; head or front up, the patient's right, in
+    sagittal slices the front, on the left."""
     low, high = WINDOWS[window]
     plane = np.take(volume.hu, index, axis=axis).astype(np.float32)
     spacing = [mm for place, mm in enumerate(volume.spacing) if place != axis]
@@ -215,7 +232,7 @@ def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, in
     tall, wide = grey.shape[0] * spacing[0], grey.shape[1] * spacing[1]
     scale = PICTURE_SIDE / max(tall, wide)
     size = (max(1, round(wide * scale)), max(1, round(tall * scale)))
-    flip = axis != 0  # rows run from the feet up there
+    flip = axis_codes(volume)[1 if axis == 0 else 0] == "S"  # rows run from the feet up there
     image = np.asarray(
         Image.fromarray(grey[::-1] if flip else grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
     ).copy()

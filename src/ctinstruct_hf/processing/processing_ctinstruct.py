@@ -252,15 +252,16 @@ class CTInstructProcessor(ProcessorMixin):
         return results if nested else results[0]
 
     def write_out(self, text: str, probabilities: Iterable[float] = ()) -> str:
-        """An answer for people: "calcification 0.90, bronchiectasis 0.20" for its tokens, special tokens left out."""
+        """An answer for people: "calcification 0.90, bronchiectasis 0.20" for its `<disease_confidence>`, "unknown" where a
+        probability is missing, "[mask]" for `<SEG>`; other special tokens are left out."""
         rest = iter(probabilities)
-        text = re.sub(
-            re.escape(DISEASE_TOKEN),
-            lambda token: f"{value:.2f}" if (value := next(rest, None)) is not None else token[0],
-            text,
-        )
-        special = [token for token in self.tokenizer.all_special_tokens if token not in (SEG_TOKEN, DISEASE_TOKEN)]
-        for token in special:
+
+        def number(token: re.Match[str]) -> str:
+            value = next(rest, None)
+            return "unknown" if value is None else f"{value:.2f}"
+
+        text = re.sub(re.escape(DISEASE_TOKEN), number, text).replace(SEG_TOKEN, "[mask]")
+        for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return text.strip()
 
