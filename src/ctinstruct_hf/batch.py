@@ -41,9 +41,9 @@ class Outcome:
 
     Attributes:
         study: the name of its folder.
-        status: done, kept (was there from an earlier run) or failed.
+        status: done, kept (was there from an earlier run), incomplete (an output type could not be written) or failed.
         seconds: that it took.
-        error: a sentence, where it failed.
+        error: a sentence, where it failed or is incomplete.
     """
 
     study: str
@@ -116,7 +116,7 @@ def predict_studies(
     for place, outcome in run(tasks, todo, count, list(devices)):
         outcomes[place] = outcome
         tell(len(outcomes), len(tasks), outcome.study)
-        if outcome.status == "failed":  # written as it goes: a long run may be read while it works
+        if outcome.error:  # written as it goes: a long run may be read while it works
             write_failures(output / "failures.csv", tasks, outcomes)
     ordered = [outcomes[place] for place in range(len(tasks))]
     write_failures(output / "failures.csv", tasks, outcomes)
@@ -130,7 +130,9 @@ def is_answered(task: Task) -> bool:
         found = json.loads((Path(task.folder) / "findings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return found.get("asked") == json.loads(json.dumps(settings_of(task.request, task.reading)))
+    return not found.get("failures") and found.get("asked") == json.loads(
+        json.dumps(settings_of(task.request, task.reading))
+    )
 
 
 def answer(task: Task, device: str | None) -> Outcome:
@@ -138,13 +140,14 @@ def answer(task: Task, device: str | None) -> Outcome:
     name = Path(task.folder).name
     start = time.perf_counter()
     try:
-        predict_study(Path(task.scan), Path(task.folder), task.request, device=device, **task.reading)
+        study = predict_study(Path(task.scan), Path(task.folder), task.request, device=device, **task.reading)
     except CTInstructError as error:
         return Outcome(name, "failed", round(time.perf_counter() - start, 2), str(error))
     except Exception as error:  # one scan must not end the run of all
         sentence = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         return Outcome(name, "failed", round(time.perf_counter() - start, 2), sentence)
-    return Outcome(name, "done", round(time.perf_counter() - start, 2))
+    missing = " ".join(study.results.failures.values())
+    return Outcome(name, "incomplete" if missing else "done", round(time.perf_counter() - start, 2), missing)
 
 
 # engines: each yields (place, outcome) as scans are finished
@@ -270,13 +273,14 @@ def write_failures(path: Path, tasks: Sequence[Task], outcomes: dict[int, Outcom
     rows = [
         {"study": outcome.study, "scan": tasks[place].scan, "error": outcome.error}
         for place, outcome in sorted(outcomes.items())
-        if outcome.status == "failed"
+        if outcome.error
     ]
     _write_csv(path, ["study", "scan", "error"], rows)
 
 
 def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
-    """`results.csv`: a line per scan with status, time, probabilities, volumes in ml, answers, report and warnings."""
+    """`results.csv`: a line per scan with status, time, probabilities, volumes in ml and where the scan
+    cuts them off, answers, report and warnings."""
     rows = []
     columns = ["study", "status", "seconds"]
     for task, outcome in zip(tasks, outcomes, strict=True):
@@ -284,7 +288,9 @@ def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) 
         if outcome.status != "failed":
             found = json.loads((Path(task.folder) / "findings.json").read_text(encoding="utf-8"))
             row |= {f"probability {name}": value for name, value in found["diagnosis"].items()}
-            row |= {f"{name} (ml)": numbers["volume_ml"] for name, numbers in found["segmentation"].items()}
+            for name, numbers in found["segmentation"].items():
+                row[f"{name} (ml)"] = numbers["volume_ml"]
+                row[f"{name} cut off at"] = ", ".join(numbers.get("cut_off") or [])
             row |= {one["question"]: one["answer"] for one in found["answers"]}
             if found["report"] is not None:
                 row["report"] = found["report"]

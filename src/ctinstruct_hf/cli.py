@@ -114,7 +114,12 @@ def predict(
     output_type: Annotated[
         list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg, or both.")
     ] = None,
-    ml: Annotated[bool, typer.Option("--ml", help="All structures in one label file.")] = False,
+    ml: Annotated[
+        bool, typer.Option("--ml", help="All structures in one label file, but those that overlap others.")
+    ] = False,
+    keep_series_uid: Annotated[
+        bool, typer.Option("--keep-series-uid", help="Keep the SeriesInstanceUID in findings.json.")
+    ] = False,
     series: Annotated[
         str | None, typer.Option("--series", help="SeriesInstanceUID, where a folder has several.")
     ] = None,
@@ -130,7 +135,8 @@ def predict(
 ) -> None:
     """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written.
 
-    Of many, those that an earlier run has finished are kept; results.csv and failures.csv tell about all.
+    Of many, those that an earlier run has finished are kept; results.csv and failures.csv tell about all. Exit code 3: an
+    output type could not be written, all others were.
     """
     from rich.console import Console
 
@@ -138,7 +144,9 @@ def predict(
     from .predict import Request, find_scans, predict_study
 
     _quiet()
-    request = Request(report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml)
+    request = Request(
+        report, list(ask or []), _split(segment), diagnose, tuple(output_type or ("nifti",)), ml, keep_series_uid
+    )
     request.report = request.report or request.empty
     reading: dict[str, Any] = {
         "model": model,
@@ -164,6 +172,8 @@ def predict(
             console.print(_note(f"{scans[0].name}: {note}"))
         typer.echo(f"{output / 'report.html'}")
         console.print("Research use only. Not a diagnosis.")
+        if study.results.failures:
+            raise typer.Exit(3)
         return
 
     from rich.markup import escape
@@ -184,7 +194,9 @@ def predict(
             tell=lambda done, total, name: bar.update(task, completed=done, description=escape(name)),
             **reading,
         )
-    counts = {status: sum(one.status == status for one in outcomes) for status in ("done", "kept", "failed")}
+    counts = {
+        status: sum(one.status == status for one in outcomes) for status in ("done", "kept", "incomplete", "failed")
+    }
     typer.echo(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     typer.echo(f"{output / 'results.csv'}")
     console.print("Research use only. Not a diagnosis.")
@@ -192,6 +204,8 @@ def predict(
     if failed:
         more = f" And {len(failed) - 5} more, see {output / 'failures.csv'}." if len(failed) > 5 else ""
         raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed[:5]) + more)
+    if counts["incomplete"]:
+        raise typer.Exit(3)
 
 
 def _millimetres(spacing: str | None) -> tuple[float, float, float] | None:

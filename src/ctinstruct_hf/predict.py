@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CTInstructError
+from .output.folder import check_output
 from .study import Study
 
 # files that hold a volume each, wherever they lie; slices count only where they are named
@@ -24,7 +25,7 @@ class Request:
         questions: asked in words.
         structures: names to segment.
         diagnose: a list's name, names of diseases with commas, or `all`; None asks for none.
-        output_types, multi_label: see `output.folder.save_study`.
+        output_types, multi_label, keep_series_uid: see `output.folder.save_study`.
     """
 
     report: bool = False
@@ -33,6 +34,7 @@ class Request:
     diagnose: str | None = None
     output_types: tuple[str, ...] = ("nifti",)
     multi_label: bool = False
+    keep_series_uid: bool = False
 
     @property
     def empty(self) -> bool:
@@ -108,15 +110,16 @@ def predict_study(
         tell: called with the name of each step.
 
     Raises:
-        CTInstructError: nothing is written then.
+        CTInstructError: nothing is written then. What could not be written beside other results is in
+            `results.failures` of the study.
     """
     tell("reading")
     study = Study.open(
         scan, model, device=device, dtype=dtype, revision=revision, series=series, spacing=spacing, names=names
     )
-    diseases = (
-        study.diseases_asked(request.diagnose) if request.diagnose else None
-    )  # fail before the work, not after it
+    # fail before the work, not after it
+    check_output(study.volume, request.output_types)
+    diseases = study.diseases_asked(request.diagnose) if request.diagnose else None
     tell("encoding")
     _ = study.features
     if request.report:
@@ -136,5 +139,11 @@ def predict_study(
         request,
         {"model": model, "dtype": dtype, "revision": revision, "series": series, "spacing": spacing, "names": names},
     )
-    study.save(output, output_types=request.output_types, multi_label=request.multi_label, asked=asked)
+    study.save(
+        output,
+        output_types=request.output_types,
+        multi_label=request.multi_label,
+        keep_series_uid=request.keep_series_uid,
+        asked=asked,
+    )
     return study

@@ -411,7 +411,11 @@ class Study:
             for name, mask in zip(asked, self.mask_logits(asked), strict=True)
         }
         masks = {one.given: np.logical_or.reduce([painted[name] for name in one.names]) for one in found}
-        self.results.masks.update(masks)
+        kept = {name.casefold(): name for name in masks}  # names that differ by case only are one structure
+        for name in list(self.results.masks):
+            if kept.get(name.casefold(), name) != name:
+                del self.results.masks[name]
+        self.results.masks.update({name: masks[name] for name in kept.values()})
         return masks[names] if isinstance(names, str) else masks
 
     @torch.inference_mode()

@@ -283,7 +283,7 @@ def _segmentation(
         specific_character_set="ISO_IR 192",
         omit_empty_frames=bool(pixels.any()),
     )
-    by_name = {str(image.SOPInstanceUID): one for image, one in zip(images, chosen, strict=True)}
+    parts = {str(image.SOPInstanceUID): one for image, one in zip(images, chosen, strict=True)}
     files = {one.sop_instance: one.sop_class for one in chosen}
     references = []
     for instance, sop_class in files.items():
@@ -295,7 +295,9 @@ def _segmentation(
     for group in segmentation.PerFrameFunctionalGroupsSequence:
         for derivation in group.DerivationImageSequence:
             for item in derivation.SourceImageSequence:
-                one = by_name[str(item.ReferencedSOPInstanceUID)]
+                one = parts.get(str(item.ReferencedSOPInstanceUID))
+                if one is None:  # an item is shared by the segments of a slice: it is set already
+                    continue
                 item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = one.sop_class, one.sop_instance
                 if one.number is not None:
                     item.ReferencedFrameNumber = one.number
