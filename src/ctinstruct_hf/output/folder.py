@@ -113,7 +113,7 @@ def save_study(
         results.notes += _cut_off_note(segmentation) + [
             f"No {output_type} was written: {why}" for output_type, why in results.failures.items()
         ]
-        findings = {
+        findings: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "package_version": __version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
