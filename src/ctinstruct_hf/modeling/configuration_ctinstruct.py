@@ -185,7 +185,7 @@ class CTInstructConfig(PreTrainedConfig):
     """Stage one, equation 4: the cosine of a class with the mean of the slice tokens, or the log-mean-exp over slices of
     each token's own scaled cosine, so that a finding of a few slices counts."""
     contrastive_pooling: Literal["mean", "smooth_max"] = "mean"
-    """Stage one, equation 3: the projected mean of the slice tokens, or the log-mean-exp over slices of each channel of the
+    """Stage one, contrastive loss: the projected mean of the slice tokens, or the log-mean-exp over slices of each channel of the
     projected tokens, for the same reason."""
     bridger: Literal["linear", "mlp"] = "linear"
     """`linear`: the paper's. `mlp`: Linear, GELU, Linear, GELU, as released."""

@@ -61,7 +61,7 @@ class PretrainSettings:
             With `power` that is the most, and large structures get less, see `masks_loss`.
         hard_names: {power, from}: from this share of the steps on, a name counts in the category and the cell loss by its
             own loss to this power, see `small_models_ctinstruct.hard_weights`; 0, alike, by default.
-        loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 3, and `cells`, 0 by
+        loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 5, and `cells`, 0 by
             default, of `small_models_ctinstruct.cell_loss`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
             convolutions with batch norm like.
