@@ -34,6 +34,15 @@ def test_compressed_pixels_are_rescaled_once_and_never_inverted(shape: str, synt
     assert volume.warnings == []
 
 
+def test_a_compressed_image_larger_than_its_header_says_is_not_unpacked(tmp_path: Path) -> None:
+    pytest.importorskip("jpeg_ls")
+    data = dicom_slice(np.zeros((600, 500), np.uint16))
+    data.compress(JPEGLSLossless)
+    data.Rows = data.Columns = 8
+    with pytest.raises(CTInstructError, match=r"image of \(600, 500\) pixels, its header says \(8, 8\)"):
+        read_volume(save(data, tmp_path / "scan"))
+
+
 @pytest.mark.parametrize(("bits", "dtype"), [(8, np.uint8), (16, np.uint16), (32, np.uint32), (32, np.int32)])
 def test_pixels_of_8_16_and_32_bits(bits: int, dtype: type, tmp_path: Path) -> None:
     hu = HU.clip(-100, 150)[0]
@@ -184,3 +193,12 @@ def test_a_slice_without_thickness_says_so(tmp_path: Path) -> None:
     path = save(dicom_slice(HU[0], SliceThickness=None), tmp_path / "scan")
     assert any("no thickness" in note for note in read_volume(path).warnings)
     assert read_volume(path, spacing=(4.0, 1.0, 1.0)).spacing == pytest.approx((4.0, 1.5, 1.0))
+
+
+def test_one_enhanced_frame_may_have_all_its_groups_shared(tmp_path: Path) -> None:
+    data = pydicom.dcmread(enhanced(HU[:1], tmp_path / "scan"))
+    data.SharedFunctionalGroupsSequence[0].update(data.PerFrameFunctionalGroupsSequence[0])
+    del data.PerFrameFunctionalGroupsSequence
+    volume = read_volume(save(data, tmp_path / "scan"))
+    assert np.array_equal(volume.hu, HU[:1])
+    assert volume.warnings == []

@@ -337,3 +337,14 @@ def test_a_series_is_chosen_by_uid_number_description_or_size(series: str | int,
 def test_an_unclear_choice_lists_what_there_is(series: str | None, message: str, study: Path) -> None:
     with pytest.raises(CTInstructError, match=message):
         read_volume(study, series=series)
+
+
+def test_no_listing_names_the_patient(tmp_path: Path) -> None:
+    folder, _, _ = two_stacks(tmp_path, 0.0, "PatientID")
+    found = list_series(folder)
+    with pytest.raises(CTInstructError) as error:
+        read_volume(folder)
+    shown = f"{found} {found.skipped} {[one.images for one in found]} {error.value}"
+    assert "Secret" not in shown
+    assert "SECRET" not in shown
+    assert [one.description for one in found] == ["(patient 1)", "(patient 2)"]

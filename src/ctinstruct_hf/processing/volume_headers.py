@@ -175,6 +175,8 @@ def _starts_like_dicom(start: bytes) -> bool:
 def _check_inflated(file: Path, limit: Limits) -> None:
     """Refuse a deflated data set that inflates to more than is allowed; pydicom inflates all at once."""
     meta = pydicom.filereader.read_file_meta_info(file)
+    if meta.TransferSyntaxUID != DEFLATED.decode():
+        return
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     with open(file, "rb") as stream:
         stream.seek(132 + 12 + int(meta.FileMetaInformationGroupLength))
@@ -234,8 +236,12 @@ def text(dataset: Any, keyword: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
-        return value.decode("latin-1").strip("\0 ")
-    return "\\".join(map(str, value)) if isinstance(value, list | pydicom.multival.MultiValue) else str(value).strip()
+        shown = value.decode("latin-1").strip("\0 ")
+    else:
+        shown = (
+            "\\".join(map(str, value)) if isinstance(value, list | pydicom.multival.MultiValue) else str(value).strip()
+        )
+    return shown if shown.isprintable() else "".join(c for c in shown if c.isprintable())
 
 
 def some(names: Sequence[str]) -> str:

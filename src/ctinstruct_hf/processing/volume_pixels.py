@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
 from pydicom.uid import UID
 
 from .volume import AIR_HU, CTInstructError, last_line
@@ -187,7 +188,7 @@ def decode(path: Path, header: Any) -> np.ndarray:
         if "PixelData" not in data:
             raise CTInstructError(f"{path.name} has no integer pixels (PixelData): expected CT in HU.")
         if syntax.is_encapsulated:
-            return _decompressed(data, syntax)
+            return _decompressed(data, path.name, syntax)
         return native(data, path.name)
     except CTInstructError:
         raise
@@ -195,7 +196,7 @@ def decode(path: Path, header: Any) -> np.ndarray:
         raise CTInstructError(f"{path.name} cannot be decoded ({syntax.name}): {last_line(error)}") from error
 
 
-def _decompressed(data: Any, syntax: UID) -> np.ndarray:
+def _decompressed(data: Any, name: str, syntax: UID) -> np.ndarray:
     """Compressed pixels by GDCM, from a file with nothing but the pixels: GDCM itself would rescale and invert them."""
     import SimpleITK
 
@@ -204,14 +205,20 @@ def _decompressed(data: Any, syntax: UID) -> np.ndarray:
     bare.file_meta.TransferSyntaxUID = syntax
     bare.file_meta.MediaStorageSOPClassUID = bare.SOPClassUID = SECONDARY_CAPTURE
     bare.file_meta.MediaStorageSOPInstanceUID = bare.SOPInstanceUID = pydicom.uid.generate_uid()
-    for name in ("Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
-        if name in data:
-            setattr(bare, name, data[name].value)
+    for tag in ("Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        if tag in data:
+            setattr(bare, tag, data[tag].value)
     bare.SamplesPerPixel, bare.PhotometricInterpretation = 1, "MONOCHROME2"
     if syntax == RLE:  # whole words, whatever their bits mean
         bare.BitsStored, bare.HighBit = data.BitsAllocated, data.BitsAllocated - 1
     elif integer(data, "HighBit", 15) != integer(data, "BitsStored", 16) - 1:
-        raise CTInstructError("its compressed pixels do not end at the lowest bit (HighBit)")
+        raise CTInstructError(f"{name} has compressed pixels that do not end at the lowest bit (HighBit).")
+    for frame in generate_frames(data.PixelData, number_of_frames=integer(data, "NumberOfFrames", 1)):
+        size = coded_size(frame)
+        if size not in (None, (data.Rows, data.Columns)):
+            raise CTInstructError(
+                f"{name} holds an image of {size} pixels, its header says {(data.Rows, data.Columns)}."
+            )
     bare["PixelData"] = data["PixelData"]
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     with tempfile.TemporaryDirectory(prefix="ctinstruct-") as folder:
@@ -223,6 +230,22 @@ def _decompressed(data: Any, syntax: UID) -> np.ndarray:
         words = SimpleITK.GetArrayFromImage(reader.Execute())
     allocated, signed = int(data.BitsAllocated), int(data.PixelRepresentation) == 1
     return words.astype(f"{'i' if signed else 'u'}{allocated // 8}")
+
+
+def coded_size(frame: bytes) -> tuple[int, int] | None:
+    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 stream itself has; None where it does not say."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: start, then its size
+    if start >= 0:
+        right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4]) for at in range(8, 24, 4))
+        return bottom - top, right - left
+    at = 2
+    while frame.startswith(b"\xff\xd8") and at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):  # start of a frame
+            rows, columns = int.from_bytes(frame[at + 5 : at + 7]), int.from_bytes(frame[at + 7 : at + 9])
+            return (rows, columns) if rows and columns else None
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(frame[at + 2 : at + 4])
+    return None
 
 
 def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:

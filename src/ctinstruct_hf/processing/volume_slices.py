@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Slice:
     """
 
     path: Path
-    header: Any
+    header: Any = field(repr=False)  # both it and the marks name the patient
     position: Any
     orientation: Any
     pixel_spacing: tuple[float, float] | None
@@ -32,7 +32,7 @@ class Slice:
     slope: float | None
     intercept: float | None
     unit: str
-    marks: dict[str, str]
+    marks: dict[str, str] = field(repr=False)
     frame: int = 0
 
     def along(self, normal: np.ndarray) -> float:
@@ -47,17 +47,17 @@ def slices_of(file: Path, header: Any) -> list[Slice]:
     if integer(header, "Rows") < 1 or integer(header, "Columns") < 1:
         raise CTInstructError(f"{file.name} has no pixels.")
     frames = integer(header, "NumberOfFrames", 1)
-    groups = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
+    groups = header.get("PerFrameFunctionalGroupsSequence") or ([] if shared is None or frames > 1 else [{}])
     if frames > 1 and len(groups) != frames:
         raise CTInstructError(f"{file.name} has {frames} frames but positions for {len(groups)}.")
     if not groups:
         return [_slice(file, header, {}, 0)]
-    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
     slices = []
     for index, group in enumerate(groups):
         parts = {}
         for name in _GROUPS:
-            sequence = group.get(name) or shared.get(name)
+            sequence = group.get(name) or (shared.get(name) if shared is not None else None)
             if sequence:
                 parts[name] = sequence[0]
         slices.append(_slice(file, header, parts, index))
