@@ -401,7 +401,7 @@ def publish_data(
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; private by default.")] = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Put the rows of a data set on the Hub; scans and label files stay here, patients are numbered anew."""
+    """Put the rows of a data set on the Hub; scans and label files stay here, ids, patients and paths become numbers."""
     from rich.console import Console
 
     from .data.share import share
@@ -419,11 +419,14 @@ def fetch_data(
     repository: Annotated[str, typer.Argument(help="user/name on the Hub, sent by ctinstruct data publish.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     root: Annotated[Path | None, typer.Option("--root", help="Folder of the scans here.")] = None,
+    mapping: Annotated[
+        Path | None, typer.Option("--mapping", help="published.json of who sent the rows: the files' names.")
+    ] = None,
 ) -> None:
     """Rows from the Hub as a prepared data set with the paths of this machine."""
     from .data.share import fetch
 
-    _tell_rows(fetch(repository, output, root))
+    _tell_rows(fetch(repository, output, root, mapping))
 
 
 def _tell_rows(counts: dict[str, dict[str, int]]) -> None:

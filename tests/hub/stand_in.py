@@ -25,6 +25,9 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.refuses = 0
         self.asked: list[str] = []
+        self.answers: dict[
+            str, tuple[int, str, str]
+        ] = {}  # name -> status, X-Error-Code and sentence instead of a model
 
     @property
     def address(self) -> str:
@@ -125,6 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] in (["api", "models"], ["api", "datasets"]):
             name = ("datasets/" if parts[1] == "datasets" else "") + "/".join(parts[2:4])
             repository = self.server.repositories.get(name)
+            if name in self.server.answers:
+                status, code, sentence = self.server.answers[name]
+                return self._answer({"error": sentence}, status, {"X-Error-Code": code} if code else {})
+            if "revision" in parts and parts[-1] not in ("main", COMMIT):
+                return self._answer(
+                    {"error": f"Invalid rev id: {parts[-1]}"}, 404, {"X-Error-Code": "RevisionNotFound"}
+                )
             if repository is None:
                 return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             if "tree" in parts:

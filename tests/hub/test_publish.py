@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.data.prepared import import_jsonl, load_rows
+from ctinstruct_hf.data.share import shareable_rows
 from ctinstruct_hf.hub.publish import check_repository, make_plan
 from tests.hub.stand_in import Hub, running
 
@@ -99,13 +102,51 @@ def test_what_is_no_whole_model_is_refused_before_anything_is_sent(folder: Path,
         check_repository("../../etc")
 
 
+def test_only_what_a_model_is_made_of_goes(folder: Path, tmp_path: Path) -> None:
+    allowed = [name for name, _ in make_plan(folder, "card").files]
+    stays = ["token.json", ".hidden.json", "trainer_state.json", "train.py", "notes.txt", "optimizer.safetensors",
+             "patients.json", "vocabulary.model", "my.jinja", "complete.json", "recipe.json", ".env"]  # fmt: skip
+    for name in stays:
+        (folder / name).write_text("secret")
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "linked.json").symlink_to(tmp_path / "secret.json")
+    (folder / "scores.json").write_text('{"tasks": []}')
+    plan = make_plan(folder, "card")
+    assert [name for name, _ in plan.files if name != "scores.json"] == allowed
+    assert {*stays, "linked.json (a link)", "checkpoint-3", "training_args.bin"} == set(plan.left)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "modeling_ctinstruct.py", "scores.json", "merges.txt"]
+)
+def test_links_of_a_model_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    if (folder / name).exists():
+        (folder / name).rename(tmp_path / "secret")
+    else:
+        (tmp_path / "secret").write_text("{}")
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CTInstructError, match="a link"):
+        make_plan(folder, "card")
+
+
+def test_a_path_of_this_machine_in_the_settings_is_refused(folder: Path) -> None:
+    for file, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "tokenizer_file")):
+        before = (folder / file).read_text()
+        (folder / file).write_text(json.dumps({**json.loads(before), key: "/home/jane.roe/model"}))
+        with pytest.raises(CTInstructError, match=f"{key} is a path of this machine") as error:
+            make_plan(folder, "card")
+        assert "jane" not in str(error.value)
+        (folder / file).write_text(before)
+    make_plan(folder, "card")
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     scans = tmp_path / "scans"
     scans.mkdir()
     (scans / "a.nii.gz").write_bytes(b"0")
     lines = [
-        {"id": f"a/{number}", "task": "question", "split": split, "source": "mine", "patient": "Jane Roe",
+        {"id": f"jane-roe/{number}", "task": "question", "split": split, "source": "mine", "patient": "Jane Roe",
          "images": [{"path": str(scans / "a.nii.gz")}],
          "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]},
                       {"role": "assistant", "content": [{"type": "text", "text": "There."}]}]}
@@ -132,15 +173,69 @@ def test_rows_go_to_the_hub_without_paths_and_patients_and_come_back(hub: Hub, r
     assert "config_name: instructions" in card
     assert "never a diagnosis" in card
     for content in kept["files"].values():
-        assert b"Jane Roe" not in content
-        assert str(tmp_path).encode() not in content
+        for secret in (b"Jane Roe", b"jane-roe", b"mine.jsonl", str(tmp_path).encode()):
+            assert secret not in content
+    tables = [pq.read_table(io.BytesIO(content)) for name, content in kept["files"].items() if name.endswith("parquet")]
+    sent = [row for table in tables for row in table.to_pylist()]
+    assert {row["id"] for row in sent} == {"row-000001", "row-000002", "row-000003"}
+    assert {row["patient"] for row in sent} == {"patient-000001"}
+    assert {row["images"][0]["path"] for row in sent} == {"file-000001.nii.gz"}
     other = tmp_path / "elsewhere"
-    done = ctinstruct(hub, tmp_path, "data", "fetch", "me/rows", "--root", str(other), "-o", str(tmp_path / "back"))
+    mapping = rows / "published.json"
+    assert mapping.stat().st_mode & 0o077 == 0
+    done = ctinstruct(
+        hub, tmp_path, "data", "fetch", "me/rows", "--root", str(other), "-o", str(tmp_path / "back"), "--mapping", str(mapping)
+    )  # fmt: skip
     assert done.returncode == 0, (done.stderr, hub.asked)
     back = list(load_rows(tmp_path / "back", "instructions", "train"))
     assert [row["images"][0]["path"] for row in back] == [str(other / "a.nii.gz")] * 2
     assert len({row["patient"] for row in back}) == 1
     assert [row["messages"] for row in back] == [row["messages"] for row in load_rows(rows, "instructions", "train")]
+
+
+def test_numbers_of_rows_are_kept_and_follow_no_order(tmp_path: Path) -> None:
+    names = [f"patient-of-{number:03d}" for number in range(40)]
+
+    def prepared(count: int) -> Path:
+        lines = [
+            {"id": f"{name}/0", "task": "question", "split": "train", "source": "mine", "patient": name,
+             "images": [{"path": str(tmp_path / f"{name}.nii.gz")}],
+             "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]},
+                          {"role": "assistant", "content": [{"type": "text", "text": "There."}]}]}
+            for name in names[:count]
+        ]  # fmt: skip
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        shutil.rmtree(tmp_path / "set" / "instructions", ignore_errors=True)
+        import_jsonl(tmp_path / "rows.jsonl", tmp_path / "set")
+        return tmp_path / "set"
+
+    rows, first = shareable_rows(prepared(30), tmp_path)
+    sent = rows["instructions"]["train"]
+    assert [row["id"] for row in sent] == [f"row-{number:06d}" for number in range(1, 31)]
+    for part, known in first.items():
+        assert list(known.values()) != [known[name] for name in sorted(known)], part  # the order of names is not kept
+    (tmp_path / "set" / "published.json").write_text(json.dumps(first))
+    shutil.rmtree(tmp_path / "set" / ".arrow", ignore_errors=True)
+    _, second = shareable_rows(prepared(40), tmp_path)
+    for part, known in first.items():
+        assert known.items() <= second[part].items()
+        assert len(set(second[part].values())) == 40
+
+
+def test_a_text_with_its_patients_name_stays_here(tmp_path: Path) -> None:
+    for text, goes in (("There, Mrs. ROE, Jane.", False), ("There, Jane.", True)):
+        line = {"id": "a", "task": "question", "split": "train", "source": "mine", "patient": "Roe^Jane",
+                "images": [{"path": str(tmp_path / "a.nii.gz")}],
+                "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]},
+                             {"role": "assistant", "content": [{"type": "text", "text": text}]}]}  # fmt: skip
+        (tmp_path / "rows.jsonl").write_text(json.dumps(line))
+        import_jsonl(tmp_path / "rows.jsonl", tmp_path / str(goes))
+        if goes:
+            shareable_rows(tmp_path / str(goes), tmp_path)
+            continue
+        with pytest.raises(CTInstructError, match="holds its patient's name") as error:
+            shareable_rows(tmp_path / str(goes), tmp_path)
+        assert "Roe" not in str(error.value)
 
 
 def test_rows_of_files_elsewhere_are_refused(hub: Hub, rows: Path, tmp_path: Path) -> None:

@@ -1,54 +1,130 @@
 """A prepared data set to the Hub and back: rows only, by `datasets.push_to_hub`; scans and label files stay where they are.
 
-Paths in the rows become relative to a folder that whoever fetches the rows has too; patients get numbers that cannot be
-traced back.
+Ids, patients and paths are replaced by numbers in an order of chance. What the numbers stand for is kept in a file of the
+prepared data set, which is never sent; whoever has the scans and is given that file gets the rows with their paths.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import CTInstructError
+from ..errors import CTInstructError, first_line
+from ..files import write_whole
 from .prepared import describe, load_rows, write_rows
 from .reading import is_phantom
-from .samples import KINDS, SPLITS, features
+from .samples import KINDS, META, SPLITS, features
+
+MAPPING = "published.json"  # {ids, patients, paths: {what it was: what was sent}}
+Rows = dict[str, dict[str, list[dict[str, Any]]]]
+Mapping = dict[str, dict[str, str]]
+_PREFIXES = {"ids": "row", "patients": "patient", "paths": "file"}
+# endings that a reader chooses by; nothing else of a name is kept
+_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".npz", ".zip", ".dcm", ".png", ".jpg", ".jpeg", ".bmp",
+            ".tif", ".tiff")  # fmt: skip
 
 
-def shareable_rows(folder: Path, root: Path | None) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """{kind: {split: rows}} as they would go: relative paths, patients by number.
+def shareable_rows(folder: Path, root: Path | None) -> tuple[Rows, Mapping]:
+    """Rows {kind: {split: rows}} as they would go, and what their numbers stand for.
+
+    Numbers given by an earlier call, found in `published.json` of the folder, are kept.
 
     Args:
         folder: a prepared data set.
-        root: the folder that the paths are made relative to; needed unless all scans are made up.
+        root: the folder that holds all files; needed unless all scans are made up.
 
     Raises:
-        CTInstructError: for a path outside of `root`.
+        CTInstructError: for a path outside of `root`, and where a text holds a patient's name.
     """
     if not (folder / "dataset.json").exists():
         raise CTInstructError(f"{folder} is no prepared data set: make it with ctinstruct data prepare or import.")
-    salt = secrets.token_bytes(16)  # kept nowhere
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    found: Rows = {}
     for kind in KINDS:
         for split in SPLITS:
             if list((folder / kind).glob(f"{split}-*.parquet")):
-                rows = load_rows(folder, kind, split)
-                found.setdefault(kind, {})[split] = [_shared(row, root, salt) for row in rows]
+                found.setdefault(kind, {})[split] = list(load_rows(folder, kind, split))
     if not found:
         raise CTInstructError(f"{folder} has no rows.")
-    return found
+    rows = [row for splits in found.values() for part in splits.values() for row in part]
+    for number, row in enumerate(rows):
+        if _names_its_patient(row):
+            raise CTInstructError(
+                f"Row {number + 1} of {folder} holds its patient's name in a text: remove it from the text before rows go."
+            )
+        for file in _files_of(row):
+            file["path"] = _relative(file["path"], root, number + 1)
+    mapping = read_mapping(folder / MAPPING) if (folder / MAPPING).exists() else {part: {} for part in _PREFIXES}
+    _number(mapping["ids"], (row["id"] for row in rows), "ids")
+    _number(mapping["patients"], (row["patient"] for row in rows if row.get("patient")), "patients")
+    _number(mapping["paths"], (file["path"] for row in rows for file in _files_of(row)), "paths")
+    for row in rows:
+        row["id"] = mapping["ids"][row["id"]]
+        row["patient"] = mapping["patients"].get(row.get("patient") or "", "")
+        for file in _files_of(row):
+            file["path"] = mapping["paths"].get(file["path"], file["path"])
+        if isinstance(row.get("meta"), dict):
+            row["meta"] = {name: value for name, value in row["meta"].items() if name in META}
+    for splits in found.values():
+        for part in splits.values():
+            part.sort(key=lambda row: str(row["id"]))  # the order of the data set may follow names
+    return found, mapping
 
 
-def _shared(row: dict[str, Any], root: Path | None, salt: bytes) -> dict[str, Any]:
-    for one in _files_of(row):
-        one["path"] = _relative(one["path"], root, row["id"])
-    if row.get("patient"):
-        row["patient"] = hashlib.sha256(salt + str(row["patient"]).encode()).hexdigest()[:12]
-    return row
+def _number(known: dict[str, str], values: Iterable[str], part: str) -> None:
+    """Give each value that has none yet the next number, in an order of chance."""
+    new = sorted({value for value in values if value and not is_phantom(value)} - set(known))
+    secrets.SystemRandom().shuffle(new)
+    for value in new:
+        ending = next((one for one in _ENDINGS if value.lower().endswith(one)), "") if part == "paths" else ""
+        known[value] = f"{_PREFIXES[part]}-{len(known) + 1:06d}{ending}"
+
+
+def read_mapping(path: Path) -> Mapping:
+    """What `share` wrote beside the rows.
+
+    Raises:
+        CTInstructError: where it is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CTInstructError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
+    sound = isinstance(found, dict) and all(
+        isinstance(found.get(part), dict) and all(isinstance(value, str) for value in found[part].values())
+        for part in _PREFIXES
+    )
+    if not sound:
+        raise CTInstructError(f"{path} is no {MAPPING} of ctinstruct data publish.")
+    return {part: found[part] for part in _PREFIXES}
+
+
+def _texts_of(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _texts_of(value)
+
+
+def _names_its_patient(row: dict[str, Any]) -> bool:
+    """Whether a text has the patient's name or number, whole or all its words."""
+    patient = str(row.get("patient") or "")
+    words = [word.lower() for word in re.findall(r"\w+", patient.replace("_", " "))]
+    if len(patient) < 4 or is_phantom(row["id"]):
+        return False
+    told = [row.get(part) for part in ("messages", "texts", "labels", "meta")]
+    named = any(len(word) > 2 and not word.isdigit() for word in words)
+    for text in _texts_of(told):
+        if re.search(rf"(?<!\w){re.escape(patient)}(?!\w)", text, re.IGNORECASE):
+            return True
+        if named and len(words) > 1 and set(words) <= set(re.findall(r"\w+", text.lower())):
+            return True
+    return False
 
 
 def _files_of(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,18 +132,18 @@ def _files_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [*(row["images"] if "images" in row else [row["image"]]), *row["masks"]]
 
 
-def _relative(path: str, root: Path | None, sample: str) -> str:
+def _relative(path: str, root: Path | None, number: int) -> str:
     if not path or is_phantom(path):
         return path
     if root is None:
-        raise CTInstructError(f"Sample '{sample}' names a file of this machine: give the folder of the data (--root).")
+        raise CTInstructError(f"Row {number} names a file of this machine: give the folder of the data (--root).")
     try:
         return Path(path).resolve().relative_to(root.resolve()).as_posix()
     except ValueError as error:
-        raise CTInstructError(f"Sample '{sample}' names {path}, which is not in {root}.") from error
+        raise CTInstructError(f"Row {number} names {path}, which is not in {root}.") from error
 
 
-def dataset_card(repository: str, rows: dict[str, dict[str, list[dict[str, Any]]]], source: str, license: str) -> str:
+def dataset_card(repository: str, rows: Rows, license: str) -> str:
     """README.md of the data set, without the metadata that `push_to_hub` writes."""
     sources = sorted({str(row["source"]) for splits in rows.values() for part in splits.values() for row in part})
     lines = [f"# {repository.rpartition('/')[2]}", "", f"Rows for CTInstruct on {', '.join(sources)}. Research use only, never a diagnosis.", ""]  # fmt: skip
@@ -75,11 +151,11 @@ def dataset_card(repository: str, rows: dict[str, dict[str, list[dict[str, Any]]
     lines += [f"| {kind} | {split} | {len(part)} |" for kind, splits in rows.items() for split, part in splits.items()]
     lines += [
         "",
-        "The rows name scans and label files by paths relative to the data's own folder; the files are not here: get them "
-        f"from where {source} publishes them, under its terms. Patients are numbered anew.",
+        "Scans and label files are not here: get them from where they are published, under their terms. Rows, patients and "
+        f"files are numbered by chance; who sent the rows has `{MAPPING}`, which gives the files their names back.",
         "",
         "```",
-        f"ctinstruct data fetch {repository} --root folder_of_the_scans -o data/{repository.rpartition('/')[2]}",
+        f"ctinstruct data fetch {repository} --root folder_of_the_scans --mapping {MAPPING} -o data/{repository.rpartition('/')[2]}",
         "```",
         "",
         f"Licence of the rows: {license}.",
@@ -98,7 +174,7 @@ def share(
     dry_run: bool = False,
     tell: Callable[[str], None] = lambda step: None,
 ) -> dict[str, dict[str, int]]:
-    """Send the rows of a prepared data set to the Hub.
+    """Send the rows of a prepared data set to the Hub; what their numbers stand for stays in `published.json` of the folder.
 
     Args:
         folder: made by `ctinstruct data prepare` or `import`.
@@ -122,11 +198,12 @@ def share(
     from ..hub.publish import check_repository, refusal
 
     check_repository(repository)
-    rows = shareable_rows(folder, root)
+    rows, mapping = shareable_rows(folder, root)
     counts = {kind: {split: len(part) for split, part in splits.items()} for kind, splits in rows.items()}
     if dry_run:
         return counts
-    source = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("source", "the data set")
+    write_whole(folder / MAPPING, json.dumps(mapping, indent=1, ensure_ascii=False))
+    os.chmod(folder / MAPPING, 0o600)
     try:
         for kind, splits in rows.items():
             tell(f"sending {kind}")
@@ -135,7 +212,7 @@ def share(
         tell("sending the card")
         api = HfApi()
         head = Path(api.hf_hub_download(repository, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
-        card = _with_license(head, license) + dataset_card(repository, rows, source, license)
+        card = _with_license(head, license) + dataset_card(repository, rows, license)
         api.upload_file(
             path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository, repo_type="dataset"
         )
@@ -153,13 +230,17 @@ def _with_license(card: str, license: str) -> str:
     return f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def fetch(repository: str, folder: Path, root: Path | None = None) -> dict[str, dict[str, int]]:
+def fetch(
+    repository: str, folder: Path, root: Path | None = None, mapping: Path | None = None
+) -> dict[str, dict[str, int]]:
     """The rows of a data set on the Hub as a prepared one, with the paths of this machine.
 
     Args:
         repository: "user/name", sent by `share`.
         folder: where; must not hold a data set yet.
         root: the folder of the scans here.
+        mapping: `published.json` of who sent the rows, which gives the files their names; without it they are expected
+            under their numbers.
 
     Returns:
         {kind: {split: rows}}.
@@ -174,13 +255,13 @@ def fetch(repository: str, folder: Path, root: Path | None = None) -> dict[str, 
     check_repository(repository)
     if (folder / "dataset.json").exists():
         raise CTInstructError(f"{folder} holds a data set already: name another folder.")
+    names = {} if mapping is None else {new: old for old, new in read_mapping(mapping)["paths"].items()}
     try:
         loaded = {
             kind: load_dataset(repository, kind) for kind in get_dataset_config_names(repository) if kind in KINDS
         }
     except Exception as error:  # datasets raises many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CTInstructError(f"{repository} cannot be fetched: {first}") from error
+        raise CTInstructError(f"{repository} cannot be fetched: {first_line(error)}.") from error
     if not loaded:
         raise CTInstructError(f"{repository} has no rows for CTInstruct.")
     counts: dict[str, dict[str, int]] = {}
@@ -188,7 +269,7 @@ def fetch(repository: str, folder: Path, root: Path | None = None) -> dict[str, 
         rows = [row for split in splits.values() for row in split]
         for row in rows:
             for one in _files_of(row):
-                one["path"] = _absolute(one["path"], root, repository)
+                one["path"] = _absolute(names.get(one["path"], one["path"]), root, repository)
         write_rows(folder, kind, rows)
         counts[kind] = {name: len(split) for name, split in splits.items()}
     describe(folder, {"source": repository, "rows": counts})
@@ -206,4 +287,4 @@ def _absolute(path: str, root: Path | None, repository: str) -> str:
     return str(root.resolve() / inside)
 
 
-__all__ = ["fetch", "share", "shareable_rows"]
+__all__ = ["MAPPING", "fetch", "read_mapping", "share", "shareable_rows"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CTInstructError
+from ..errors import CTInstructError, first_line
+from .folders import INDEX, MODEL_FILES, file_inside, identify, read_object, require, tensor_shapes, weight_files
 
-# what from_pretrained and trust_remote_code need
-_GOES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")
+_SCORES = "scores.json"  # of ctinstruct evaluate
+_SETTINGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+             "tokenizer_config.json")  # fmt: skip
 _NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -39,36 +41,95 @@ class Plan:
 def make_plan(folder: Path, card: str) -> Plan:
     """Look at the folder, send nothing.
 
+    What goes is a list of names: settings, tokenizer, the safetensors files (those of the index, where there is one), the
+    code files that the settings name and what these import, and `scores.json`. Whatever else lies there stays.
+
     Raises:
-        CTInstructError: where the folder is no whole model that loads with `trust_remote_code`.
+        CTInstructError: where the folder is no whole model that loads with `trust_remote_code`, a file of it is a link, or
+            settings name a path of this machine.
     """
     if not folder.is_dir():
         raise CTInstructError(f"{folder} does not exist.")
+    if identify(folder)[0] != "nothing":
+        require(folder, "stage two")
     missing = [name for name in _NEEDED if not (folder / name).exists()]
     if not list(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
         raise CTInstructError(f"{folder} is no whole model: it lacks {', '.join(missing)}.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CTInstructError(f"{folder / 'config.json'} is no JSON.") from error
-    for target in set((config.get("auto_map") or {}).values()):
-        file = f"{str(target).rpartition('.')[0].rpartition('--')[2]}.py"
-        if not (folder / file).exists():
-            raise CTInstructError(
-                f"{folder} lacks {file}, which config.json names: save the model with save_pretrained."
-            )
-    for code in sorted(folder.glob("*.py")):
-        for sibling in re.findall(r"^\s*from \.(\w+) import", code.read_text(encoding="utf-8"), re.M):
-            if not (folder / f"{sibling}.py").exists():
-                raise CTInstructError(f"{folder}: {code.name} needs {sibling}.py, which is not there.")
-    if not config.get("auto_map"):
+    settings = {name: read_object(folder / name) for name in _SETTINGS if (folder / name).exists()}
+    if not settings["config.json"].get("auto_map"):
         raise CTInstructError(f"{folder} has no code files (auto_map): save the model with save_pretrained.")
-    goes = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _GOES)
-    left = sorted(path.name for path in folder.iterdir() if path not in goes and path.name != "README.md")
+    for name, values in settings.items():
+        _refuse_paths(values, folder / name)
+    weights = {file.name for file in weight_files(folder)[0]}
+    tensor_shapes(folder)
+    plain = {name for name in (*MODEL_FILES, _SCORES) if "*" not in name and name != "model.safetensors"}
+    if weights == {"model.safetensors"}:
+        plain.discard(INDEX)
+    code = _code_files(folder, settings)
+    here = sorted(folder.iterdir())
+    goes = [path for path in here if path.name in plain | weights | code]
+    for path in goes:
+        if path.is_symlink() or not path.is_file():
+            raise CTInstructError(
+                f"{path} is a link or a folder: publish sends files only, so put the file itself there."
+            )
+    left = [
+        f"{path.name} (a link)" if path.is_symlink() else path.name
+        for path in here
+        if path not in goes and path.name != "README.md"
+    ]
     files = [(path.name, path.stat().st_size) for path in goes]
     return Plan([*files, ("README.md", len(card.encode()))], left, card)
+
+
+def _refuse_paths(values: Any, file: Path, key: str = "") -> None:
+    """Settings may keep where something was loaded from on this machine.
+
+    Raises:
+        CTInstructError: for an absolute path.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_paths(value, file, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_paths(value, file, key)
+    elif isinstance(values, str) and re.search(r"(path|file|dir|folder)s?$", key):
+        elsewhere = os.path.isabs(values) or re.match(r"~|[A-Za-z]:[\\/]", values)
+        if elsewhere:
+            raise CTInstructError(f"{file}: {key} is a path of this machine: remove it before the model is published.")
+
+
+def _code_files(folder: Path, settings: dict[str, dict[str, Any]]) -> set[str]:
+    """The files that settings name in `auto_map`, and the siblings that these import.
+
+    Raises:
+        CTInstructError: where one is not there, or is named outside of the folder.
+    """
+    found: set[str] = set()
+    waiting = [(module, file) for file, values in settings.items() for module in _modules(values)]
+    while waiting:
+        module, source = waiting.pop()
+        name = f"{module}.py"
+        if name in found:
+            continue
+        if not file_inside(folder, name, source).is_file():
+            if source.endswith(".py"):
+                raise CTInstructError(f"{folder}: {source} needs {name}, which is not there.")
+            raise CTInstructError(f"{folder} lacks {name}, which {source} names: save the model with save_pretrained.")
+        found.add(name)
+        code = (folder / name).read_text(encoding="utf-8")
+        waiting += [(sibling, name) for sibling in re.findall(r"^\s*from \.(\w+) import", code, re.M)]
+    return found
+
+
+def _modules(values: dict[str, Any]) -> set[str]:
+    maps = [part["auto_map"] for part in (values, *values.values()) if isinstance(part, dict) and "auto_map" in part]
+    targets = [target for one in maps if isinstance(one, dict) for target in one.values()]
+    flat = [name for target in targets for name in (target if isinstance(target, list) else [target]) if name]
+    return {str(name).rpartition(".")[0].rpartition("--")[2] for name in flat}
 
 
 def publish(
@@ -116,8 +177,7 @@ def publish(
 
 def refusal(repository: str, error: Exception) -> CTInstructError:
     """What the Hub said against a repository, in one sentence."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CTInstructError(f"The Hub does not take {repository}: {first} (log in with `hf auth login`).")
+    return CTInstructError(f"The Hub does not take {repository}: {first_line(error)} (log in with `hf auth login`).")
 
 
 def check_repository(repository: str) -> None:
