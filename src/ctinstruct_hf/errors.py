@@ -24,6 +24,9 @@ def cannot_load(argument: str, name: str, error: BaseException, hint: str = "") 
         )
     if "GatedRepoError" in kinds:
         hint += f" Ask for access at https://huggingface.co/{name} and log in with hf auth login."
-    elif "RepositoryNotFoundError" in kinds:
+    elif "RevisionNotFoundError" not in kinds and getattr(getattr(error, "response", None), "status_code", 0) in (
+        401,
+        404,
+    ):
         hint += " Check the name; a private model needs hf auth login."
     return CTInstructError(f"{argument} '{name}' cannot be loaded: {first_line(error)}.{hint}")

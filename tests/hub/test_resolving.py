@@ -102,7 +102,7 @@ def test_without_network_what_is_cached_is_used_and_what_is_not_fails_within_sec
         start = time.monotonic()
         assert resolve_model("me/ct") == found
         assert f"commit {COMMIT} of the cache is used" in caplog.text
-        with pytest.raises(CTInstructError, match="'me/other' cannot be loaded: .* not in the cache"):
+        with pytest.raises(CTInstructError, match=r"'me/other' cannot be loaded: .* not in the cache"):
             resolve_model("me/other")
         assert time.monotonic() - start < 10
         caplog.clear()

@@ -24,7 +24,7 @@ from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .chat_templates import check_template
-from .folders import INDEX, MODEL_FILES, check_json_files, require, some, tensor_shapes
+from .folders import MODEL_FILES, check_json_files, require, some, tensor_shapes, weight_files
 
 logger = logging.getLogger(__name__)
 BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "ctinstruct-tiny"
@@ -94,10 +94,8 @@ def _snapshot(name: str, revision: str | None, argument: str) -> ResolvedModel:
     except HFValidationError as error:
         raise cannot_load(argument, name, error, " Name a revision by --revision." if "@" in name else "") from error
     found = _cached(name, revision)
-    if found is not None and re.fullmatch(r"[0-9a-f]{40}", revision or "") and (found / "config.json").exists():
-        weights = (found / INDEX).exists() or (found / "model.safetensors").exists()
-        if weights:  # a commit never changes
-            return ResolvedModel(found, name, found.name)
+    if found is not None and re.fullmatch(r"[0-9a-f]{40}", revision or "") and _has_weights(found):
+        return ResolvedModel(found, name, found.name)  # a commit never changes
     try:
         latest = _within(_SECONDS, lambda: HfApi().model_info(name, revision=revision, timeout=_SECONDS))
         files = [entry.rfilename for entry in latest.siblings or []]
@@ -111,6 +109,13 @@ def _snapshot(name: str, revision: str | None, argument: str) -> ResolvedModel:
         reason = first_line(error)
         logger.warning("The Hub gives no answer on %s (%s): commit %s of the cache is used.", name, reason, found.name)
     return ResolvedModel(found, name, found.name)
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return bool(weight_files(folder)[0])
+    except CTInstructError:
+        return False
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
