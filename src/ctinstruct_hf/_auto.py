@@ -43,7 +43,12 @@ def _configs() -> None:
 
 
 def _models() -> None:
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining
+    from transformers import (
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForPreTraining,
+    )
 
     from .modeling.configuration_ctinstruct import (
         CTInstructConfig,
@@ -59,6 +64,7 @@ def _models() -> None:
     AutoModel.register(CTInstructVisionConfig, CTInstructVisionModel, exist_ok=True)
     AutoModel.register(CTInstructSegmentationConfig, CTInstructSegmentationDecoder, exist_ok=True)
     AutoModelForImageTextToText.register(CTInstructConfig, CTInstructForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(CTInstructConfig, CTInstructForConditionalGeneration, exist_ok=True)
     AutoModelForPreTraining.register(CTInstructConfig, CTInstructForPretraining, exist_ok=True)
 
 
@@ -84,7 +90,10 @@ def _processor() -> None:
 _REGISTRIES: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
     _AUTO + "configuration_auto": (("CONFIG_MAPPING",), _configs),
     _AUTO + "modeling_auto": (
-        ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_PRETRAINING_MAPPING"),
+        (
+            *("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
+            "MODEL_FOR_PRETRAINING_MAPPING",
+        ),
         _models,
     ),
     _AUTO + "image_processing_auto": (("IMAGE_PROCESSOR_MAPPING",), _image_processor),
@@ -141,6 +150,9 @@ class _LazyEntries(dict[Any, Any]):
 
 def _prepare(module: ModuleType) -> None:
     """Give the registries of a loaded Auto module their lazy dictionary."""
+    for table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+        if hasattr(module, table):  # where `transformers serve` looks up what a model is
+            getattr(module, table)["ctinstruct"] = "CTInstructForConditionalGeneration"
     names, fill = _REGISTRIES[module.__name__]
     for name in names:
         registry = getattr(module, name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import inspect
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto import modeling_auto
 
 try:
     from ctinstruct_hf.errors import CTInstructError
@@ -14,6 +16,10 @@ except ImportError:  # in a saved folder, on a machine without the package
     class CTInstructError(ValueError):  # type: ignore[no-redef]
         """Bad input, told in one sentence."""
 
+
+# where `transformers serve` looks up what a model is, before it loads its code
+for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+    getattr(modeling_auto, _table, {})["ctinstruct"] = "CTInstructForConditionalGeneration"
 
 # The diseases of the paper's two diagnosis benchmarks, in the order of their label files.
 CT_RATE_DISEASES: list[str] = [
@@ -54,6 +60,16 @@ RAD_CHESTCT_DISEASES: list[str] = [
     "bronchiectasis",
     "interlobular septal thickening",
 ]
+
+
+def check_choices(config: PreTrainedConfig) -> None:
+    """Raises CTInstructError for a field with a fixed set of values that has another."""
+    for name, annotation in inspect.get_annotations(type(config), eval_str=True).items():
+        if get_origin(annotation) is Literal and getattr(config, name) not in get_args(annotation):
+            raise CTInstructError(
+                f"{config.model_type}: {name} is {getattr(config, name)!r}: use one of "
+                f"{', '.join(repr(value) for value in get_args(annotation))}."
+            )
 
 
 class CTInstructVisionConfig(PreTrainedConfig):
@@ -98,6 +114,10 @@ class CTInstructVisionConfig(PreTrainedConfig):
     slice_chunk_size: int = 8
     """Slices that go through the slice encoder at once in inference; bounds the memory, changes no result."""
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_choices(self)
 
     @property
     def stage_channels(self) -> list[int]:
@@ -156,6 +176,11 @@ class CTInstructConfig(PreTrainedConfig):
     """
 
     model_type = "ctinstruct"
+    # what an evaluation of Trainer gathers of `CTInstructOutput` is `logits` alone: masks differ in shape and number
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "cache", "hidden_states", "attentions", "image_hidden_states"),
+        *("lm_loss", "segmentation_loss", "disease_loss", "query_loss", "mask_logits", "disease_logits"),
+    ]
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": CTInstructVisionConfig,
         "segmentation_config": CTInstructSegmentationConfig,
@@ -226,6 +251,7 @@ class CTInstructConfig(PreTrainedConfig):
         if self.disease_lists is None:
             self.disease_lists = {"ct_rate": list(CT_RATE_DISEASES), "rad_chestct": list(RAD_CHESTCT_DISEASES)}
         self.disease_lists = dict(sorted(self.disease_lists.items()))
+        check_choices(self)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         self.check_maps()

@@ -24,6 +24,7 @@ from .losses_ctinstruct import label_loss, masks_loss
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .small_models_ctinstruct import prompt_loss
+from .training_ctinstruct import needs_labels
 from .vision_attention_ctinstruct import CosineAttention
 from .vision_blocks_ctinstruct import PatchGrid, grid_rows, init_weights
 from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput
@@ -38,6 +39,15 @@ CACHE_NAME = (
 )
 
 
+def cache_arguments(past_key_values: Any, cache: Any) -> dict[str, Any]:
+    """What the language model takes its cache by. Before 5.24, `cache` is the paged cache of continuous batching
+    (`generate_batch`), which goes on to the attention as it is."""
+    if CACHE_NAME == "cache":
+        return {"cache": past_key_values if cache is None else cache}
+    return {"past_key_values": past_key_values} | ({} if cache is None else {"cache": cache})
+
+
+ANSWER_TOKENS = 256
 # fields of the config that hold token ids, and the tokens
 SPECIAL_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
@@ -108,6 +118,7 @@ class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    accepts_loss_kwargs = False  # every loss is a mean over the batch: Trainer divides it by the accumulation steps
     _no_split_modules = ["Bottleneck", "AttentionLayer", "UpBlock", "DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache", "vision_features", "mm_encoder_outputs"]
 
@@ -175,28 +186,21 @@ class CTInstructModel(CTInstructPreTrainedModel):
         pixel_values: torch.Tensor,
         patch_grid: PatchGrid | None = None,
         slice_mask: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CTInstructVisionOutput | tuple:
         """Run the tower and the bridger once; pass the result as `vision_features` as often as wanted.
 
         Args:
             pixel_values, patch_grid, slice_mask: of the batch, see `CTInstructVisionModel.forward`.
+            kwargs: `output_hidden_states`, `output_attentions` (of the tower) and `return_dict`. They have no names here,
+                since `generate` keeps arguments that this method names from the language model.
 
         Returns:
             The tower's output, with `pooler_output` the image tokens [tokens, D_text] of each image, in the order in
             which the language model reads them.
         """
-        features = self.vision_tower(
-            pixel_values,
-            patch_grid,
-            slice_mask,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
+        return_dict = kwargs.pop("return_dict", None)
+        features = self.vision_tower(pixel_values, patch_grid, slice_mask, return_dict=True, **kwargs)
         features.pooler_output = self.bridge(features)
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return features if use_dict else features.to_tuple()
@@ -315,10 +319,9 @@ class CTInstructModel(CTInstructPreTrainedModel):
         if vision_features is not None:
             images = vision_features.pooler_output
             images = self.bridge(vision_features) if images is None else images
-        cache = cache if cache is not None else past_key_values
-
         if position_ids is None and self.config.uses_three_axis_rope:
-            position_ids = self.positions(input_ids, inputs_embeds, attention_mask, vision_features, cache)
+            done = cache if cache is not None else past_key_values
+            position_ids = self.positions(input_ids, inputs_embeds, attention_mask, vision_features, done)
         outputs = self.language_model(
             inputs_embeds=self.embed(input_ids, inputs_embeds, images),
             attention_mask=attention_mask,
@@ -329,7 +332,7 @@ class CTInstructModel(CTInstructPreTrainedModel):
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
             return_dict=True,
-            **{CACHE_NAME: cache},
+            **cache_arguments(past_key_values, cache),
             **kwargs,
         )
         output = CTInstructModelOutput(
@@ -386,6 +389,17 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         self.positive_voxel_weight = 1.0  # a trainer may raise it, see `masks_loss`
         self.positive_voxel_power: float | None = None
         self.post_init()
+        self._limit_answers()
+
+    def _limit_answers(self) -> None:
+        """Answers of up to `ANSWER_TOKENS` where the generation config has no limit; the library's default is 20 tokens."""
+        if self.generation_config.max_new_tokens is None and self.generation_config.max_length is None:
+            self.generation_config.max_new_tokens = ANSWER_TOKENS
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers: takes the generation config of a loaded folder, which may have no limit."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self._limit_answers()
 
     @classmethod
     def from_parts(
@@ -478,6 +492,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         """See `CTInstructModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, patch_grid, slice_mask, **kwargs)
 
+    @needs_labels("labels")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -502,26 +517,31 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         logits_to_keep: int | torch.Tensor = 0,
         answer_heads: bool = True,
         cache: Any = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CTInstructOutput | tuple:
         """Text logits, and a mask per `<SEG>` and a logit per `<disease_confidence>` in `input_ids`.
 
         Args:
             input_ids ... inputs_embeds, patch_grid, slice_mask, vision_features: see `CTInstructModel.forward`.
-            labels: [B, L], −100 where no loss is wanted.
-            mask_labels: one int8 [D, H, W] on the canvas per `<SEG>`; −1 is padding. A `<SEG>` speaks of the image
-                last shown before it.
-            disease_labels: float, one per `<disease_confidence>`; −1 is unknown.
+            labels: [B, L], −100 where no loss is wanted. Those at image and vision tokens never count.
+            mask_labels: one int8 [D, H, W] on the canvas per `<SEG>` of `input_ids`; −1 is padding. A `<SEG>` speaks of
+                the image last shown before it.
+            disease_labels: float, one per `<disease_confidence>` of `input_ids`; −1 is unknown.
             disease_ids: int64, which of `config.disease_names` each `<disease_confidence>` stands for. Without it: the
                 list whose length is the sample's number of these tokens.
             prompt_labels: [n, D_text], what the decoder's prompt of each `<SEG>` should be: stage one's embedding of the
                 structure's name. Not in the paper; it teaches `<SEG>` without painting a mask.
             logits_to_keep: as in Transformers.
-            answer_heads: False leaves out masks and disease logits, as `generate` does for its single steps.
+            answer_heads: False leaves out masks and disease logits without labels, as `generate` does for its single steps.
+            mm_token_type_ids: not used; image tokens are known by their id.
 
         Raises:
             ValueError: where labels, ids and tokens do not fit each other.
         """
+        self.check_labels(
+            input_ids, mask_labels=mask_labels, prompt_labels=prompt_labels, disease_labels=disease_labels
+        )
         if vision_features is None and mm_encoder_outputs is not None:
             vision_features = mm_encoder_outputs.get("image")
         if vision_features is None and pixel_values is not None:
@@ -530,7 +550,8 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if cache is not None else past_key_values,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             use_cache=use_cache,
@@ -545,21 +566,28 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
 
         lm_loss = segmentation_loss = disease_loss = query_loss = mask_logits = disease_logits = None
         if labels is not None:
+            labels = self.word_labels(labels, input_ids)
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        if answer_heads and input_ids is not None:
+        if cache is not None and CACHE_NAME != "cache":  # many prompts in one row
+            answer_heads = False
+        if input_ids is not None and (answer_heads or mask_labels is not None or disease_labels is not None):
             mask_logits = self.answer_masks(input_ids, states, vision_features)
             names = self.disease_rows(input_ids, disease_ids)
             disease_logits = self.answer_diseases(input_ids, states, names)
-        if mask_labels is not None and mask_logits is not None:
+        if mask_labels is not None and len(mask_labels):
+            if mask_logits is None:
+                raise CTInstructError(
+                    "mask_labels need images: pass pixel_values, or vision_features with feature_maps."
+                )
             segmentation_loss = masks_loss(
                 mask_logits, mask_labels, self.positive_voxel_weight, positive_power=self.positive_voxel_power
             )
         if disease_labels is not None and disease_logits is not None:
             dtype = getattr(torch, self.config.disease_loss_dtype)
             disease_loss = label_loss(disease_logits, disease_labels, self.positive_weights(names), dtype)
-        if prompt_labels is not None:
+        if prompt_labels is not None and len(prompt_labels):
             query_loss = prompt_loss(
                 self.segmentation_query(states[input_ids == self.config.seg_token_id]), prompt_labels
             )
@@ -579,6 +607,30 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         )
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
+
+    def check_labels(self, input_ids: torch.Tensor | None, **labels: Any) -> None:
+        """Raises CTInstructError where labels of masks or diseases are not as many as the tokens that they belong to."""
+        for name, given in labels.items():
+            if given is None:
+                continue
+            field = "disease_token_id" if name == "disease_labels" else "seg_token_id"
+            token = SPECIAL_TOKENS[field]
+            if input_ids is None:
+                raise CTInstructError(f"{name} need input_ids: in inputs_embeds no {token} can be found.")
+            count = int((input_ids == getattr(self.config, field)).sum())
+            if len(given) != count:
+                raise CTInstructError(
+                    f"{name} has {len(given)} entries for {count} {token} in input_ids: give one each (was the text cut?)."
+                )
+
+    def word_labels(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """`labels` [B, L] without those at image and vision tokens, whoever made them: nobody writes these tokens."""
+        names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = torch.tensor([getattr(self.config, name) for name in names], device=labels.device)
+        seen = torch.isin(labels, ids)
+        if input_ids is not None:
+            seen |= torch.isin(input_ids.to(labels.device), ids)
+        return labels.masked_fill(seen, -100)
 
     def total_loss(
         self,
@@ -712,6 +764,12 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         Raises:
             ValueError: for an `assistant_model`, which cannot see the images.
         """
+        given = [kwargs.get("max_length"), getattr(generation_config, "max_length", None)]
+        asked = [kwargs.get("max_new_tokens"), getattr(generation_config, "max_new_tokens", None)]
+        if any(length is not None for length in given) and all(length is None for length in asked):
+            kwargs["max_new_tokens"] = (
+                None  # a length of the caller's counts before that of the model's generation config
+            )
         if kwargs.get("assistant_model") is not None:
             raise CTInstructError("assistant_model is not supported: the assistant cannot see the images.")
         if vision_features is None and pixel_values is not None:

@@ -25,6 +25,7 @@ from .losses_ctinstruct import label_loss, masks_loss
 from .modeling_ctinstruct import CTInstructPreTrainedModel
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .small_models_ctinstruct import SHARPNESS, cell_loss, hard_label_loss, smooth_max
+from .training_ctinstruct import needs_labels
 from .vision_blocks_ctinstruct import PatchGrid, grid_rows
 from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput
 
@@ -281,6 +282,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
 
+    @needs_labels()
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -316,7 +318,13 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
             mask_weights: [masks], how much each counts in the mean; alike by default, as in the paper.
             mask_groups: [masks], masks of small images that are one mask together, see `masks_loss`.
+
+        Raises:
+            ValueError: for labels without the texts that they belong to.
         """
+        for name, labels, texts in (("class", class_labels, class_input_ids), ("mask", mask_labels, mask_input_ids)):
+            if labels is not None and len(labels) and texts is None:
+                raise CTInstructError(f"{name}_labels need {name}_input_ids, the texts that they belong to.")
         wants_cells = bool(self.loss_weights.get("cells")) and mask_labels is not None
         features = self.get_image_features(
             pixel_values,

@@ -16,6 +16,7 @@ _TWO_STAGES = {
     "AutoConfig": "configuration_ctinstruct.CTInstructConfig",
     "AutoModel": "modeling_ctinstruct.CTInstructModel",
     "AutoModelForImageTextToText": "modeling_ctinstruct.CTInstructForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_ctinstruct.CTInstructForConditionalGeneration",
 }
 MODEL_AUTO_MAP = {
     "CTInstructModel": _TWO_STAGES,
@@ -43,14 +44,21 @@ class SavesItsCode:
         if getattr(self, "optimized_for_inference", False):
             raise CTInstructError("The model was made quick for inference and cannot be saved: load it again.")
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if not kwargs.get("is_main_process", True):
+        if kwargs.get("is_main_process", True):
+            self._add_code(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `save_pretrained(push_to_hub=True)` and of `push_to_hub`: the code is sent with the rest."""
+        self._add_code(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def _add_code(self, folder: Path) -> None:
+        home = next((one for one in type(self).__mro__ if one.__name__ in MODEL_AUTO_MAP), None)
+        if home is None:  # a user's own subclass, whose code is not ours to save
             return
-        folder = Path(save_directory)
-        kind = next((one.__name__ for one in type(self).__mro__ if one.__name__ in MODEL_AUTO_MAP), None)
-        if kind is None:  # a user's own subclass, whose code is not ours to save
+        if getattr(self, "_hf_peft_config_loaded", False):  # an adapter alone was saved, which names its base model
             return
-        home = next(one for one in type(self).__mro__ if one.__name__ == kind)
-        add_auto_map(folder / "config.json", MODEL_AUTO_MAP[kind], str(self.dtype).removeprefix("torch."))  # type: ignore[attr-defined]
+        add_auto_map(folder / "config.json", MODEL_AUTO_MAP[home.__name__], str(self.dtype).removeprefix("torch."))  # type: ignore[attr-defined]
         copy_code(Path(inspect.getfile(home)), folder)
 
 

@@ -19,6 +19,8 @@ from .any_resolution import (
     mask_from_canvas,
     place_on_canvas,
 )
+from .arguments_ctinstruct import CTInstructImagesKwargs
+from .image_fetching import content_of, read_content
 from .volume import CTInstructError, CTVolume
 from .volume_reading import read_volume
 
@@ -50,6 +52,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "patch_grid", "slice_mask"]
+    valid_kwargs = CTInstructImagesKwargs
 
     def __init__(
         self,
@@ -113,15 +116,22 @@ class CTInstructImageProcessor(BaseImageProcessor):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Nothing to fetch: paths are read by `read_volume`, whatever they hold."""
+        """Nothing to fetch yet: `read` does, one image at a time."""
         return image_url_or_urls
 
     def read(self, image: Any, spacing: Sequence[float] | None = None, intensity: str | None = None) -> CTVolume:
-        """`read_volume`; the release's intensities also see a scanner's padding values, so these are kept for it."""
-        if isinstance(image, CTVolume):
+        """What `read_volume` takes, and also bytes, an open binary file, base64, a URL or a data URL.
+
+        The release's intensities also see a scanner's padding values, so these are kept for it.
+        """
+        if is_volume(image):
             return image
         keep = (intensity or self.intensity) == "zscore"
-        return read_volume(image, spacing=None if spacing is None else tuple(spacing), keep_padding=keep)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"spacing": None if spacing is None else tuple(spacing), "keep_padding": keep}
+        content = content_of(image)
+        if content is not None:
+            return read_content(content, lambda file: read_volume(file, **options))
+        return read_volume(image, **options)
 
     def preprocess(
         self,
@@ -133,7 +143,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         """A batch of any volumes.
 
         Args:
-            images: one or a (nested) list of whatever `read_volume` takes, or HU arrays (depth, height, width).
+            images: one or a (nested) list of what `read` takes, or HU arrays (depth, height, width).
             spacing: mm (depth, height, width), one for all or one each; for arrays.
             return_tensors: "pt" for torch tensors, "np" for numpy; lists of arrays otherwise.
             kwargs: settings of this class to use instead of its own.
@@ -141,6 +151,9 @@ class CTInstructImageProcessor(BaseImageProcessor):
         Returns:
             pixel_values float32 [N, patch height, patch width], patch_grid int64 [images, 4], slice_mask bool [N].
         """
+        unknown = sorted(set(kwargs) - set(CTInstructImagesKwargs.__annotations__))
+        if unknown:
+            raise CTInstructError(f"{', '.join(unknown)}: the image processor has no such argument.")
         settings = self._settings(kwargs)
         self._check(settings)
         flat = flatten_images(images)
@@ -355,6 +368,11 @@ def histogram_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
     mean = float((clipped * counts).sum() / total)
     variance = float((((clipped - mean) ** 2) * counts).sum() / total)
     return low, high, mean, max(variance**0.5, 1e-8)
+
+
+def is_volume(image: Any) -> bool:
+    """Whether it is a `CTVolume`, of this module or of another copy of it: code that a saved folder brings has its own."""
+    return isinstance(image, CTVolume) or all(hasattr(image, name) for name in ("hu", "affine", "source"))
 
 
 def flatten_images(images: Any) -> list[Any]:

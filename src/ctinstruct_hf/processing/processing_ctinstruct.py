@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_ctinstruct import as_auto_class, flatten_images, settings_of
+from .arguments_ctinstruct import CTInstructProcessorKwargs
+from .image_fetching import from_base64
+from .image_processing_ctinstruct import as_auto_class, flatten_images, is_volume, settings_of
 from .volume import CTInstructError, CTVolume
 
 SEG_TOKEN = "<SEG>"
@@ -25,17 +26,26 @@ VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 
 # Qwen2-VL's template, without its default system message
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+_BEGIN = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+_CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endfor %}{% endif %}"
+)
+_CLOSE = "<|im_end|>\n"
+_END = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# writes the same text, without saying what the assistant's is: in folders saved before
+_PLAIN_TEMPLATE = _BEGIN + _CONTENT + _CLOSE + _END
+CHAT_TEMPLATE = (
+    f"{_BEGIN}{{% set content %}}{_CONTENT}{_CLOSE}{{% endset %}}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}{% endgeneration %}"
+    "{% else %}{{ content }}{% endif %}" + _END
 )
 # call options that a tokenizer may have been made with
 _TOKENIZER_OPTIONS = ("padding", "max_length", "truncation")
+_PLACES = ("image", "url", "path", "base64")  # keys of a message's image
 _NAMED = re.compile(r"presence of (?P<names>[^.?!\n]+)", re.IGNORECASE)
 
 
@@ -50,6 +60,11 @@ class CTInstructProcessor(ProcessorMixin):
         disease_lists: {name: diseases}, those of the model's config; kept in the order of their names, as there.
     """
 
+    valid_processor_kwargs = CTInstructProcessorKwargs
+    # defaults of calls
+    text_kwargs = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+    images_kwargs = {"return_tensors": "pt"}
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -60,7 +75,9 @@ class CTInstructProcessor(ProcessorMixin):
     ) -> None:
         self.image_token = IMAGE_TOKEN
         self.disease_lists = dict(sorted((disease_lists or {}).items()))
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if chat_template in (None, "", _PLAIN_TEMPLATE):
+            chat_template = CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
         vocabulary = tokenizer.get_vocab()
         missing = [
             token
@@ -75,72 +92,158 @@ class CTInstructProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        spacing: Sequence[Any] | None = None,
+        videos: None = None,
+        audio: None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """A batch for the model.
 
         Args:
-            images: whatever `read_volume` takes, one or a (nested) list, in the order of `<|image_pad|>` in the texts.
+            images: whatever `CTInstructImageProcessor.read` takes, one or a (nested) list, in the order of
+                `<|image_pad|>` in the texts.
             text: one or several prompts with one `<|image_pad|>` per image; each becomes one per slice of its patches.
-            spacing: mm (depth, height, width) of images given as arrays.
-            kwargs: `return_tensors` ("pt" by default), settings of the image processor, or arguments of the tokenizer
-                (padding is on by default); `images_kwargs` and `text_kwargs` as everywhere in Transformers.
+            videos, audio: refused.
+            kwargs: `spacing` in mm (depth, height, width) of images given as arrays, settings of the image processor,
+                arguments of the tokenizer (padding is on by default), `return_tensors` ("pt" by default),
+                `return_mm_token_type_ids`, `return_text_replacement_offsets`; `images_kwargs` and `text_kwargs` as
+                everywhere in Transformers.
 
         Returns:
             `input_ids`, `attention_mask`, `pixel_values`, `patch_grid`, `slice_mask`, and `disease_ids` where every
             prompt that speaks of diseases names known ones ("... the presence of calcification and bronchiectasis.").
 
         Raises:
-            CTInstructError: where texts and images do not fit each other, or an image cannot be read.
+            CTInstructError: for unknown arguments, where texts and images do not fit each other, where `max_length` would
+                cut image tokens, or where an image cannot be read.
         """
+        if videos is not None or audio is not None:
+            raise CTInstructError("CTInstruct reads images and text: videos and audio cannot be given.")
+        self._check_arguments(kwargs)
+        try:
+            batch = super().__call__(images=images, text=text, **kwargs)
+        except CTInstructError:
+            raise
+        except (StrictDataclassError, ValueError) as error:
+            raise CTInstructError(" ".join(str(error).split())) from error
+        ids = self.disease_ids_of([text] if isinstance(text, str) else text or [])
+        if ids:
+            tensors = next((value for name, value in batch.items() if name in ("input_ids", "pixel_values")), None)
+            batch["disease_ids"] = (
+                torch.tensor(ids)
+                if isinstance(tensors, torch.Tensor)
+                else np.array(ids)
+                if isinstance(tensors, np.ndarray)
+                else ids
+            )
+        return batch
+
+    def _check_arguments(self, options: Mapping[str, Any]) -> None:
+        """Raises CTInstructError for an argument that nothing here takes."""
+        groups = self.valid_processor_kwargs.__annotations__
+        known = {name: set(groups[name].__annotations__) for name in ("images_kwargs", "text_kwargs")}
+        flat = {*groups, *known["images_kwargs"], *known["text_kwargs"], "common_kwargs", "return_metadata"}
+        unknown = set(options) - (flat - {"videos_kwargs", "audio_kwargs"})
+        unknown |= {name for group, names in known.items() for name in set(options.get(group) or {}) - names}
+        unknown |= set(options.get("common_kwargs") or {}) - flat
+        if unknown:
+            raise CTInstructError(f"{', '.join(sorted(unknown))}: the processor has no such argument.")
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Raises CTInstructError where texts and images do not fit each other."""
         if images is None and text is None:
             raise CTInstructError("Give images, text or both.")
-        return_tensors = kwargs.pop("return_tensors", "pt")
-        image_options, text_options = self.split_options(kwargs)
-        data: dict[str, Any] = {}
-        if images is not None:
-            images = flatten_images(images)
-            data.update(self.image_processor(images, spacing=spacing, return_tensors=return_tensors, **image_options))
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            grid = data["patch_grid"] if images is not None else []
-            expanded = self.expand(texts, [math.prod(int(side) for side in row) for row in grid])
-            data.update(self.tokenizer(expanded, return_tensors=return_tensors, **text_options))
-            ids = self.disease_ids_of(texts)
-            if ids:
-                data["disease_ids"] = ids
-        return BatchFeature(data, tensor_type=return_tensors)
+        if text is None:
+            return
+        if not isinstance(text, list) or not all(isinstance(one, str) for one in text):
+            raise CTInstructError("text is neither a string nor a list of strings.")
+        self._check_places(text, 0 if images is None else len(flatten_images(images)))
 
-    def split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Options of a call for the image processor and for the tokenizer."""
-        images, text = dict(options.pop("images_kwargs", {})), dict(options.pop("text_kwargs", {}))
-        common = options.pop("common_kwargs", {})
-        for name in ("videos_kwargs", "audio_kwargs"):
-            options.pop(name, None)
-        names = inspect.signature(type(self.image_processor).__init__).parameters
-        twice = sorted(name for name in options if name in images or name in text)
-        if twice:
-            raise CTInstructError(
-                f"{', '.join(twice)} is given twice: as itself and inside images_kwargs or text_kwargs."
-            )
-        for name, value in {**options, **common}.items():
-            (images if name in names else text).setdefault(name, value)
-        for name in ("return_tensors", "device"):
-            images.pop(name, None)
-            text.pop(name, None)
-        own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in _TOKENIZER_OPTIONS}
-        return images, {"padding": True, "padding_side": "left", "add_special_tokens": False, **own, **text}
+    def _merge_kwargs(self, *args: Any, tokenizer_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        settings = {name: value for name, value in (tokenizer_init_kwargs or {}).items() if name in _TOKENIZER_OPTIONS}
+        return super()._merge_kwargs(*args, tokenizer_init_kwargs=settings, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        batch = self.image_processor(flatten_images(images), **kwargs)
+        return batch, [self.replace_image_token(batch, index) for index in range(len(batch["patch_grid"]))]
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """One `<|image_pad|>` per slice of the patches of an image."""
+        return IMAGE_TOKEN * int(np.prod([int(side) for side in image_inputs["patch_grid"][image_idx]]))
+
+    def _check_special_mm_tokens(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._check_special_mm_tokens(*args, **kwargs)
+        except ValueError as error:
+            raise CTInstructError("max_length cuts image tokens: raise it, or pass truncation=False.") from error
+
+    def _check_places(self, texts: Sequence[str], images: int) -> None:
+        places = sum(text.count(IMAGE_TOKEN) for text in texts)
+        if places != images:
+            raise CTInstructError(f"The texts have {places} {IMAGE_TOKEN} for {images} images: one each is needed.")
 
     def expand(self, texts: list[str], tokens: Sequence[int]) -> list[str]:
         """Each `<|image_pad|>` repeated to one per slice of its image."""
-        places = sum(text.count(IMAGE_TOKEN) for text in texts)
-        if places != len(tokens):
-            raise CTInstructError(
-                f"The texts have {places} {IMAGE_TOKEN} for {len(tokens)} images: one each is needed."
-            )
-        counts = iter(tokens)
-        return [re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(counts), text) for text in texts]
+        self._check_places(texts, len(tokens))
+        return self.get_text_with_replacements(list(texts), [IMAGE_TOKEN * count for count in tokens])[0]
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in Transformers, of messages whose content is text, or a list of {"type": "text", "text": …},
+        {"type": "image", "image": …} (or `url`, `path`, `base64`, or none of them where images come apart) and
+        {"type": "image_url", "image_url": {"url": …}}.
+
+        What stands in a message cannot write a control token: in `<|im_end|>` a blank is put after the first character.
+        Only the assistant's own text may hold `<SEG>` and `<disease_confidence>`.
+
+        Raises:
+            CTInstructError: for any other content.
+        """
+        listed = list(conversation)
+        if not listed:
+            raise CTInstructError("The conversation has no message.")
+        single = isinstance(listed[0], Mapping)
+        checked = [
+            [self._checked(message) for message in getattr(messages, "messages", messages)]
+            for messages in ([listed] if single else listed)
+        ]
+        return super().apply_chat_template(checked[0] if single else checked, chat_template, **kwargs)
+
+    def _checked(self, message: Any) -> dict[str, Any]:
+        """A message whose content the template knows, without control tokens."""
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise CTInstructError("A message has no role: give {'role': 'user', 'content': …}.")
+        answers = (SEG_TOKEN, DISEASE_TOKEN) if message["role"] == "assistant" else ()
+        content = message.get("content")
+        if isinstance(content, str):
+            content = self._without_control_tokens(content, answers)
+        elif isinstance(content, list | tuple):
+            content = [self._checked_part(part, answers) for part in content]
+        elif content is not None:
+            raise CTInstructError(f"A message's content is {type(content).__name__}: give text or a list of parts.")
+        return {**message, "role": self._without_control_tokens(message["role"]), "content": content or ""}
+
+    def _checked_part(self, part: Any, allowed: Sequence[str]) -> dict[str, Any]:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": self._without_control_tokens(part["text"], allowed)}
+        if kind == "image":
+            image = {name: part[name] for name in _PLACES if part.get(name) is not None}
+            if "base64" in image:
+                image["image"] = from_base64(image.pop("base64"))
+            return {"type": "image", **image}
+        if kind == "image_url" and part.get("image_url"):
+            url = part["image_url"]
+            return {"type": "image", "image": url["url"] if isinstance(url, Mapping) else url}
+        raise CTInstructError(
+            f"A message has content of the type '{kind}': known are text (with 'text'), image and image_url."
+        )
+
+    def _without_control_tokens(self, text: str, allowed: Sequence[str] = ()) -> str:
+        """Text that the tokenizer reads as text: `<SEG>` becomes `< SEG>`, but for `allowed` tokens."""
+        ours = (VISION_START, IMAGE_TOKEN, VISION_END, SEG_TOKEN, DISEASE_TOKEN, "<|im_start|>", "<|im_end|>")
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = sorted({*ours, *special} - set(allowed), key=len, reverse=True)
+        pattern = "|".join(re.escape(token) for token in tokens if len(token) > 1)
+        return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def disease_ids_of(self, texts: Iterable[str]) -> list[int] | None:
         """Ids of the diseases that prompts name, one after the other; None where a prompt's cannot be told."""
@@ -196,7 +299,7 @@ class CTInstructProcessor(ProcessorMixin):
             One bool (depth, height, width) per `<SEG>`; `volume.to_source(mask)` puts it on the file's grid.
         """
         logits = outputs if isinstance(outputs, list | tuple) else outputs.mask_logits or []
-        listed = [volumes] * len(logits) if isinstance(volumes, CTVolume) else list(volumes)
+        listed = [volumes] * len(logits) if is_volume(volumes) else list(volumes)  # type: ignore[arg-type]
         if len(listed) == 1:
             listed = listed * len(logits)
         if len(listed) != len(logits):
@@ -283,14 +386,22 @@ class CTInstructProcessor(ProcessorMixin):
             backend.no_truncation()
         with as_auto_class(self, "AutoProcessor"), as_auto_class(self.image_processor, "AutoImageProcessor"):
             saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        settings_file = Path(save_directory) / "tokenizer_config.json"
-        if settings_file.exists():  # how it was loaded is no part of the tokenizer
+        self._tidy(Path(save_directory))
+        return saved
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        self._tidy(Path(working_dir))  # before the files are sent
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _tidy(self, folder: Path) -> None:
+        """How the tokenizer was loaded is no part of it."""
+        settings_file = folder / "tokenizer_config.json"
+        if settings_file.exists():
             settings = json.loads(settings_file.read_text(encoding="utf-8"))
             kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
             settings_file.write_text(
                 json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-        return saved
 
     @property
     def model_input_names(self) -> list[str]:
