@@ -157,6 +157,12 @@ scan = np.random.default_rng(0).integers(-1000, 1000, (8, 64, 64)).astype('int16
 messages = [{'role': 'user', 'content': [{'type': 'image', 'image': scan}, {'type': 'text', 'text': 'Where is the liver?'}]}]
 batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
 print(model.generate(**batch, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
+import torch
+volume = processor.image_processor.read(scan)  # its class is not that of the processor's own module
+depth, height, width, slices = batch['patch_grid'][0].tolist()
+logits = torch.ones(depth * slices, height * 128, width * 128)
+assert processor.post_process_segmentation([logits], volume)[0].all()
+assert processor.image_processor(volume)['pixel_values'].shape == tuple(batch['pixel_values'].shape)
 try:
     processor.image_processor('/nowhere.nii.gz')
 except ValueError as error:

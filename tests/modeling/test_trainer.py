@@ -9,7 +9,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForConditionalGeneration, CTInstructForPretraining
+from ctinstruct_hf import (
+    CTInstructConfig,
+    CTInstructError,
+    CTInstructForConditionalGeneration,
+    CTInstructForPretraining,
+)
 
 
 def sample(config: CTInstructConfig, seed: int) -> dict[str, Any]:
@@ -63,7 +68,11 @@ def test_accumulation_learns_what_one_large_batch_learns(tiny_config, tmp_path: 
         model = still(CTInstructForConditionalGeneration(tiny_config()))
         rows = [sample(model.config, seed) for seed in range(4)]
         one = trainer(
-            model, tmp_path, rows, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4 // accumulation
+            model,
+            tmp_path,
+            rows,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=4 // accumulation,
         )
         one.train()
         found.append((one.state.log_history[0]["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])))
@@ -111,7 +120,10 @@ def test_evaluation_of_stage_one_gives_its_loss(tiny_config, tmp_path: Path) -> 
         ({"disease_labels": torch.ones(0)}, "disease_labels has 0 entries for 2"),
         ({"cut": 7}, "mask_labels has 1 entries for 0 <SEG>"),
         ({"cut": 7, "mask_labels": None}, "disease_labels has 2 entries for 0"),
-        ({"cut": 7, "mask_labels": None, "disease_labels": None, "prompt_labels": torch.ones(1, 16)}, "prompt_labels has 1"),
+        (
+            {"cut": 7, "mask_labels": None, "disease_labels": None, "prompt_labels": torch.ones(1, 16)},
+            "prompt_labels has 1",
+        ),
         ({"embeds": True}, "mask_labels need input_ids"),
         ({"embeds": True, "mask_labels": None}, "disease_labels need input_ids"),
         ({"pixel_values": None}, "mask_labels need images"),

@@ -21,7 +21,7 @@ from .any_resolution import (
 )
 from .arguments_ctinstruct import CTInstructImagesKwargs
 from .image_fetching import content_of, read_content
-from .volume import CTInstructError, CTVolume
+from .volume import CTInstructError, CTVolume, is_volume
 from .volume_reading import read_volume
 
 CHOICES = {
@@ -368,11 +368,6 @@ def histogram_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
     mean = float((clipped * counts).sum() / total)
     variance = float((((clipped - mean) ** 2) * counts).sum() / total)
     return low, high, mean, max(variance**0.5, 1e-8)
-
-
-def is_volume(image: Any) -> bool:
-    """Whether it is a `CTVolume`, of this module or of another copy of it: code that a saved folder brings has its own."""
-    return isinstance(image, CTVolume) or all(hasattr(image, name) for name in ("hu", "affine", "source"))
 
 
 def flatten_images(images: Any) -> list[Any]:

@@ -16,8 +16,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from .arguments_ctinstruct import CTInstructProcessorKwargs
 from .image_fetching import from_base64
-from .image_processing_ctinstruct import as_auto_class, flatten_images, is_volume, settings_of
-from .volume import CTInstructError, CTVolume
+from .image_processing_ctinstruct import as_auto_class, flatten_images, settings_of
+from .volume import CTInstructError, CTVolume, is_volume
 
 SEG_TOKEN = "<SEG>"
 DISEASE_TOKEN = "<disease_confidence>"

@@ -134,6 +134,11 @@ class CTVolume:
         return image
 
 
+def is_volume(image: Any) -> bool:
+    """Whether it is a `CTVolume`, of this module or of another copy of it: code that a saved folder brings has its own."""
+    return isinstance(image, CTVolume) or all(hasattr(image, name) for name in ("hu", "affine", "source"))
+
+
 def from_array(
     array: np.ndarray,
     spacing: tuple[float, float, float],

@@ -10,7 +10,7 @@ from typing import Any
 
 import nibabel as nib
 
-from .volume import MAX_BYTES, CTInstructError, CTVolume, Limits, as_numpy, from_array, last_line
+from .volume import MAX_BYTES, CTInstructError, CTVolume, Limits, as_numpy, from_array, is_volume, last_line
 from .volume_arrays import read_array_file
 from .volume_dicom import read_dicom
 from .volume_files import open_inflated
@@ -62,7 +62,7 @@ def read_volume(
         CTInstructError: one sentence naming the file, what was found and what to do.
     """
     limit = Limits(MAX_BYTES if max_bytes is None else int(max_bytes), keep_padding or labels, labels)
-    if isinstance(source, CTVolume):
+    if is_volume(source):
         return source
     volume = _read(source, spacing, series, window, limit)
     if not labels:
