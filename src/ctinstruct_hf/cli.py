@@ -47,6 +47,9 @@ ThresholdsOption = Annotated[
     str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
 ]
 SurfaceOption = Annotated[bool, typer.Option("--surface", help="Also NSD and HD95, which take long.")]
+WordsOption = Annotated[
+    str, typer.Option("--words", help="Words of texts: ascii, unicode, or auto: unicode where the texts need it.")
+]
 
 
 def _quiet() -> None:
@@ -526,12 +529,16 @@ def evaluate(
         "evaluation"
     ),
     tasks: Annotated[str | None, typer.Option("--tasks", help="With commas; all that there are by default.")] = None,
-    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="train, validation or test; by default test, or validation without one."),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Samples of each task.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Questions answered at once.")] = 4,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of an answer.")] = 512,
     thresholds: ThresholdsOption = "validation",
     surface: SurfaceOption = False,
+    words: WordsOption = "auto",
     vlm3d: Annotated[Path | None, typer.Option("--vlm3d", help="Also write the reports as a VLM3D submission.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -553,7 +560,9 @@ def evaluate(
         if data is not None:
             from .hub.models import BUNDLED_MODEL
 
-            options = RunOptions(tuple(_split(tasks)), split, limit, batch_size, max_new_tokens, limits == "validation")
+            options = RunOptions(
+                tuple(_split(tasks)), split or "", limit, batch_size, max_new_tokens, limits == "validation"
+            )
             file = run_model(
                 model or str(BUNDLED_MODEL),
                 data,
@@ -574,7 +583,7 @@ def evaluate(
         else:
             assert predictions is not None
             found = read_predictions(predictions)
-        scores = score_predictions(found, limits, surface=surface, tell=_shown(status))
+        scores = score_predictions(found, limits, surface=surface, tokenizer=words, tell=_shown(status))
         tables = write_comparison([scores], output / "page")
         write_scores(scores, output / "scores.json")
     for table in tables:
@@ -636,6 +645,7 @@ def compare(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("comparison"),
     thresholds: ThresholdsOption = "validation",
     surface: SurfaceOption = False,
+    words: WordsOption = "auto",
     pictures: Annotated[bool, typer.Option(help="Dice by structure, ROC curves, reliability.")] = True,
 ) -> None:
     """Tables 3 to 8 of the paper with these systems beside its rows: Markdown, LaTeX, CSV, pictures, one page."""
@@ -655,7 +665,9 @@ def compare(
         keys = [{(record.task, record.dataset) for record in one.records} for one in (found[0], other)]
         check_same(found[0], other, sorted(keys[0] & keys[1]))
     with Console(stderr=True).status("scoring") as status:
-        scores = [score_predictions(one, limits, surface=surface, tell=_shown(status)) for one in found]
+        scores = [
+            score_predictions(one, limits, surface=surface, tokenizer=words, tell=_shown(status)) for one in found
+        ]
         tables = write_comparison(scores, output, pictures)
     for table in tables:
         typer.echo(table.markdown())

@@ -17,8 +17,9 @@ from ctinstruct_hf.cli import app
 from ctinstruct_hf.evaluation.challenge import write_submission
 from ctinstruct_hf.evaluation.diagnosis import best_thresholds
 from ctinstruct_hf.evaluation.predictions import Predictions, Record, read_predictions, to_json, write_predictions
-from ctinstruct_hf.evaluation.scoring import parse_thresholds, score_predictions
+from ctinstruct_hf.evaluation.scoring import SystemScores, TaskScores, parse_thresholds, score_predictions
 from ctinstruct_hf.evaluation.segmentation import released_dice, surface_scores, volume_dice
+from ctinstruct_hf.evaluation.significance import Interval
 from ctinstruct_hf.evaluation.tables import PAPER_TABLES, all_tables, paper_table
 from tests.evaluation.test_text import needs_wordnet
 
@@ -120,7 +121,7 @@ def test_thresholds_come_from_validation_records() -> None:
         for name in ("x", "y")
     ]
     assert found.metrics["auc"].mean == pytest.approx(np.mean(areas))
-    assert found.metrics["auc"].sd == pytest.approx(np.std(areas))
+    assert found.metrics["auc"].sd == pytest.approx(np.std(areas, ddof=1))
     assert found.metrics["auc"].low < np.mean(areas) < found.metrics["auc"].high
     assert set(found.groups["auc"]["sex"]) == {"male", "female"}
 
@@ -252,3 +253,28 @@ def test_a_submission_has_a_report_per_volume(tmp_path: Path) -> None:
 
 def test_an_empty_answer_is_kept() -> None:
     assert json.loads(to_json(Record("a", "question", reference="x")))["prediction"] == ""
+
+
+def test_one_definition_of_standard_deviation_in_a_file_of_scores() -> None:
+    """n − 1 over samples, structures' samples and diseases; none from resampling."""
+    dice = [0.2, 0.5, 0.9]
+    masks = [
+        Record(str(i), "segmentation", "x", masks=[{"name": "liver", "dice": value}]) for i, value in enumerate(dice)
+    ]
+    scores = score_predictions(Predictions("a", [*masks, *diagnoses()]), 0.5, bootstraps=20)
+    segmentation, diagnosis = scores.find("segmentation", "x"), scores.find("diagnosis", "ct_rate")
+    assert segmentation is not None
+    assert diagnosis is not None
+    assert segmentation.metrics["dice_as_given"].sd == pytest.approx(np.std(dice, ddof=1))
+    per_disease = [row["f1"] for row in diagnosis.details["per_disease"].values()]
+    assert diagnosis.metrics["f1"].sd == pytest.approx(np.std(per_disease, ddof=1))
+    assert all(np.isnan(interval.sd) for interval in diagnosis.groups["auc"]["sex"].values())
+
+
+@pytest.mark.parametrize("dataset", ["ct_rate", "ct_rate_vqa"])
+def test_ct_vqa_of_table_7_is_filled_from_the_questions_of_ct_rate(dataset: str) -> None:
+    scores = TaskScores("question", dataset, 2, metrics={"rouge1": Interval(0.5, 0.1, 0.4, 0.6, 2)})
+    table = paper_table(7, [SystemScores("mine", [scores])])
+    assert table is not None
+    assert table.rows[-1][:2] == ["mine", "50.00±10.00"]
+    assert table.header[1] == "CT-VQA ROUGE-1"

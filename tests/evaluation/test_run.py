@@ -9,18 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
-from ctinstruct_hf.data.samples import ImageRef, InstructionSample, from_row, to_row, write_jsonl
+from ctinstruct_hf.data.prepared import write_rows
+from ctinstruct_hf.data.reading import phantom_of
+from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, from_row, to_row, write_jsonl
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.tiny import TINY_PATCH
 from ctinstruct_hf.evaluation.predictions import read_predictions
+from ctinstruct_hf.evaluation.rows import split_of_data
 from ctinstruct_hf.evaluation.run import RunOptions, load_data, options_of, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
-from ctinstruct_hf.study import BUNDLED_MODEL
+from ctinstruct_hf.study import BUNDLED_MODEL, Study
 from tests.evaluation.test_text import needs_wordnet
 
 QUICK = RunOptions(limit=2, max_new_tokens=4)
@@ -154,6 +159,105 @@ def test_a_question_without_choices_fails_alone(tmp_path: Path) -> None:
     write_jsonl([odd, asked], tmp_path / "rows.jsonl")
     found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", QUICK))
     assert [(one.id, "lists no choices" in one.error) for one in found.records] == [("odd", True), (asked.id, False)]
+
+
+def conversation(*turns: tuple[str, str], **values: object) -> InstructionSample:
+    messages: list[dict[str, object]] = []
+    for place, (question, answer) in enumerate(turns):
+        shown = [{"type": "image"}] if place == 0 else []
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    base: dict[str, object] = {
+        "images": [ImageRef("phantom:trunk:3")],
+        "id": "talk",
+        "task": "segmentation",
+        "split": "test",
+        "source": "mine",
+    }
+    return InstructionSample(messages=messages, **{**base, **values})  # type: ignore[arg-type]
+
+
+def test_each_turn_of_a_conversation_is_scored_as_what_it_is(tmp_path: Path) -> None:
+    """Masks, then other masks by a name as people write it, then text, choices and probabilities."""
+    scan = "phantom:trunk:3"
+    mask = {
+        "Left_Kidney": MaskRef("Left_Kidney", scan),
+        "liver": MaskRef("liver", scan),
+        "spleen": MaskRef("spleen", scan),
+    }
+    first = ("Where is the liver?", "Sure, it is <SEG>.")
+    labels = [Label("Pleural_Effusion", 1), Label("emphysema", 0)]
+    talk = conversation(
+        first,
+        ("Please segment the Left_Kidney and spleen.", "Sure, Left_Kidney <SEG>, spleen <SEG>."),
+        ("Is it large?", "No."),
+        ("Which? (a) mass (b) cyst", "(b) cyst"),
+        ("Give probabilistic predictions for the presence of Pleural_Effusion and emphysema.",
+         "Pleural_Effusion <disease_confidence>, emphysema <disease_confidence>"),
+        ("Give probabilistic predictions for the presence of lung nodule.", "lung nodule <disease_confidence>"),
+        masks=[mask["liver"], mask["Left_Kidney"], mask["spleen"]], labels=[*labels, Label("lung nodule", 0)],
+    )  # fmt: skip
+    alone = conversation(first, id="alone", masks=[mask["liver"]])
+    write_jsonl([talk, alone], tmp_path / "rows.jsonl")
+    options = RunOptions(max_new_tokens=3)
+    found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", options))
+    assert not found.failed
+    made = {record.id: record for record in found.records}
+    assert {name: record.task for name, record in made.items()} == {
+        "talk": "segmentation", "talk/turn-1": "segmentation", "talk/turn-2": "question", "talk/turn-3": "multiple_choice",
+        "talk/turn-4": "diagnosis", "talk/turn-5": "diagnosis", "alone": "segmentation",
+    }  # fmt: skip
+    assert [one["name"] for one in made["talk/turn-1"].masks] == ["Left_Kidney", "spleen"]
+    assert made["talk/turn-2"].reference == "No."
+    assert made["talk/turn-3"].options == ["mass", "cyst"]
+    assert made["talk/turn-4"].labels == {"Pleural_Effusion": 1, "emphysema": 0}
+    assert made["talk/turn-5"].labels == {"lung nodule": 0}
+    voxels = {
+        (name, one["name"]): np.asarray(nib.load(found.folder / one["prediction"]).dataobj) > 0
+        for name in ("talk", "talk/turn-1", "alone")
+        for one in made[name].masks
+    }
+    assert np.array_equal(voxels["talk", "liver"], voxels["alone", "liver"])
+    # the name as people write it becomes the model's: asked as written, the kidney's mask is empty
+    study = Study.open(phantom_of(scan).volume)
+    assert voxels["talk/turn-1", "Left_Kidney"].sum() > 0.5 * study.segment("left kidney").sum() > 0
+    assert voxels["talk/turn-1", "spleen"].sum() > 0.5 * study.segment("spleen").sum() > 0
+
+
+def test_names_that_the_model_may_not_know_stand_in_the_notes_of_the_scores(tmp_path: Path) -> None:
+    odd = conversation(("Where is the livr?", "Sure, it is <SEG>."), masks=[MaskRef("livr")])
+    write_jsonl([odd], tmp_path / "rows.jsonl")
+    found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", QUICK))
+    scores = score_predictions(found, bootstraps=5).find("segmentation", "mine")
+    assert scores is not None
+    assert any("did you mean liver" in note for note in scores.notes)
+
+
+def test_a_set_without_a_test_split_is_evaluated_on_validation(tmp_path: Path) -> None:
+    """CT-RATE has train and validation, and its choices are written (a), (b)."""
+    ask = ("Which? (a) nodule (b) emphysema", "(b) emphysema")
+    samples = [
+        conversation(
+            ask, id=split, task="multiple_choice", split=split, source="ct_rate", images=[ImageRef("phantom:slice:3")]
+        )
+        for split in ("train", "validation")
+    ]
+    write_rows(tmp_path / "data", "instructions", [to_row(sample) for sample in samples])
+    write_jsonl(samples, tmp_path / "rows.jsonl")
+    for data in (tmp_path / "data", tmp_path / "rows.jsonl"):
+        assert split_of_data(str(data), "instructions") == "validation"
+        with pytest.raises(CTInstructError, match="no instructions rows of split test: it has train, validation"):
+            load_data(str(data), "instructions", "test")
+        assert [row["id"] for row in load_data(str(data), "instructions", "train")] == ["train"]
+    arguments = ["evaluate", "--data", str(tmp_path / "data"), "--max-new-tokens", "3", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    found = read_predictions(tmp_path / "out" / "predictions.jsonl")
+    assert [(record.id, record.error, record.options) for record in found.records] == [
+        ("validation", "", ["nodule", "emphysema"])
+    ]
+    with pytest.raises(CTInstructError, match="split is 'dev'"):
+        load_data(str(tmp_path / "data"), "instructions", "dev")
 
 
 def test_choices_are_read_from_a_question() -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.evaluation import wordnet
+from ctinstruct_hf.evaluation.predictions import Predictions, Record
+from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.evaluation.text import choice_accuracy, chosen_option, clinical_efficacy, score_texts
 
 
@@ -41,6 +43,50 @@ def test_rouge_by_hand() -> None:
     assert scores[0]["rouge1"] == pytest.approx(2 * (8 / 9) * (8 / 9) / (16 / 9))
     assert scores[1]["rouge1"] == 0.0
     assert scores[3]["rouge1"] == pytest.approx(2 * 4 / (6 + 6))
+
+
+@pytest.mark.parametrize("metric", ["rouge1", "bleu1"])
+@pytest.mark.parametrize(
+    ("said", "right", "score"),
+    [
+        ("双肺未见结节。", "双肺未见结节。", 1.0),
+        ("左肺结节", "右肺结节", 3 / 4),
+        ("左肺CT结节", "右肺ct结节", {"rouge1": 4 / 5, "bleu1": 3 / 5}),  # BLEU minds case
+        ("結節なし", "結節あり", 2 / 4),
+        ("ไม่พบ", "ไม่พบ", 1.0),
+        ("В правом лёгком узел", "В левом лёгком узел", 3 / 4),
+        ("Sağ akciğerde", "Sol akciğerde", 1 / 2),
+        ("Nódulo no pulmão", "Nodulo no pulmao", 1 / 3),
+        ("बायाँ फेफड़ा", "बायाँ फेफड़ा", 1.0),
+        ("لا توجد عقيدات", "توجد عقيدات كبيرة", 2 / 3),
+        ("폐 결절", "폐 종양", 1 / 2),
+    ],
+)
+def test_words_of_any_script_count(metric: str, said: str, right: str, score: float | dict[str, float]) -> None:
+    scores = score_texts([said], [right], [metric])
+    assert scores.tokenizer == "unicode"
+    assert scores[0][metric] == pytest.approx(score[metric] if isinstance(score, dict) else score)
+
+
+def test_the_unicode_tokenizer_changes_nothing_on_ascii_texts() -> None:
+    texts = [*SAID, *RIGHT, "T2-weighted: 3.5 cm_x (L1/L2), it's 50%"]
+    ascii_, unicode = (
+        score_texts(texts, texts[::-1], ["bleu1", "rouge1"], tokenizer=one) for one in ("ascii", "unicode")
+    )
+    assert ascii_ == unicode
+    assert score_texts(texts, texts[::-1], ["rouge1"]).tokenizer == "ascii"
+    assert score_texts(["узел"], ["узел"], ["rouge1"], tokenizer="ascii")[0]["rouge1"] == 0.0
+    with pytest.raises(CTInstructError, match="tokenizer is 'latin'"):
+        score_texts(texts, texts, ["rouge1"], tokenizer="latin")
+
+
+@needs_wordnet
+def test_scores_say_which_tokenizer_was_taken() -> None:
+    for text, name in (("结节", "unicode"), ("nodule", "ascii")):
+        records = [Record("a", "report", prediction=text, reference=text)]
+        found = score_predictions(Predictions("x", records), bootstraps=5).to_dict()["tasks"][0]
+        assert found["details"]["tokenizer"] == name
+        assert any("tokenizer: unicode" in note for note in found["notes"]) == (name == "unicode")
 
 
 @needs_wordnet

@@ -82,7 +82,7 @@ class Names:
         more = more or {}
         self.known = list(dict.fromkeys([*known, *more]))
         self.listed = listed
-        self._cased = {}
+        self._cased: dict[str, str] = {}
         self._index: dict[str, str] = {}
         for name in self.known:
             self._cased.setdefault(name.casefold(), name)

@@ -39,8 +39,14 @@ def files_of(folder: Path, kind: str, split: str) -> list[str]:
     """Raises CTInstructError where the data set has no such rows."""
     found = sorted(str(path) for path in (folder / kind).glob(f"{split}-*.parquet"))
     if not found:
-        raise CTInstructError(f"{folder} has no {kind} rows of split {split}.")
+        there = [one for one in SPLITS if list((folder / kind).glob(f"{one}-*.parquet"))]
+        raise CTInstructError(no_rows(folder, kind, split, there))
     return found
+
+
+def no_rows(path: Path, kind: str, split: str, there: Sequence[str]) -> str:
+    """That a data set lacks a split, and which it has."""
+    return f"{path} has no {kind} rows of split {split}: it has {', '.join(there) or 'no split at all'}."
 
 
 def load_rows(folder: Path, kind: str, split: str, streaming: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,7 +53,7 @@ CHOOSE = (
     "Choose the right option. {question} {choices}",
     "{question} Pick one of these: {choices}",
 )
-LETTERS = "ABCDEFGH"
+LETTERS = string.ascii_uppercase
 PRESENCE = (
     "Is there {article}?",
     "Is {article} present?",

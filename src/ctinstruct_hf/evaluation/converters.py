@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
+from .choices import options_of
 from .predictions import Predictions, Record, check_ids
-from .run import options_of
 
 _MARKS = ("<image>\n", "<image>", "<report_generation>", "<short_answer>", "<long_answer>", "<multiple_choice>")
 

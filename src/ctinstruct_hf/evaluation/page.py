@@ -14,6 +14,7 @@ import numpy as np
 
 from ..files import whole_folder, write_whole
 from .scoring import SystemScores
+from .significance import deviation
 from .tables import Table, all_tables
 
 _STYLE = """
@@ -106,7 +107,7 @@ def _dice_picture(having: Sequence[tuple[str, Any]]) -> bytes:
         values = [rows.get(name, []) for name in names]
         at = np.arange(len(names)) + place * step
         means = [np.mean(one) if one else 0 for one in values]
-        spread = [np.std(one) if one else 0 for one in values]
+        spread = [deviation(one) if one else 0 for one in values]
         axes.barh(at, means, step * 0.9, xerr=spread, label=system, error_kw={"lw": 0.7})
     axes.set_yticks(np.arange(len(names)) + 0.4 - step / 2, names)
     axes.set_xlim(0, 1)

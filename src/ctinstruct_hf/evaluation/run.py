@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 
-from ..data.reading import PHANTOM_KINDS, open_volume
-from ..data.samples import AlignmentSample, ImageRef, InstructionSample, from_row, text_of
-from ..data.tasks import with_names
+from ..data.names import disease_names, structure_names
+from ..data.reading import open_volume
+from ..data.samples import AlignmentSample, ImageRef, InstructionSample, Label, MaskRef, from_row, text_of
+from ..data.templates import DISEASE_TOKEN
 from ..errors import CTInstructError
 from ..files import whole_folder, write_whole
 from ..hub.chat_templates import render_chat
 from ..hub.folders import require
 from ..hub.models import load_model, load_stage_one, resolve_model
 from .alignment import questions_of
+from .choices import options_of
 from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
+from .rows import load_data, split_of_data
+from .turns import turns_of
 
 STAGE_ONE_TASKS = ("retrieval", "diagnosis", "segmentation")
 
@@ -39,7 +42,7 @@ class RunOptions:
 
     Attributes:
         tasks: of `predictions.TASKS`; all that the data has by default.
-        split: of the data.
+        split: of the data; "" is test, or validation of data without a test split.
         limit: samples of each task.
         batch_size: questions answered at once.
         max_new_tokens: of an answer.
@@ -47,7 +50,7 @@ class RunOptions:
     """
 
     tasks: tuple[str, ...] = ()
-    split: str = "test"
+    split: str = ""
     limit: int | None = None
     batch_size: int = 4
     max_new_tokens: int = 512
@@ -56,39 +59,19 @@ class RunOptions:
 
 @dataclass
 class _Job:
-    """One record to be made."""
+    """One record to be made: what is asked, and the masks or labels that are right."""
 
     id: str
     sample: Any
     task: str
     turn: int = 0
     row: int = 0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    masks: list[MaskRef] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    known: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
-
-
-def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a prepared folder, of a JSONL file of instructions, or of made-up scans, `phantoms:trunk:900000-900040`."""
-    made = re.fullmatch(rf"phantoms:({'|'.join(PHANTOM_KINDS)}):(\d+)-(\d+)", data)
-    if made:
-        from ..data.sources.made_up import phantom_rows
-
-        seeds = range(int(made[2]), int(made[3]))
-        if not len(seeds):
-            raise CTInstructError(f"--data is '{data}': give first seed and last + 1.")
-        # the last fifth stands for validation
-        cut = len(seeds) - len(seeds) // 5
-        chosen = seeds[cut:] if split == "validation" else seeds[:cut]
-        return phantom_rows(made[1], chosen, split, samples=kind, workers=1 if len(seeds) < 64 else None)
-    path = Path(data)
-    if path.is_file():
-        from ..data.samples import read_jsonl, to_row
-
-        return [to_row(sample) for sample in read_jsonl(path, kind) if sample.split == split]
-    if not path.is_dir():
-        raise CTInstructError(f"{data} does not exist: name a prepared folder, a JSONL file or phantoms:trunk:0-40.")
-    from ..data.prepared import load_rows
-
-    return list(load_rows(path, kind, split))
 
 
 def run_model(
@@ -108,7 +91,7 @@ def run_model(
 
     Args:
         model: a folder or name on the Hub, of either stage; of stage one: retrieval, diagnosis and segmentation.
-        data: see `load_data`.
+        data: see `rows.load_data`.
         output: folder for `predictions.jsonl` and `masks/`.
         options: what to run.
         device, dtype, revision: see `hub.models.load_model`.
@@ -130,6 +113,7 @@ def run_model(
     unknown = sorted(set(options.tasks) - set(speaker.tasks))
     if unknown:
         raise CTInstructError(f"--tasks has {', '.join(unknown)}: this model can be asked {', '.join(speaker.tasks)}.")
+    options = replace(options, split=options.split or split_of_data(data, speaker.kind))
     settings = {
         "model": Path(model).name if Path(model).exists() else model,
         "weights": _fingerprint(resolved.folder),
@@ -168,7 +152,11 @@ def run_model(
     if state.is_main_process:
         made = _read_parts(parts)
         records = [made[job.task, job.id] for job in jobs]
-        write_predictions(Predictions(str(settings["model"]), records, output, {**settings, "format": 1}), final)
+        notes = {
+            task: list(dict.fromkeys(note for job in jobs if job.task == task for note in job.notes)) for task in TASKS
+        }
+        header = {**settings, "format": 1, "notes": {task: told for task, told in notes.items() if told}}
+        write_predictions(Predictions(str(settings["model"]), records, output, header), final)
         shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
     return final
@@ -259,9 +247,10 @@ def _masks_of(job: _Job, logits: Sequence[torch.Tensor], image_processor: Any, v
     name = hashlib.sha256(f"{job.task}/{job.id}".encode()).hexdigest()[:16]
     masks = []
     with whole_folder(output / "masks") as draft:
-        for place, (mask, canvas) in enumerate(zip(job.sample.masks, logits, strict=True)):
+        for place, (mask, canvas) in enumerate(zip(job.masks, logits, strict=True)):
             file = f"{name}-{place}.nii.gz"
-            save_mask(volume, image_processor.mask_from_canvas(canvas, volume, name=mask.name), draft / file)
+            asked = job.known.get(mask.name, mask.name)
+            save_mask(volume, image_processor.mask_from_canvas(canvas, volume, name=asked), draft / file)
             reference = {"path": mask.path, "values": list(mask.values)}
             masks.append({"name": mask.name, "prediction": f"masks/{file}", "reference": reference})
     return masks
@@ -280,15 +269,16 @@ class StageTwo:
 
     def __init__(self, model: str, device: str | None, dtype: str | None, revision: str | None) -> None:
         self.model, self.processor = load_model(model, device, dtype, revision)
+        self.structures, self.diseases = structure_names(self.model, self.processor), disease_names(self.model)
         self._features: dict[str, tuple[Any, Any]] = {}
 
     def jobs_of(self, sample: InstructionSample) -> Iterator[_Job]:
         """One per answer of a conversation."""
-        if self.model.config.names_masks:
-            sample = with_names(sample)
-        turns = [index for index, turn in enumerate(sample.messages) if turn["role"] == "assistant"]
-        for number, turn in enumerate(turns):
-            yield _Job(sample.id if not number else f"{sample.id}/turn-{number}", sample, sample.task, turn)
+        for turn in turns_of(sample, self.structures, self.diseases, self.model.config.names_masks):
+            name = sample.id if not turn.number else f"{sample.id}/turn-{turn.number}"
+            yield _Job(
+                name, sample, turn.task, turn.index, 0, turn.messages, turn.masks, turn.labels, turn.known, turn.notes
+            )
 
     def answer(self, jobs: Sequence[_Job], output: Path, options: RunOptions) -> Iterator[list[Record]]:
         """Records batch by batch; a sample that cannot be read fails alone."""
@@ -300,7 +290,7 @@ class StageTwo:
                 try:
                     self._look(job.sample.images)
                     if job.task == "multiple_choice":
-                        job.options = options_of(text_of(job.sample.messages[job.turn - 1]))
+                        job.options = options_of(text_of(job.messages[job.turn - 1]))
                     if job.task in ("segmentation", "diagnosis"):
                         records.append(self._heads(job, output))
                     else:
@@ -333,28 +323,39 @@ class StageTwo:
 
     @torch.inference_mode()
     def _heads(self, job: _Job, output: Path) -> Record:
-        """Masks or probabilities from one pass over question and answer."""
-        sample: InstructionSample = job.sample
-        features, volumes = self._look(sample.images)
-        messages = sample.messages[: job.turn + 1]
+        """Masks or probabilities from one pass over the conversation up to the answer, whose tokens come last."""
+        features, volumes = self._look(job.sample.images)
+        messages = job.messages[: job.turn + 1]
         ids = self._ids(messages, features, ask=False)
-        question = text_of(messages[-2])
-        named = self.processor.named_diseases(question)
+        question = text_of(job.sample.messages[job.turn - 1])
+        named = self._named_diseases(messages)
         outputs = self.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             vision_features=features,
-            disease_ids=None if named is None or job.task != "diagnosis" else torch.tensor(named),
+            disease_ids=None if named is None else torch.tensor(named),
             logits_to_keep=1,
             return_dict=True,
         )
         if job.task == "diagnosis":
-            scores = outputs.disease_logits.float().sigmoid().tolist()
-            probabilities = {label.name: value for label, value in zip(sample.labels, scores, strict=True)}
-            labels = {label.name: label.value for label in sample.labels}
+            scores = outputs.disease_logits.float().sigmoid().tolist()[-len(job.labels) :]
+            probabilities = {label.name: value for label, value in zip(job.labels, scores, strict=True)}
+            labels = {label.name: label.value for label in job.labels}
             return _base(job, question=question, probabilities=probabilities, labels=labels)
-        masks = _masks_of(job, outputs.mask_logits, self.processor.image_processor, volumes[-1], output)
+        logits = outputs.mask_logits[-len(job.masks) :]
+        masks = _masks_of(job, logits, self.processor.image_processor, volumes[-1], output)
         return _base(job, question=question, masks=masks)
+
+    def _named_diseases(self, messages: Sequence[dict[str, Any]]) -> list[int] | None:
+        """Ids of the diseases of all answers of a conversation; None where there are none, or one question names others."""
+        ids: list[int] = []
+        for place in range(1, len(messages)):
+            count = text_of(messages[place]).count(DISEASE_TOKEN) if messages[place]["role"] == "assistant" else 0
+            named = self.processor.named_diseases(text_of(messages[place - 1])) if count else []
+            if named is None or len(named) != count:
+                return None
+            ids += named
+        return ids or None
 
     @torch.inference_mode()
     def _speak(self, jobs: Sequence[_Job], options: RunOptions) -> list[Record]:
@@ -362,9 +363,7 @@ class StageTwo:
         from ..modeling.vision_ctinstruct import CTInstructVisionOutput
 
         looked = [self._look(job.sample.images)[0] for job in jobs]
-        rows = [
-            self._ids(job.sample.messages[: job.turn], seen, True)[0] for job, seen in zip(jobs, looked, strict=True)
-        ]
+        rows = [self._ids(job.messages[: job.turn], seen, True)[0] for job, seen in zip(jobs, looked, strict=True)]
         pad = self.processor.tokenizer.pad_token_id
         longest = max(len(row) for row in rows)
         ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in rows])
@@ -391,19 +390,6 @@ class StageTwo:
         return records
 
 
-def options_of(question: str) -> list[str]:
-    """The choices in a question, "(A) … (B) …" or "A. … B. …".
-
-    Raises:
-        CTInstructError: where it has fewer than two.
-    """
-    for pattern in (r"\(([A-H])\)\s*", r"(?<!\w)([A-H])[.:)]\s+"):
-        parts = re.split(pattern, question)
-        if len(parts) >= 5 and parts[1::2] == list("ABCDEFGH"[: len(parts) // 2]):
-            return [part.strip().rstrip(",;") for part in parts[2::2]]
-    raise CTInstructError(f"the question '{question[:80]}' lists no choices.")
-
-
 class StageOne:
     """A model that aligns: retrieval, categories and masks by name, from the rows of stage one."""
 
@@ -425,7 +411,7 @@ class StageOne:
         if any(label.value >= 0 for label in sample.labels):
             yield _Job(sample.id, sample, "diagnosis")
         if sample.masks:
-            yield _Job(sample.id, sample, "segmentation")
+            yield _Job(sample.id, sample, "segmentation", masks=sample.masks)
 
     def answer(self, jobs: Sequence[_Job], output: Path, options: RunOptions) -> Iterator[list[Record]]:
         by_sample: dict[str, list[_Job]] = {}

@@ -18,8 +18,9 @@ from .diagnosis import METRICS, best_thresholds, calibration, multilabel_scores
 from .predictions import TEXT_TASKS, Predictions, Record
 from .retrieval import recall_at_k
 from .segmentation import read_mask_pair, released_dice, surface_scores, volume_dice
-from .significance import Interval, bootstrap_auc, bootstrap_mean, by_group, group_rows
+from .significance import Interval, bootstrap_auc, bootstrap_mean, by_group, deviation, group_rows
 from .text import TEXT_METRICS, choice_accuracy, clinical_efficacy, precision_recall_f1, score_texts
+from .tokens import needs_unicode
 
 THRESHOLDS = ("validation", "test_set")
 
@@ -77,6 +78,7 @@ def score_predictions(
     bootstraps: int = 1000,
     surface: bool = False,
     tolerance: float = 2.0,
+    tokenizer: str = "auto",
     workers: int | None = None,
     tell: Callable[[str], None] = lambda step: None,
 ) -> SystemScores:
@@ -89,6 +91,7 @@ def score_predictions(
         pool: of retrieval.
         bootstraps: of the 95 % intervals.
         surface: also NSD (at `tolerance` mm) and HD95 (mm), which take long on large masks.
+        tokenizer: of texts, see `score_texts`; what was taken stands in the notes and details of their scores.
         workers: processes for text.
         tell: called with a sentence on progress.
 
@@ -110,12 +113,13 @@ def score_predictions(
         tell(f"{task} {dataset}".strip())
         good = [record for record in records if not record.error]
         scores = TaskScores(task, dataset, len(good), [record.id for record in records if record.error])
+        scores.notes += predictions.header.get("notes", {}).get(task, [])
         found.append(scores)
         if not good:
             scores.notes.append("every sample failed")
             continue
         if task in TEXT_TASKS:
-            _score_texts(scores, good, workers)
+            _score_texts(scores, good, workers, tokenizer)
         elif task == "multiple_choice":
             _score_choices(scores, good)
         elif task == "diagnosis":
@@ -155,9 +159,17 @@ def _score_groups(scores: TaskScores, records: Sequence[Record], bootstraps: int
             scores.groups[metric] = found
 
 
-def _score_texts(scores: TaskScores, records: Sequence[Record], workers: int | None) -> None:
+def _score_texts(scores: TaskScores, records: Sequence[Record], workers: int | None, tokenizer: str) -> None:
     said, right = [record.prediction for record in records], [record.reference for record in records]
-    texts = score_texts(said, right, TEXT_METRICS, workers)
+    texts = score_texts(said, right, TEXT_METRICS, workers, tokenizer)
+    scores.details["tokenizer"] = texts.tokenizer
+    beyond = needs_unicode([*said, *right])
+    if beyond and texts.tokenizer == "unicode":
+        scores.notes.append(f"tokenizer: unicode, since {beyond} texts have letters beyond a–z: words of any script count in ROUGE-1, and single characters where a script has no blanks")  # fmt: skip
+    elif beyond:
+        scores.notes.append(
+            f"tokenizer: ascii, by choice: ROUGE-1 leaves out letters beyond a–z, which {beyond} texts have"
+        )
     names = [record.id for record in records]
     for metric in TEXT_METRICS:
         scores.per_sample[metric] = dict(zip(names, texts[metric], strict=True))
@@ -234,8 +246,8 @@ def _score_diagnosis(
         values = {name: per_disease[name][metric] for name in names}
         scores.per_sample[metric] = values
         kept = [value for value in values.values() if not np.isnan(value)]
-        spread = float(np.std(kept)) if kept else float("nan")  # over diseases, as in the paper's tables
-        scores.metrics[metric] = replace(_point(found[metric], len(records)), sd=spread)
+        over_diseases = deviation(kept)  # as in the paper's tables
+        scores.metrics[metric] = replace(_point(found[metric], len(records)), sd=over_diseases)
     scores.metrics["auc"] = replace(mean, sd=scores.metrics["auc"].sd)
     calibrated = calibration(probabilities, labels)
     scores.metrics["ece"] = _point(calibrated["ece"], len(records))
@@ -301,7 +313,7 @@ def _score_masks(
     if elsewhere:
         scores.notes.append(f"{elsewhere} masks come with a Dice computed elsewhere: see how before comparing")
     scores.details["per_structure"] = {
-        name: {"dice": float(np.mean(values)), "sd": float(np.std(values)), "count": len(values)}
+        name: {"dice": float(np.mean(values)), "sd": deviation(values), "count": len(values)}
         for name, values in sorted(per_structure.items())
     }
     scores.details["_per_structure"] = dict(per_structure)

@@ -28,6 +28,12 @@ class Interval:
     count: int
 
 
+def deviation(values: Any) -> float:
+    """Standard deviation with n − 1, everywhere in scores; 0 of one value, NaN of none."""
+    scores = np.asarray(values, dtype=float)
+    return float(scores.std(ddof=1)) if len(scores) > 1 else 0.0 if len(scores) else float("nan")
+
+
 def resample(count: int, times: int = 1000, seed: int = 0) -> np.ndarray:
     """How often each of `count` samples is drawn in each of `times` bootstraps: int32 [times, count], rows sum to count."""
     rng = np.random.default_rng(seed)
@@ -47,8 +53,7 @@ def bootstrap_mean(values: Any, times: int = 1000, level: float = 0.95, seed: in
     means = resample(len(scores), times, seed) @ scores / len(scores)
     tail = (1 - level) / 2 * 100
     low, high = np.percentile(means, [tail, 100 - tail])
-    sd = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
-    return Interval(float(scores.mean()), sd, float(low), float(high), len(scores))
+    return Interval(float(scores.mean()), deviation(scores), float(low), float(high), len(scores))
 
 
 def bootstrap_auc(
@@ -65,7 +70,7 @@ def bootstrap_auc(
 
     Returns:
         One interval per disease (NaN where it has one class only), and one of the mean over those that have both. Their
-        `mean` is the value on all samples, `sd` that over the bootstraps.
+        `mean` is the value on all samples, `sd` NaN.
     """
     scores, truth = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=float)
     if scores.shape != truth.shape or scores.ndim != 2:
@@ -81,7 +86,7 @@ def bootstrap_auc(
         if np.isnan(values[0]) or not len(kept):
             return Interval(float("nan"), float("nan"), float("nan"), float("nan"), count)
         low, high = np.percentile(kept, [tail, 100 - tail])
-        return Interval(float(values[0]), float(kept.std()), float(low), float(high), count)
+        return Interval(float(values[0]), float("nan"), float(low), float(high), count)
 
     known = (truth >= 0).sum(0)
     each = [interval(row, int(known[index])) for index, row in enumerate(areas)]
@@ -218,6 +223,7 @@ __all__ = [
     "bootstrap_auc",
     "bootstrap_mean",
     "by_group",
+    "deviation",
     "group_rows",
     "paired_test",
     "resample",

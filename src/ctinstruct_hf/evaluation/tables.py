@@ -172,10 +172,15 @@ def significance(scores: TaskScores | None, best: TaskScores | None, metric: str
     return stars(paired_test([first[name] for name in shared], [second[name] for name in shared])) if shared else ""
 
 
+def _scored(system: SystemScores, task: str, dataset: str) -> TaskScores | None:
+    """A system's scores for a column; the paper's CT-VQA is the questions of CT-RATE."""
+    return system.find(task, dataset) or (system.find(task, "ct_rate") if dataset == "ct_rate_vqa" else None)
+
+
 def paper_table(number: int, systems: Sequence[SystemScores]) -> Table | None:
     """One of the paper's tables with the systems below its rows; None where no system has anything for it."""
     paper = PAPER_TABLES[number]
-    filled = [one for one in systems if any(one.find(task, dataset) for _, task, dataset, _ in paper.columns)]
+    filled = [one for one in systems if any(_scored(one, task, dataset) for _, task, dataset, _ in paper.columns)]
     if not filled:
         return None
     table = Table(f"Table {number}: {paper.title}", ["", *(header for header, _, _, _ in paper.columns)])
@@ -200,8 +205,8 @@ def _row(system: SystemScores, first: SystemScores, columns: Sequence[Column], o
             cells.append("")
             continue
         wanted = other.get(metric, metric)
-        scores = system.find(task, dataset)
-        mark = significance(scores, first.find(task, dataset), wanted)
+        scores = _scored(system, task, dataset)
+        mark = significance(scores, _scored(first, task, dataset), wanted)
         cells.append(percent(scores.metrics.get(wanted) if scores else None, mark))
     return cells
 

@@ -6,25 +6,32 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from ..errors import CTInstructError
+from .choices import choice_accuracy, chosen_option
 from .labeller import FINDINGS, find_mentions, label_report
+from .tokens import TOKENIZERS, UnicodeTokenizer, needs_unicode, spaced
 
 TEXT_METRICS = ("bleu1", "rouge1", "meteor")
 _PER_PROCESS = 1000  # pairs for which starting another process is worth it
 
 
 class TextScores(list[dict[str, float]]):
-    """One {metric: score in 0…1} per pair. As in `datasets`, a number gives a row and a name a column."""
+    """One {metric: score in 0…1} per pair. As in `datasets`, a number gives a row and a name a column.
+
+    Attributes:
+        tokenizer: `ascii` or `unicode`, how words were found.
+    """
+
+    tokenizer: str = "ascii"
 
     def __getitem__(self, key: Any) -> Any:  # a str: a column
         if isinstance(key, str):
@@ -48,6 +55,7 @@ def score_texts(
     references: Sequence[str | Sequence[str]],
     metrics: Sequence[str] = TEXT_METRICS,
     workers: int | None = None,
+    tokenizer: str = "auto",
 ) -> TextScores:
     """BLEU-1, ROUGE-1 (F) and METEOR of each pair.
 
@@ -56,6 +64,9 @@ def score_texts(
         references: the right text of each, or several of them: the best counts (in BLEU, their words together).
         metrics: of `TEXT_METRICS`.
         workers: processes; by default all cores where there is enough to do.
+        tokenizer: of `TOKENIZERS`: `ascii`, the libraries' own, whose ROUGE drops every letter but a–z; `unicode`, words of
+            any script, single characters of those written without blanks, and the same as `ascii` for ASCII texts; `auto`,
+            `unicode` where a text has letters or digits beyond ASCII.
 
     Returns:
         A list with a dict per pair; `scores["meteor"]` is a column of it. Values in 0…1.
@@ -68,17 +79,25 @@ def score_texts(
     if unknown:
         raise CTInstructError(f"metrics has unknown {', '.join(unknown)}: known are {', '.join(TEXT_METRICS)}.")
     _require(metrics)
+    if tokenizer not in TOKENIZERS:
+        raise CTInstructError(f"tokenizer is '{tokenizer}': use {', '.join(TOKENIZERS)}.")
+    if tokenizer == "auto":
+        beyond = needs_unicode(text for prediction, several in pairs for text in (prediction, *several))
+        tokenizer = "unicode" if beyond else "ascii"
     if "meteor" in metrics and pairs:
         _meteor_tools()  # fails here rather than in a process
     if workers is None:
         workers = max(1, min(os.cpu_count() or 1, len(pairs) // _PER_PROCESS))
     if workers == 1:
-        return TextScores(_score_pairs(pairs, tuple(metrics)))
-    step = -(-len(pairs) // (workers * 4))
-    jobs = [(pairs[start : start + step], tuple(metrics)) for start in range(0, len(pairs), step)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        return TextScores(row for part in pool.map(_score_job, jobs) for row in part)
+        scores = TextScores(_score_pairs(pairs, tuple(metrics), tokenizer))
+    else:
+        step = -(-len(pairs) // (workers * 4))
+        jobs = [(pairs[start : start + step], tuple(metrics), tokenizer) for start in range(0, len(pairs), step)]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context) as pool:
+            scores = TextScores(row for part in pool.map(_score_job, jobs) for row in part)
+    scores.tokenizer = tokenizer
+    return scores
 
 
 _LIBRARIES = {"bleu1": "sacrebleu", "rouge1": "rouge_score", "meteor": "nltk"}
@@ -102,13 +121,22 @@ def _checked(predictions: Sequence[str], references: Sequence[str | Sequence[str
     return pairs
 
 
-def _score_job(job: tuple[list[tuple[str, list[str]]], tuple[str, ...]]) -> list[dict[str, float]]:
+_Pairs = list[tuple[str, list[str]]]
+
+
+def _score_job(job: tuple[_Pairs, tuple[str, ...], str]) -> list[dict[str, float]]:
     return list(_score_pairs(*job))
 
 
-def _score_pairs(pairs: list[tuple[str, list[str]]], metrics: tuple[str, ...]) -> Iterator[dict[str, float]]:
-    known = {"bleu1": _bleu1, "rouge1": _rouge1, "meteor": _meteor}
+def _score_pairs(pairs: _Pairs, metrics: tuple[str, ...], tokenizer: str) -> Iterator[dict[str, float]]:
+    known: dict[str, Callable[[str, list[str]], float]] = {
+        "bleu1": _bleu1,
+        "rouge1": partial(_rouge1, tokenizer),
+        "meteor": _meteor,
+    }
     for prediction, references in pairs:
+        if tokenizer == "unicode":
+            prediction, references = spaced(prediction), [spaced(one) for one in references]
         yield {name: known[name](prediction, references) for name in metrics}
 
 
@@ -134,15 +162,15 @@ def _bleu1(prediction: str, references: list[str]) -> float:
     return precision if length > wanted else precision * math.exp(1 - wanted / length)
 
 
-@lru_cache(maxsize=1)
-def _rouge_scorer() -> Any:
+@lru_cache(maxsize=2)
+def _rouge_scorer(tokenizer: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1"], use_stemmer=False)
+    return RougeScorer(["rouge1"], use_stemmer=False, tokenizer=UnicodeTokenizer() if tokenizer == "unicode" else None)
 
 
-def _rouge1(prediction: str, references: list[str]) -> float:
-    return float(_rouge_scorer().score_multi(references, prediction)["rouge1"].fmeasure)
+def _rouge1(tokenizer: str, prediction: str, references: list[str]) -> float:
+    return float(_rouge_scorer(tokenizer).score_multi(references, prediction)["rouge1"].fmeasure)
 
 
 @lru_cache(maxsize=1)
@@ -181,67 +209,6 @@ def _meteor(prediction: str, references: list[str]) -> float:
         float(single_meteor_score(_words(one), _words(prediction), stemmer=stemmer, wordnet=synonyms))
         for one in references
     )
-
-
-# multiple choice
-
-_CONCLUSION = re.compile(r"\banswer(?: is)?\s*:", re.I)
-_SEVERAL = re.compile(r"^\W*\(?[a-h][).:][^(]*(?:,|\band|\bor)\s*\([a-h]\)", re.I)  # "(A) …, (C) …"
-_LETTER = re.compile(r"^\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\W*)?\(?([a-h])(?:[).:,]|\s*$|\s+(?=\W))", re.I)  # fmt: skip
-
-
-def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Which option an answer names, by its letter ("(B) …", "B.", "Answer: B") or else by its text; None for no one.
-
-    An answer that names several options names none; where it weighs them first, what follows its last "Answer:" counts.
-    """
-    answer = _CONCLUSION.split(answer)[-1]
-    if _SEVERAL.search(answer):
-        return None
-    letter = _LETTER.match(answer.strip())
-    if letter:
-        index = ord(letter[1].upper()) - ord("A")
-        return index if index < len(options) else None
-    said = _plain(answer)
-    exact = [index for index, option in enumerate(options) if _plain(option) == said]
-    if exact:
-        return exact[0]
-    inside = [index for index, option in enumerate(options) if re.search(rf"\b{re.escape(_plain(option))}\b", said)]
-    # "pleural effusion" lies inside "no pleural effusion": the longest one counts
-    longest = [i for i in inside if not any(i != j and _plain(options[i]) in _plain(options[j]) for j in inside)]
-    return longest[0] if len(longest) == 1 else None
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
-def choice_accuracy(answers: Sequence[str], right: Sequence[str], options: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Accuracy of multiple choice, in 0…1.
-
-    Args:
-        answers: what a system said, in any of the usual forms.
-        right: the right answers, likewise.
-        options: the choices of each question.
-
-    Returns:
-        {"accuracy", "unreadable": indices of answers that name no option (they count as wrong), "correct": [bool]}.
-
-    Raises:
-        CTInstructError: for lists of different length, or a right answer that is not among its options.
-    """
-    if not len(answers) == len(right) == len(options):
-        raise CTInstructError(f"There are {len(answers)} answers, {len(right)} right ones and {len(options)} options.")
-    correct, unreadable = [], []
-    for index, (answer, truth, choices) in enumerate(zip(answers, right, options, strict=True)):
-        wanted, given = chosen_option(truth, choices), chosen_option(answer, choices)
-        if wanted is None:
-            raise CTInstructError(f"right answer {index}, '{truth}', is not among its options.")
-        if given is None:
-            unreadable.append(index)
-        correct.append(given == wanted)
-    accuracy = float(np.mean(correct)) if correct else float("nan")
-    return {"accuracy": accuracy, "unreadable": unreadable, "correct": correct}
 
 
 # clinical efficacy
