@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
-from pydicom.uid import UID
+from pydicom.uid import UID, RLELossless
 
 from .volume import AIR_HU, CTInstructError, last_line
 from .volume_headers import integer, text
@@ -29,7 +29,6 @@ LOSSY = {
     "1.2.840.10008.1.2.4.112",  # JPEG XL
     "1.2.840.10008.1.2.4.203",  # high-throughput JPEG 2000
 }
-RLE = "1.2.840.10008.1.2.5"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # units that a CT class may have instead of HU: electron density, atomic number, mg/ml, percent, optical density
 NO_HU = {"ED", "EDW", "Z_EFF", "MGML", "PCT", "OD", "IP", "MATERIAL"}
@@ -187,6 +186,9 @@ def decode(path: Path, header: Any) -> np.ndarray:
         data.file_meta.TransferSyntaxUID = syntax
         if "PixelData" not in data:
             raise CTInstructError(f"{path.name} has no integer pixels (PixelData): expected CT in HU.")
+        if syntax == RLELossless:  # whole words, whatever their bits mean
+            data.BitsStored, data.HighBit = data.BitsAllocated, data.BitsAllocated - 1
+            return data.pixel_array
         if syntax.is_encapsulated:
             return _decompressed(data, path.name, syntax)
         return native(data, path.name)
@@ -209,9 +211,7 @@ def _decompressed(data: Any, name: str, syntax: UID) -> np.ndarray:
         if tag in data:
             setattr(bare, tag, data[tag].value)
     bare.SamplesPerPixel, bare.PhotometricInterpretation = 1, "MONOCHROME2"
-    if syntax == RLE:  # whole words, whatever their bits mean
-        bare.BitsStored, bare.HighBit = data.BitsAllocated, data.BitsAllocated - 1
-    elif integer(data, "HighBit", 15) != integer(data, "BitsStored", 16) - 1:
+    if integer(data, "HighBit", 15) != integer(data, "BitsStored", 16) - 1:
         raise CTInstructError(f"{name} has compressed pixels that do not end at the lowest bit (HighBit).")
     for frame in generate_frames(data.PixelData, number_of_frames=integer(data, "NumberOfFrames", 1)):
         size = coded_size(frame)
