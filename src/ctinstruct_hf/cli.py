@@ -619,6 +619,8 @@ def calibrate(
     from .study import load_model
 
     _quiet()
+    if not model.is_dir():
+        raise CTInstructError(f"--model {model} is no folder: calibrate writes into the model's processor.")
     with Console(stderr=True).status("starting") as status:
         network, processor = load_model(str(model), device, dtype)
         rows = load_data(data, "alignment", split)[:limit]

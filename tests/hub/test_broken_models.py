@@ -356,6 +356,7 @@ def test_each_verb_names_the_right_one(others: dict[str, Path], folder: Path, tm
         (["evaluate", "--data", "phantoms:slice:0-2", "--model", str(others["adapter"]), *out], "an adapter of"),
         (["evaluate", "--data", "phantoms:slice:0-2", "--model", str(others["release"]), *out], "convert released"),
         (["calibrate", "--data", "phantoms:slice:0-2", "--model", str(others["stage_one"])], "instruct --vision"),
+        (["calibrate", "--data", "phantoms:slice:0-2", "--model", "me/ct"], "is no folder: calibrate writes"),
         (["instruct", "tiny", "--vision", str(others["adapter"]), *out], "an adapter of"),
         (["instruct", "tiny", "--vision", str(others["llama"]), *out], "language_model="),
         (["pretrain", "tiny", "--set", f"model={folder}", *out], "a whole CTInstruct model"),

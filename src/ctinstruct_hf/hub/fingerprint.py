@@ -7,7 +7,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from ..errors import CTInstructError, cannot_load
+from ..errors import CTInstructError
 
 # what decides about a model's answers; notes, logs and states of training beside it do not count
 PATTERNS = (
@@ -42,14 +42,9 @@ def fingerprint(model: str | Path) -> str:
     Raises:
         CTInstructError: where there is no such model.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+    from .models import resolve_model
 
-        try:
-            folder = Path(snapshot_download(str(model), allow_patterns=list(PATTERNS)))
-        except (OSError, ValueError) as error:
-            raise cannot_load("model", str(model), error) from error
+    folder = resolve_model(model).folder
     try:
         files = sorted(
             (path.name, path.stat().st_size, path.stat().st_mtime_ns)
