@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from pathlib import Path
 from .errors import CTInstructError
 
 NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+_STARTED = time.time()
 
 
 def why_unwritable(error: BaseException | None) -> str | None:
@@ -34,6 +38,29 @@ def why_unwritable(error: BaseException | None) -> str | None:
             return "The output cannot be written: No space left on device."
         error = error.__cause__ or error.__context__
     return None
+
+
+def temporary_folder(purpose: str) -> Path:
+    """A new folder for temporary files, readable by this user only. `remove_left_over` removes it after a kill."""
+    return Path(tempfile.mkdtemp(prefix=f"ctinstruct-{purpose}-{os.getpid()}-"))
+
+
+def remove_left_over() -> None:
+    """Remove temporary folders (`ctinstruct-<purpose>-<process>-…`) of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob("ctinstruct-*"):
+        found = re.fullmatch(r"ctinstruct-[a-z]+-(\d+)-.*", folder.name)
+        try:
+            status = folder.lstat()
+            mine = stat.S_ISDIR(status.st_mode) and hasattr(os, "getuid") and status.st_uid == os.getuid()
+            if not mine or found is None:
+                continue
+            process = int(found[1])
+            # in a container the process has the same number each time
+            before = process == os.getpid() and status.st_mtime < _STARTED
+            if before or not _is_running(process):
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue
 
 
 def _writer(process: int | None = None) -> str:

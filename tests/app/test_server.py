@@ -27,7 +27,7 @@ from scans import asymmetric, dicom_series
 
 from ctinstruct_hf import Study
 from ctinstruct_hf.app.engine import Engine, Limits, remove_left_over, safe_name
-from ctinstruct_hf.app.server import create_app
+from ctinstruct_hf.app.server import create_app, listen
 
 
 class Running:
@@ -36,8 +36,7 @@ class Running:
     def __init__(self, model: str, page: bool = True, **limits: Any) -> None:
         self.engine = Engine(model, "cpu", limits=Limits(**{"new_tokens": 12, **limits}))
         self.server = uvicorn.Server(uvicorn.Config(create_app(self.engine, page=page), log_level="error"))
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
+        listener = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
@@ -284,7 +283,7 @@ def test_other_sites_and_paths_get_nothing(start: Any, small_scan: Path) -> None
 def test_names_of_files_are_made_harmless() -> None:
     assert safe_name("a/b\\..\\c.nii.gz") == "c.nii.gz"
     assert safe_name("...") == "scan"
-    assert safe_name("Müller <b>.dcm") == "M_ller_b_.dcm"
+    assert safe_name("Müller <b>.dcm") == "Müller_b_.dcm"
     assert len(safe_name("x" * 500)) == 100
 
 

@@ -4,126 +4,108 @@ answered together, and what nobody waits for any more is dropped."""
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from ..errors import CTInstructError
+from ..files import remove_left_over, temporary_folder
 from ..hub.models import load_model
 from ..output.report import key_place
 from ..study import Study
+from .jobs import KINDS, Cancelled, Job, Watch
+from .limits import Busy, Limits
+from .masks import Full, PackedMasks
+from .uploads import Uploads, safe_name
 
 logger = logging.getLogger(__name__)
-KINDS = ("ask", "report", "segment", "diagnose")
-_FOLDER = "ctinstruct-app-"
+# results of ended jobs that are kept for their clients
+_KEPT_JOBS = 500
+# CT compresses to a third or a tenth; what unpacks to more of its size than this, and more than 256 MiB, is no scan
+_MOST_RATIO = 100
 
 
-@dataclass
-class Limits:
-    """What the server takes on before it refuses.
-
-    Attributes:
-        upload_bytes: of the files of one study.
-        upload_files: of one study.
-        volume_bytes: what a scan may unpack to.
-        studies: open at once; the one idle longest makes room.
-        waiting: jobs in the line; more are refused with 503.
-        together: questions about one study that are answered in one batch.
-        idle_study: seconds after which a study that nobody touches is closed.
-        idle_job: seconds after which a job that nobody asks about is dropped.
-        new_tokens: of an answer.
-    """
-
-    upload_bytes: int = 2 * 2**30
-    upload_files: int = 5000
-    volume_bytes: int = 4 * 2**30
-    studies: int = 4
-    waiting: int = 16
-    together: int = 8
-    idle_study: float = 1800.0
-    idle_job: float = 30.0
-    new_tokens: int = 512
-
-
-class Busy(CTInstructError):
-    """Too much is going on: try again later."""
-
-
-@dataclass
-class Job:
-    """One thing asked about a study.
+class SeveralSeries(CTInstructError):
+    """An upload holds several CT series.
 
     Attributes:
-        status: queued, running, done, failed or cancelled.
-        step: what it does at the moment.
-        result: what the page shows, once done.
-        error: one sentence, where it failed.
+        upload: its name, to open it again with one of them.
+        series: uid, number, description, slices and spacing of each.
     """
 
-    kind: str
-    study: str
-    words: dict[str, Any]
-    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    status: str = "queued"
-    step: str = "waiting"
-    result: dict[str, Any] | None = None
-    error: str | None = None
-    seen: float = field(default_factory=time.monotonic)
-    ended: float | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    finished: threading.Event = field(default_factory=threading.Event)
-
-    def state(self, ahead: int = 0) -> dict[str, Any]:
-        """What is told about it; `ahead` jobs come before it."""
-        return {"job": self.id, "kind": self.kind, "status": self.status, "step": self.step, "ahead": ahead, "result": self.result, "error": self.error}  # fmt: skip
-
-    def end(self, status: str, result: dict[str, Any] | None = None, error: str | None = None) -> None:
-        self.status, self.result, self.error, self.step = status, result, error, status
-        self.ended = time.monotonic()
-        self.finished.set()
+    def __init__(self, sentence: str, upload: str, series: list[dict[str, Any]]) -> None:
+        super().__init__(sentence)
+        self.upload, self.series = upload, series
 
 
-class _Cancelled(Exception):
-    pass
-
-
-class _Watch(StoppingCriteria):
-    """Ends the rows of cancelled jobs and tells how far the others are."""
-
-    def __init__(self, jobs: Sequence[Job], most: int) -> None:
-        self.jobs, self.most, self.words = jobs, most, 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        self.words += 1
-        for job in self.jobs:
-            job.step = f"writing, token {self.words} of at most {self.most}"
-        ended = [job.cancelled.is_set() for job in self.jobs]
-        return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
+class Gone(KeyError):
+    """A study that was closed."""
 
 
 @dataclass
 class OpenStudy:
-    """A study with its files in a folder of its own."""
+    """A study with its files in a folder of its own, which is removed once it is closed and nobody uses it.
+
+    Attributes:
+        source: the slices as uploaded, which DICOM SEG refers to.
+        masks: file by structure.
+        lock: held by whoever asks the study.
+    """
 
     study: Study
     folder: Path
-    source: Path | None = None  # the slices as uploaded, which DICOM SEG refers to
-    masks: dict[str, str] = field(default_factory=dict)  # structure -> file
+    source: Path | None = None
+    masks: dict[str, str] = field(default_factory=dict)
     touched: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    closed: bool = False
+    users: int = 0
+    _gate: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def use(self) -> Iterator[OpenStudy]:
+        """Its results and files, for one thread at a time. Raises Gone where it is closed, before or meanwhile."""
+        with self._gate:
+            if self.closed:
+                raise Gone
+            self.users += 1
+        try:
+            with self.lock:
+                if self.closed:
+                    raise Gone
+                try:
+                    yield self
+                except Exception as error:
+                    if self.closed:  # its files went
+                        raise Gone from error
+                    raise
+        finally:
+            with self._gate:
+                self.users -= 1
+                if self.closed:
+                    self._remove()
+
+    def close(self) -> None:
+        """Remove its files now, and what a running job still writes when that ends."""
+        with self._gate:
+            self.closed = True
+            self._remove()
+
+    def _remove(self) -> None:
+        for folder in (self.folder, self.source):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Engine:
@@ -145,9 +127,9 @@ class Engine:
         self.limits = limits or Limits()
         self.model, self.processor = load_model(model, device, dtype, revision)
         remove_left_over()
-        self.root = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))  # readable by this user only
+        self.root = temporary_folder("app")
         self.studies: dict[str, OpenStudy] = {}
-        self.uploads: dict[str, tuple[Path, float]] = {}
+        self.uploads = Uploads(self.root, self.limits)
         self.jobs: dict[str, Job] = {}
         self.line: deque[Job] = deque()
         self.current: list[Job] = []
@@ -167,52 +149,49 @@ class Engine:
                 job.cancelled.set()
             self.changed.notify_all()
         self.worker.join(timeout=30)
+        for one in self.studies.values():
+            one.close()
         shutil.rmtree(self.root, ignore_errors=True)
 
     # files and studies
 
-    def new_upload(self) -> str:
-        """A place for the files of one study."""
-        if len(self.uploads) >= self.limits.waiting:
-            raise Busy("Too many uploads are going on: try again later.")
-        name = secrets.token_urlsafe(16)
-        folder = self.root / f"upload-{secrets.token_hex(8)}"
-        folder.mkdir()
-        self.uploads[name] = (folder, time.monotonic())
-        return name
+    def open_upload(self, name: str, series: str | None = None) -> str:
+        """Read the files of an upload, one scan or the slices of one, and remove them.
 
-    def upload_folder(self, name: str) -> Path:
-        """Where the files of an upload go. Raises KeyError for one that is not there."""
-        folder, _ = self.uploads[name]
-        self.uploads[name] = (folder, time.monotonic())
-        return folder
+        Args:
+            series: which CT series, where there are several; see `read_volume`.
 
-    def drop_upload(self, name: str) -> None:
-        folder, _ = self.uploads.pop(name, (None, 0.0))
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        Raises:
+            KeyError: for an upload that is not there.
+            SeveralSeries: where one must be chosen; the upload stays.
+            CTInstructError: where the scan cannot be read; the upload is removed.
+        """
+        with self.uploads.use(name, reading=True) as upload:
+            try:
+                if not upload.files:
+                    raise CTInstructError("No file has arrived.")
+                source = upload.source()
+                allowed = min(self.limits.volume_bytes, max(2**28, _MOST_RATIO * upload.bytes))
+                return self.open_source(source, name, series=series, max_bytes=allowed)
+            except Busy:
+                raise  # the files can be read later
+            except CTInstructError as error:
+                choice = _series_of(source) if upload.files else []
+                if len(choice) > 1:
+                    upload.idle = self.limits.idle_study  # somebody reads the list
+                    raise SeveralSeries(str(error), name, choice) from error
+                self.uploads.drop(name)
+                raise
+            except BaseException:
+                self.uploads.drop(name)
+                raise
 
-    def open_upload(self, name: str) -> str:
-        """Read the files of an upload, one scan or the slices of one, and remove them."""
-        folder = self.upload_folder(name)
-        files = sorted(folder.iterdir())
-        if not files:
-            self.drop_upload(name)
-            raise CTInstructError("No file has arrived.")
-        heads = [one for one in files if one.suffix.lower() == ".mhd"]
-        source = files[0] if len(files) == 1 else heads[0] if len(heads) == 1 else folder
-        try:
-            study = self.open_source(source)
-        except BaseException:
-            self.drop_upload(name)
-            raise
-        if self.studies[study].study.volume.source.dicom_files:
-            self.studies[study].source = self.uploads.pop(name)[0]
-        self.drop_upload(name)
-        return study
-
-    def open_source(self, source: Any) -> str:
+    def open_source(self, source: Any, upload: str | None = None, **reading: Any) -> str:
         """Read a scan; returns the study's id.
+
+        Args:
+            upload: where its files come from; it ends, and the study takes over what DICOM SEG refers to.
+            reading: see `read_volume`.
 
         Raises:
             Busy: where another scan is being read or no study may be closed for it.
@@ -220,18 +199,35 @@ class Engine:
         """
         if not self.reading.acquire(timeout=60):
             raise Busy("Other scans are being read: try again later.")
+        folder = self.root / f"study-{secrets.token_hex(8)}"
         try:
             self._make_room()
-            study = Study.open(source, (self.model, self.processor), max_bytes=self.limits.volume_bytes)
-            folder = self.root / f"study-{secrets.token_hex(8)}"
-            folder.mkdir()
+            limits = {"max_bytes": self.limits.volume_bytes}
+            study = Study.open(source, (self.model, self.processor), **{**limits, **reading})
+            study.results.masks = PackedMasks(self.limits)  # type: ignore[assignment]
+            folder.mkdir(mode=0o700)
             volume = study.volume
             volume.to_source(volume.hu, folder / "scan.nii")
+            one = OpenStudy(study, folder)
+            if upload is not None:
+                if volume.source.dicom_files:
+                    one.source = self.uploads.keep(upload)
+                self.uploads.drop(upload)
+            name = secrets.token_urlsafe(16)
+            self.studies[name] = one
+            return name
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self.reading.release()
-        name = secrets.token_urlsafe(16)
-        self.studies[name] = OpenStudy(study, folder)
-        return name
+
+    def sentence(self, error: Exception) -> str:
+        """An error as a client may read it: without folders of this server."""
+        text = re.sub(re.escape(str(self.root)) + r"(/(upload|study)-\w+(?=/))?/?", "", str(error))
+        text = re.sub(r"\b(upload|study)-[0-9a-f]{16}\b", r"the \1", text)
+        text = text.replace(": pass max_bytes to allow more", " for a file of this size")
+        return text[:1].upper() + text[1:] if text.startswith("the ") else text
 
     def _make_room(self) -> None:
         with self.changed:
@@ -244,8 +240,10 @@ class Engine:
         self.close_study(idle[0][1])
 
     def find(self, study: str) -> OpenStudy:
-        """An open study. Raises KeyError for one that is not there any more."""
-        one = self.studies[study]
+        """An open study. Raises Gone for one that is not there any more."""
+        one = self.studies.get(study)
+        if one is None:
+            raise Gone
         one.touched = time.monotonic()
         return one
 
@@ -256,9 +254,7 @@ class Engine:
                 for job in self.jobs.values():
                     if job.study == study:
                         job.cancelled.set()
-            for folder in (one.folder, one.source):
-                if folder is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+            one.close()
 
     # jobs
 
@@ -274,10 +270,15 @@ class Engine:
         one = self.find(study)
         if isinstance(words.get("diseases"), list):
             one.study.disease_rows(words["diseases"])  # refused now, not when its turn comes
+        if kind == "segment":
+            one.study.results.masks.check(words["structures"])  # type: ignore[attr-defined]
         with self.changed:
             if len(self.line) >= self.limits.waiting:
                 raise Busy("Too many questions are waiting: try again later.")
             job = Job(kind, study, words)
+            ended = [other.id for other in self.jobs.values() if other.ended is not None]
+            for other in ended[: max(0, len(ended) - _KEPT_JOBS)]:
+                self.jobs.pop(other)
             self.jobs[job.id] = job
             self.line.append(job)
             self.changed.notify_all()
@@ -356,25 +357,20 @@ class Engine:
 
     def _answer(self, jobs: list[Job]) -> None:
         try:
-            one = self.studies[jobs[0].study]
-            with one.lock:
+            with self.find(jobs[0].study).use() as one:
                 results = self._results(jobs, one)
             for job, result in zip(jobs, results, strict=True):
                 if job.cancelled.is_set():
                     job.end("cancelled")
                 else:
                     job.end("done", result)
-        except (_Cancelled, KeyError):
+        except (Cancelled, Gone):
             for job in jobs:
                 job.end("cancelled")
         except CTInstructError as error:
             for job in jobs:
-                job.end("failed", error=str(error))
+                job.end("failed", error=self.sentence(error))
         except Exception as error:  # the server goes on; what was asked stays out of the log
-            if all(job.cancelled.is_set() for job in jobs):  # its study was closed
-                for job in jobs:
-                    job.end("cancelled")
-                return
             logger.exception("A job of kind %s failed.", jobs[0].kind)
             for job in jobs:
                 job.end("failed", error=f"It failed by {type(error).__name__}: the server's log says more.")
@@ -384,7 +380,7 @@ class Engine:
 
         def step(name: str) -> None:
             if all(job.cancelled.is_set() for job in jobs):
-                raise _Cancelled
+                raise Cancelled
             for job in jobs:
                 job.step = name
 
@@ -395,23 +391,19 @@ class Engine:
         if job.kind in ("ask", "report"):
             generation: dict[str, Any] = {
                 "max_new_tokens": self.limits.new_tokens,
-                "stopping_criteria": StoppingCriteriaList([_Watch(jobs, self.limits.new_tokens)]),
+                "stopping_criteria": StoppingCriteriaList([Watch(jobs, self.limits.new_tokens)]),
             }
         if job.kind == "report":
             before = study.results.report
             text = study.report(**generation)
             if job.cancelled.is_set():  # half a report is none
                 study.results.report = before
-                raise _Cancelled
+                raise Cancelled
             return [{"report": text}]
         if job.kind == "diagnose":
             return [{"diagnosis": study.diagnose(job.words["diseases"])}]
         if job.kind == "segment":
-            masks = {}
-            for name in job.words["structures"]:
-                step(f"marking {name}")
-                masks[name] = self._keep_mask(one, name, study.segment(name))
-            return [{"masks": masks}]
+            return [self._segment(one, job.words["structures"], step)]
         kept = len(study.results.answers)
         answers = study.ask_many([job.words["question"] for job in jobs], **generation)
         pairs = study.results.answers[kept:]
@@ -421,12 +413,30 @@ class Engine:
         results = []
         for asked, answer in zip(jobs, answers, strict=True):
             masks = {}
+            warnings: list[str] = []
             for number, mask in enumerate(answer.masks, start=1):
                 name = asked.words["question"][:60] + (f" ({number})" if len(answer.masks) > 1 else "")
-                study.results.masks[name] = mask
+                try:
+                    study.results.masks[name] = mask
+                except Full as error:
+                    warnings = [str(error)]
+                    continue
                 masks[name] = self._keep_mask(one, name, mask)
-            results.append({"answer": str(answer), "masks": masks, "probabilities": answer.probabilities})
+            results.append({"answer": str(answer), "masks": masks, "probabilities": answer.probabilities, "warnings": warnings})  # fmt: skip
         return results
+
+    def _segment(self, one: OpenStudy, names: list[str], step: Callable[[str], None]) -> dict[str, Any]:
+        """Masks by name, as many as the study may have."""
+        masks: dict[str, Any] = {}
+        for name in names:
+            step(f"marking {name}")
+            try:
+                masks[name] = self._keep_mask(one, name, one.study.segment(name))
+            except Full as error:
+                if not masks:
+                    raise
+                return {"masks": masks, "warnings": [f"{len(names) - len(masks)} of {len(names)} structures are not marked. {error}"]}  # fmt: skip
+        return {"masks": masks, "warnings": []}
 
     def _keep_mask(self, one: OpenStudy, name: str, mask: Any) -> dict[str, Any]:
         """Write a mask on the scan's own grid, for the viewer and to take away, and measure it."""
@@ -458,15 +468,13 @@ class Engine:
         for job in list(self.jobs.values()):
             if job.ended is None and now - job.seen > self.limits.idle_job:
                 self.cancel(job.id)
-            elif job.ended is not None and now - max(job.ended, job.seen) > self.limits.idle_job * 4:
+            elif job.ended is not None and now - max(job.ended, job.seen) > self.limits.idle_job:
                 self.jobs.pop(job.id, None)
         busy = {job.study for job in [*self.line, *self.current]}
         for name, one in list(self.studies.items()):
             if name not in busy and now - one.touched > self.limits.idle_study:
                 self.close_study(name)
-        for name, (_, touched) in list(self.uploads.items()):
-            if now - touched > self.limits.idle_job * 4:
-                self.drop_upload(name)
+        self.uploads.sweep(now)
 
 
 def _largest_slice(image: Any) -> list[float] | None:
@@ -480,32 +488,25 @@ def _largest_slice(image: Any) -> list[float] | None:
     return [round(float(mm), 2) for mm in (image.affine @ [*middle, 1.0])[:3]]
 
 
-def remove_left_over() -> None:
-    """Folders of servers that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        number = folder.name.removeprefix(_FOLDER).split("-")[0]
-        try:
-            mine = hasattr(os, "getuid") and folder.stat().st_uid == os.getuid()
-            if mine and number.isdigit() and not _alive(int(number)):
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
-
-
-def _alive(process: int) -> bool:
+def _series_of(source: Path) -> list[dict[str, Any]]:
+    """The CT series of a file, folder or zip, as JSON; [] where they cannot be listed."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        from ..processing.volume_series import list_series
+    except ImportError:
+        return []
+    try:
+        return [
+            {
+                "uid": one.uid,
+                "number": one.number,
+                "description": one.description,
+                "slices": one.slices,
+                "spacing": None if one.spacing is None else [round(float(mm), 3) for mm in one.spacing],
+            }
+            for one in list_series(source)
+        ]
+    except CTInstructError:
+        return []
 
 
-def safe_name(name: str) -> str:
-    """The last part of a file's name, of harmless characters; what a browser sends is not to be trusted."""
-    last = re.split(r"[/\\]", name)[-1]
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", last)[-100:].lstrip(".") or "scan"
-
-
-__all__ = ["Busy", "Engine", "Job", "Limits"]
+__all__ = ["Busy", "Engine", "Job", "Limits", "SeveralSeries", "remove_left_over", "safe_name"]

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import re
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import CTInstructError
 from ..study import notes_on
-from .engine import Busy, Engine, OpenStudy, safe_name
+from .engine import Busy, Engine, OpenStudy, SeveralSeries
+from .receiving import is_form, read_json, receive
 
 STATIC = Path(__file__).parent / "static"
 NOTICE = "Research use only. Not a diagnosis."
@@ -67,18 +72,7 @@ def create_app(engine: Engine, hosts: tuple[str, ...] = ("127.0.0.1", "localhost
 
     app.add_middleware(_Guard)
 
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> JSONResponse:
-        return _said(503, str(error), {"Retry-After": "5"})
-
-    @app.exception_handler(CTInstructError)
-    async def wrong(_: Request, error: CTInstructError) -> JSONResponse:
-        return _said(400, str(error))
-
-    @app.exception_handler(KeyError)
-    async def missing(_: Request, error: KeyError) -> JSONResponse:
-        return _said(404, "It is not there, or not any more: open the study again.")
-
+    _add_errors(app, engine)
     if page:
         _add_page(app)
     _add_studies(app, engine)
@@ -87,8 +81,42 @@ def create_app(engine: Engine, hosts: tuple[str, ...] = ("127.0.0.1", "localhost
     return app
 
 
+def _add_errors(app: FastAPI, engine: Engine) -> None:
+    """Every error is one sentence as JSON."""
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> JSONResponse:
+        return _refusal(503, str(error), {"Retry-After": "5"})
+
+    @app.exception_handler(SeveralSeries)
+    async def choose(_: Request, error: SeveralSeries) -> JSONResponse:
+        content = {"error": engine.sentence(error), "upload": error.upload, "series": error.series}
+        return JSONResponse(content, status_code=300, headers=_HEADERS)
+
+    @app.exception_handler(CTInstructError)
+    async def wrong(_: Request, error: CTInstructError) -> JSONResponse:
+        return _refusal(400, engine.sentence(error))
+
+    @app.exception_handler(KeyError)
+    async def missing(_: Request, error: KeyError) -> JSONResponse:
+        return _refusal(404, "It is not there, or not any more: open the study again.")
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        places = ", ".join(dict.fromkeys(str(one["loc"][-1]) for one in error.errors()))
+        return _refusal(422, f"{places} is missing or has no such value.")
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return _refusal(error.status_code, f"{error.detail}.", dict(error.headers or {}))
+
+
 class _Guard:
-    """Refuses what other sites send, and gives every answer its headers."""
+    """Refuses what other sites send, gives every answer its headers, and answers HEAD as GET without a body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -101,20 +129,73 @@ class _Guard:
         origin = request.get("origin")
         foreign = origin is not None and urlsplit(origin).netloc != request.get("host")
         if foreign and scope["method"] not in ("GET", "HEAD"):
-            await _said(403, "Requests from other sites are refused.")(scope, receive, send)
+            await _refusal(403, "Requests from other sites are refused.")(scope, receive, send)
             return
+
+        head = scope["method"] == "HEAD"
+        if head:
+            scope = {**scope, "method": "GET", "ctinstruct.head": True}
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         await self.app(scope, receive, send_on)
 
 
-def _said(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+class _File(StreamingResponse):
+    """A file that is opened now: what is removed meanwhile is still sent whole. Raises KeyError where it is not there."""
+
+    def __init__(self, path: Path, media_type: str, filename: str | None = None) -> None:
+        try:
+            self.file: BinaryIO = path.open("rb")
+        except OSError as error:
+            raise KeyError(path.name) from error
+        headers = {"Content-Length": str(os.fstat(self.file.fileno()).st_size)}
+        if filename is not None:
+            # to be saved, not shown here, where a page would run beside the interface
+            headers["Content-Disposition"] = f"attachment; filename*=utf-8''{quote(filename)}"
+            if filename.isascii():
+                headers["Content-Disposition"] = f'attachment; filename="{filename}"'
+        super().__init__(self._parts(), headers=headers, media_type=media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope.get("ctinstruct.head"):
+                await Response(headers=dict(self.headers), media_type=self.media_type)(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
+        finally:
+            self.file.close()
+
+    def _parts(self) -> Iterator[bytes]:
+        while part := self.file.read(2**18):
+            yield part
+
+
+class _InTurn:
+    """Runs slow functions in threads, a few at once, so that those who wait for them leave threads for the others."""
+
+    def __init__(self, together: int, waiting: int) -> None:
+        self.turns, self.waiting, self.here = asyncio.Semaphore(together), waiting, 0
+
+    async def __call__(self, function: Callable[..., Any], *words: Any) -> Any:
+        if self.here >= self.waiting:
+            raise Busy("Too much is waiting: try again later.")
+        self.here += 1
+        try:
+            async with self.turns:
+                return await run_in_threadpool(function, *words)
+        finally:
+            self.here -= 1
+
+
+def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": sentence}, status_code=status, headers={**_HEADERS, **(headers or {})})
 
 
@@ -139,32 +220,46 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
     @app.post("/api/uploads", status_code=201)
     async def new_upload() -> dict[str, str]:
         """A place for the files of one study."""
-        return {"upload": engine.new_upload()}
+        return {"upload": await run_in_threadpool(engine.uploads.new)}
 
     @app.put("/api/uploads/{upload}", status_code=201)
-    async def put_file(upload: str, name: str, request: Request) -> dict[str, str]:
-        """One file of it: the body, as it is."""
-        return {"file": await receive(engine, upload, name, request)}
+    async def put_file(upload: str, request: Request, name: str | None = None) -> dict[str, Any]:
+        """A file of it: the body, with its name in the address, or the files of a form."""
+        if name is None and not is_form(request.headers):
+            raise CTInstructError("Give the file's name in the address: ?name=scan.nii.gz.")
+        files, _ = await receive(engine.uploads, upload, request, name)
+        return {"file": files[-1] if files else None, "files": files}
+
+    opening = _InTurn(4, engine.limits.waiting)
 
     @app.post("/api/studies", status_code=201)
-    async def open_study(request: Request, name: str | None = None) -> dict[str, Any]:
-        """Open a study: JSON {"upload": id} or {"sample": seed}, or a file as the body with its name in the address."""
-        if name is not None:
-            upload = engine.new_upload()
+    async def open_study(request: Request, name: str | None = None, series: str | None = None) -> dict[str, Any]:
+        """Open a study: JSON {"upload": id} or {"sample": seed}, a file as the body with its name in the address, or a form
+        with files. `series`, in the JSON, the address or the form, chooses where there are several CT series: without it
+        the answer is 300 with `upload` and the list `series`."""
+        if name is not None or is_form(request.headers):
+            upload = await run_in_threadpool(engine.uploads.new)
             try:
-                await receive(engine, upload, name, request)
+                _, fields = await receive(engine.uploads, upload, request, name)
             except BaseException:
-                engine.drop_upload(upload)
+                engine.uploads.drop(upload)
                 raise
-            wanted: dict[str, Any] = {"upload": upload}
+            wanted: dict[str, Any] = {"upload": upload, "series": series or fields.get("series")}
         else:
-            wanted = await _json(request)
+            wanted = {"series": series, **await read_json(request, engine.limits.idle_upload)}
+        chosen = wanted["series"]
+        if chosen is not None and (not isinstance(chosen, str) or chosen == "all"):
+            raise CTInstructError("series must be a text that names one series.")
         if "sample" in wanted:
-            study = await run_in_threadpool(_open_sample, engine, wanted["sample"])
+            study = await opening(_open_sample, engine, wanted["sample"])
         elif isinstance(wanted.get("upload"), str):
-            study = await run_in_threadpool(engine.open_upload, wanted["upload"])
+            study = await opening(engine.open_upload, wanted["upload"], chosen)
         else:
-            raise CTInstructError("Give an upload or a sample.")
+            raise CTInstructError(
+                "Give an upload or a sample, or a file with its name in the address: ?name=scan.nii.gz."
+            )
+        if await request.is_disconnected():  # nobody knows its id
+            await run_in_threadpool(engine.close_study, study)
         return {"study": study, **describe_study(engine.find(study))}
 
     @app.get("/api/studies/{study}")
@@ -177,10 +272,10 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
         await run_in_threadpool(engine.close_study, study)
         return Response(status_code=204)
 
-    @app.get("/api/studies/{study}/scan.nii")
-    async def scan(study: str) -> FileResponse:
+    @app.get("/api/studies/{study}/scan.nii", response_class=Response)
+    async def scan(study: str) -> _File:
         """The scan, HU, on its own grid."""
-        return FileResponse(engine.find(study).folder / "scan.nii", media_type="application/octet-stream")
+        return _File(engine.find(study).folder / "scan.nii", "application/octet-stream")
 
 
 def _add_jobs(app: FastAPI, engine: Engine) -> None:
@@ -188,7 +283,7 @@ def _add_jobs(app: FastAPI, engine: Engine) -> None:
     async def submit(study: str, request: Request, wait: bool = False) -> Response:
         """Ask: {"kind": "ask", "question"}, {"kind": "report"}, {"kind": "segment", "structures"} or {"kind": "diagnose",
         "diseases"}. With `wait` the answer comes at once, and a client that leaves cancels it."""
-        words = await _json(request)
+        words = await read_json(request, engine.limits.idle_upload)
         job = engine.submit(study, words.get("kind"), words)  # type: ignore[arg-type]
         if not wait:
             return JSONResponse(engine.state(job.id), status_code=202)
@@ -212,79 +307,31 @@ def _add_jobs(app: FastAPI, engine: Engine) -> None:
 
 
 def _add_downloads(app: FastAPI, engine: Engine) -> None:
-    @app.get("/api/studies/{study}/masks/{file}")
-    async def mask(study: str, file: str) -> FileResponse:
+    saving = _InTurn(4, engine.limits.waiting)
+
+    @app.get("/api/studies/{study}/masks/{file}", response_class=Response)
+    async def mask(study: str, file: str) -> _File:
         """A mask as NIfTI on the scan's own grid."""
         one = engine.find(study)
         if file not in one.masks.values():
             raise KeyError(file)
-        return FileResponse(one.folder / "masks" / file, media_type="application/gzip", filename=file)
+        return _File(one.folder / "masks" / file, "application/gzip", file)
 
-    @app.get("/api/studies/{study}/results/{file}")
-    async def results(study: str, file: str) -> FileResponse:
+    @app.get("/api/studies/{study}/results/{file}", response_class=Response)
+    async def results(study: str, file: str) -> _File:
         """findings.json, report.txt, report.html or masks.dcm (DICOM SEG) of everything asked so far."""
-        one = engine.find(study)
         media = _DOWNLOADS[file]
-        path = await run_in_threadpool(save, one, file)
-        # the page is to be saved, not shown here, where it would run beside the interface
-        return FileResponse(path, media_type=media, filename=file, content_disposition_type="attachment")
+        return await saving(_saved, engine.find(study), file, media)
 
 
-def save(one: OpenStudy, file: str) -> Path:
-    """Write the results of a study, in its folder; the path of one of the files."""
-    with one.lock:
+def _saved(one: OpenStudy, file: str, media: str) -> _File:
+    """Write the results of a study, in its folder; one of the files."""
+    with one.use():
         kinds = ("dicom-seg",) if file == "masks.dcm" else ("nifti",)
         if file == "masks.dcm" and not one.study.results.masks:
             raise CTInstructError("There is no mask yet: mark a structure first.")
         one.study.save(one.folder / "results", output_types=kinds)
-    return one.folder / "results" / file
-
-
-async def receive(engine: Engine, upload: str, name: str, request: Request) -> str:
-    """Write the body of a request into an upload, no more than its limit allows."""
-    folder = engine.upload_folder(upload)
-    limits = engine.limits
-    files = list(folder.iterdir())
-    if len(files) >= limits.upload_files:
-        raise CTInstructError(f"A study may have {limits.upload_files} files.")
-    left = limits.upload_bytes - sum(file.stat().st_size for file in files)
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > left:
-        raise CTInstructError(_too_large(limits.upload_bytes))
-    target = folder / safe_name(name)
-    if target.exists():
-        target = folder / f"{len(files):06d}_{target.name}"
-    try:
-        with target.open("wb") as file:
-            async for part in request.stream():
-                left -= len(part)
-                if left < 0:
-                    raise CTInstructError(_too_large(limits.upload_bytes))
-                file.write(part)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    return target.name
-
-
-def _too_large(most: int) -> str:
-    return f"The files of a study may have {most / 2**30:.3g} GiB together."
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    """The body as an object; small, since nothing large is said in JSON here."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > 2**20:
-            raise CTInstructError("The request is too long.")
-    try:
-        found = json.loads(body or b"{}")
-    except ValueError as error:
-        raise CTInstructError("The request is not JSON.") from error
-    if not isinstance(found, dict):
-        raise CTInstructError("The request must be a JSON object.")
-    return found
+        return _File(one.folder / "results" / file, media, file)
 
 
 def _open_sample(engine: Engine, seed: Any) -> str:
@@ -327,20 +374,35 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     }
 
 
-def run(engine: Engine, host: str, port: int, page: bool = True, told: Callable[[str], None] = print) -> None:
-    """Serve until interrupted."""
-    import socket
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
 
-    import uvicorn
-
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    Raises:
+        CTInstructError: where the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # with its protocol: asyncio sets TCP_NODELAY only on sockets that say they are TCP, and without it the answer to each
+    # request waits 40 ms for the client's acknowledgement
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
         listener.listen(128)
     except OSError as error:
-        engine.close()
+        listener.close()
         raise CTInstructError(f"{host}:{port} cannot be used: {error.strerror or error}.") from error
+    return listener
+
+
+def run(engine: Engine, host: str, port: int, page: bool = True, told: Callable[[str], None] = print) -> None:
+    """Serve until interrupted."""
+    import uvicorn
+
+    try:
+        listener = listen(host, port)
+    except CTInstructError:
+        engine.close()
+        raise
     shown = f"[{host}]" if ":" in host else host
     hosts = ("127.0.0.1", "localhost", "[::1]", shown)
     config = uvicorn.Config(create_app(engine, hosts, page), log_level="warning", access_log=False)
@@ -354,4 +416,4 @@ def run(engine: Engine, host: str, port: int, page: bool = True, told: Callable[
         listener.close()
 
 
-__all__ = ["create_app", "run"]
+__all__ = ["create_app", "listen", "run"]

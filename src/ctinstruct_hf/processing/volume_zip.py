@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import zipfile
@@ -15,7 +16,7 @@ from .volume import CTInstructError, Limits, last_line
 @contextmanager
 def unpacked(path: Path, limit: Limits) -> Iterator[list[Path]]:
     """The files of a zip, in a folder that goes with the context; no name of the zip can lead out of it."""
-    folder = Path(tempfile.mkdtemp(prefix="ctinstruct-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"ctinstruct-zip-{os.getpid()}-"))
     try:
         yield _unpack(path, folder, limit)
     except CTInstructError as error:
