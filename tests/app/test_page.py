@@ -17,9 +17,12 @@ import pytest
 from app.test_server import Running
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
+from scans import as_nifti
 
 from ctinstruct_hf.data.phantoms import make_phantom
 from ctinstruct_hf.data.reading import phantom_of
+from ctinstruct_hf.output.report import picture
+from ctinstruct_hf.processing.volume_reading import read_volume
 from ctinstruct_hf.study import BUNDLED_MODEL, Study, load_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -197,6 +200,23 @@ def test_the_hu_under_the_mouse_is_the_scans(page: Page, tmp_path: Path) -> None
             assert int(value) // 40 == pytest.approx(j, abs=1.1)
             seen += 1
     assert seen > 10
+
+
+def test_sagittal_slices_face_the_way_they_do_in_the_report(page: Page, tmp_path: Path) -> None:
+    """The patient's front is bright."""
+    hu = np.full((24, 24, 24), -100, np.int16)
+    hu[:, :10] = 200
+    path = tmp_path / "front.nii.gz"
+    nib.save(as_nifti(hu, "RAS", (2.0, 2.0, 2.0)), path)
+    report = np.asarray(picture(read_volume(path), [], 2, 12, "soft tissue").convert("L")).astype(int)
+    half = report.shape[1] // 2
+    assert report[:, :half].mean() > report[:, half:].mean() + 40
+    open_scan(page, path)
+    page.locator("#view").select_option("2")
+    shown = canvas(page).mean(axis=2)
+    shown = shown[:, shown.max(axis=0) > 30]  # without the margins
+    half = shown.shape[1] // 2
+    assert shown[:, :half].mean() > shown[:, half:].mean() + 20
 
 
 def test_a_wrong_file_is_a_clear_sentence(page: Page, tmp_path: Path) -> None:

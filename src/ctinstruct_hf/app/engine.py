@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,8 +268,11 @@ class Engine:
         """
         words = self._checked(kind, words)
         one = self.find(study)
-        if isinstance(words.get("diseases"), list):
-            one.study.disease_rows(words["diseases"])  # refused now, not when its turn comes
+        diseases = words.get("diseases")  # refused now, not when its turn comes
+        if isinstance(diseases, str):
+            words = {"diseases": one.study.diseases_asked(diseases)}
+        elif isinstance(diseases, list):
+            one.study.disease_rows(diseases)
         if kind == "segment":
             one.study.results.masks.check(words["structures"])  # type: ignore[attr-defined]
         with self.changed:
@@ -296,9 +299,7 @@ class Engine:
         if key is None:
             return {}
         names = words.get(key)
-        if kind == "diagnose" and names is None:
-            return {"diseases": None}
-        if kind == "diagnose" and isinstance(names, str) and names in self.model.config.disease_lists:
+        if kind == "diagnose" and (names is None or (isinstance(names, str) and 0 < len(names.strip()) <= 2000)):
             return {"diseases": names}
         listed = names if isinstance(names, list) else []
         if not 0 < len(listed) <= 200 or not all(
@@ -401,7 +402,9 @@ class Engine:
                 raise Cancelled
             return [{"report": text}]
         if job.kind == "diagnose":
-            return [{"diagnosis": study.diagnose(job.words["diseases"])}]
+            asked_for = job.words["diseases"]
+            notes = [study.diseases.find(name).note for name in asked_for] if isinstance(asked_for, list) else []
+            return [{"diagnosis": study.diagnose(asked_for), "warnings": _notes(notes)}]
         if job.kind == "segment":
             return [self._segment(one, job.words["structures"], step)]
         kept = len(study.results.answers)
@@ -413,13 +416,13 @@ class Engine:
         results = []
         for asked, answer in zip(jobs, answers, strict=True):
             masks = {}
-            warnings: list[str] = []
+            warnings = _notes(study.structures.question(asked.words["question"])[1])
             for number, mask in enumerate(answer.masks, start=1):
                 name = asked.words["question"][:60] + (f" ({number})" if len(answer.masks) > 1 else "")
                 try:
                     study.results.masks[name] = mask
                 except Full as error:
-                    warnings = [str(error)]
+                    warnings = _notes([*warnings, str(error)])
                     continue
                 masks[name] = self._keep_mask(one, name, mask)
             results.append({"answer": str(answer), "masks": masks, "probabilities": answer.probabilities, "warnings": warnings})  # fmt: skip
@@ -428,6 +431,7 @@ class Engine:
     def _segment(self, one: OpenStudy, names: list[str], step: Callable[[str], None]) -> dict[str, Any]:
         """Masks by name, as many as the study may have."""
         masks: dict[str, Any] = {}
+        warnings = _notes(one.study.structures.find(name).note for name in names)
         for name in names:
             step(f"marking {name}")
             try:
@@ -435,8 +439,9 @@ class Engine:
             except Full as error:
                 if not masks:
                     raise
-                return {"masks": masks, "warnings": [f"{len(names) - len(masks)} of {len(names)} structures are not marked. {error}"]}  # fmt: skip
-        return {"masks": masks, "warnings": []}
+                warnings.append(f"{len(names) - len(masks)} of {len(names)} structures are not marked. {error}")
+                break
+        return {"masks": masks, "warnings": warnings}
 
     def _keep_mask(self, one: OpenStudy, name: str, mask: Any) -> dict[str, Any]:
         """Write a mask on the scan's own grid, for the viewer and to take away, and measure it."""
@@ -458,7 +463,10 @@ class Engine:
 
     def _sweep(self) -> None:
         while not self.closed:
-            self.sweep_once()
+            try:
+                self.sweep_once()
+            except Exception:
+                logger.exception("Removing what nobody uses failed.")
             with self.changed:
                 self.changed.wait(timeout=1.0)
 
@@ -470,7 +478,8 @@ class Engine:
                 self.cancel(job.id)
             elif job.ended is not None and now - max(job.ended, job.seen) > self.limits.idle_job:
                 self.jobs.pop(job.id, None)
-        busy = {job.study for job in [*self.line, *self.current]}
+        with self.changed:
+            busy = {job.study for job in [*self.line, *self.current]}
         for name, one in list(self.studies.items()):
             if name not in busy and now - one.touched > self.limits.idle_study:
                 self.close_study(name)
@@ -486,6 +495,11 @@ def _largest_slice(image: Any) -> list[float] | None:
     level, *middle = key_place(np.moveaxis(mask, along, 0))
     middle.insert(along, level)
     return [round(float(mm), 2) for mm in (image.affine @ [*middle, 1.0])[:3]]
+
+
+def _notes(notes: Iterable[str | None]) -> list[str]:
+    """Each note once."""
+    return [note for note in dict.fromkeys(notes) if note]
 
 
 def _series_of(source: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -127,6 +128,7 @@ class _Form:
             raise CTInstructError(
                 "A form needs python-multipart on the server: send the file as the body, with its name in the address."
             ) from error
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a broken form is the client's affair
         self._options = parse_options_header
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:

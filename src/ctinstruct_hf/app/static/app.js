@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const page = { model: null, study: null, viewer: null, job: null, masks: new Map(), colours: 0 };
+const page = { model: null, study: null, upload: null, viewer: null, job: null, masks: new Map(), colours: 0 };
 
 // --- talking to the server
 
@@ -21,6 +21,7 @@ async function call(method, path, body) {
   }
   if (answer.status === 204) return null;
   const told = await answer.json().catch(() => ({}));
+  if (answer.status === 300) return told; // several series: one must be chosen
   if (!answer.ok) throw new Error(told.error || `The server says ${answer.status}.`);
   return told;
 }
@@ -47,6 +48,7 @@ const wait = (milliseconds) => new Promise((done) => setTimeout(done, millisecon
 
 async function openFiles(files) {
   calm();
+  $("choose").hidden = true;
   const list = [...files].filter((file) => !file.name.startsWith("."));
   if (!list.length) return;
   const total = list.reduce((sum, file) => sum + file.size, 0);
@@ -59,8 +61,37 @@ async function openFiles(files) {
       await call("PUT", `api/uploads/${upload}?name=${encodeURIComponent(file.name)}`, file);
       sent += file.size;
     }
-    $("opening").textContent = "Reading the scan …";
-    await show(await call("POST", "api/studies", { upload }));
+    await openUpload({ upload });
+  } catch (error) {
+    complain(error);
+  }
+  $("opening").textContent = "";
+}
+
+async function openUpload(request) {
+  $("opening").textContent = "Reading the scan …";
+  const study = await call("POST", "api/studies", request);
+  if (!study.series) return show(study);
+  // several CT series: the list to choose from
+  page.upload = study.upload;
+  $("series").replaceChildren(
+    ...study.series.map((one) => {
+      const parts = [one.description || "without description", `${one.slices} slices`];
+      if (one.number !== null) parts.unshift(`series ${one.number}`);
+      if (one.spacing) parts.push(`${one.spacing.map((mm) => mm.toFixed(2)).join(" × ")} mm`);
+      return make("option", parts.join(", "), { value: one.uid });
+    }),
+  );
+  $("choose").hidden = false;
+  $("series").focus();
+}
+
+async function openSeries(event) {
+  event.preventDefault();
+  calm();
+  $("choose").hidden = true;
+  try {
+    await openUpload({ upload: page.upload, series: $("series").value });
   } catch (error) {
     complain(error);
   }
@@ -69,6 +100,7 @@ async function openFiles(files) {
 
 async function openSample() {
   calm();
+  $("choose").hidden = true;
   $("opening").textContent = "Making a scan …";
   try {
     await show(await call("POST", "api/studies", { sample: Math.floor(Math.random() * 1e6) + 1000000 }));
@@ -82,7 +114,7 @@ async function show(study) {
   page.study = study;
   page.masks.clear();
   page.colours = 0;
-  for (const id of ["chat", "masks", "bars", "text", "warnings"]) $(id).replaceChildren();
+  for (const id of ["chat", "masks", "bars", "text", "warnings", "remarks"]) $(id).replaceChildren();
   const said = $("notice").textContent; // the model's own note stands there already
   for (const note of study.warnings.filter((one) => !said.includes(one))) $("warnings").append(make("p", note, { class: "warning" }));
   const [depth, height, width] = study.shape;
@@ -116,6 +148,7 @@ async function draw(url) {
   if (!page.viewer) {
     page.viewer = new niivue.Niivue({
       isRadiologicalConvention: true, // the patient's right is on the left
+      sagittalNoseLeft: true, // as in report.html
       backColor: [0, 0, 0, 1],
       crosshairColor: [1, 0.85, 0, 0.6],
       crosshairWidth: 1,
@@ -228,6 +261,7 @@ function setOpacity() {
 async function work(words) {
   // Ask for something and wait for it; null where it was cancelled.
   calm();
+  $("remarks").replaceChildren();
   const study = page.study.study;
   let state;
   for (;;) {
@@ -253,6 +287,7 @@ async function work(words) {
     $("cancel").hidden = true;
     $("progress").textContent = "";
   }
+  if (state.result) for (const note of state.result.warnings || []) $("remarks").append(make("p", note, { class: "warning" }));
   if (state.status === "failed") throw new Error(state.error);
   if (state.status === "cancelled") $("progress").textContent = "Cancelled.";
   return state.status === "done" && page.study && page.study.study === study ? state.result : null;
@@ -354,6 +389,7 @@ async function start() {
     });
   }
   $("sample").addEventListener("click", openSample);
+  $("choose").addEventListener("submit", openSeries);
   $("other").addEventListener("click", closeStudy);
   $("cancel").addEventListener("click", cancel);
   $("view").addEventListener("change", () => page.viewer.setSliceType(Number($("view").value)));
