@@ -17,7 +17,7 @@ import pytest
 from app.test_server import Running
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
-from scans import as_nifti
+from scans import as_nifti, asymmetric, dicom_series
 
 from ctinstruct_hf.data.phantoms import make_phantom
 from ctinstruct_hf.data.reading import phantom_of
@@ -217,6 +217,20 @@ def test_sagittal_slices_face_the_way_they_do_in_the_report(page: Page, tmp_path
     shown = shown[:, shown.max(axis=0) > 30]  # without the margins
     half = shown.shape[1] // 2
     assert shown[:, :half].mean() > shown[:, half:].mean() + 20
+
+
+def test_one_of_several_series_is_chosen_from_a_list(page: Page, tmp_path: Path, server: Running) -> None:
+    for number, (depth, description) in enumerate(((6, "chest soft <b>"), (9, "chest lung")), start=1):
+        dicom_series(tmp_path / description[6:10], asymmetric((depth, 32, 32)), SeriesInstanceUID=f"1.2.{number}", SeriesNumber=number, SeriesDescription=description)  # fmt: skip
+    page.locator("#files").set_input_files(sorted(tmp_path.rglob("IM*")))
+    choices = page.locator("#series option")
+    expect(choices).to_have_count(2, timeout=30_000)
+    expect(choices.first).to_contain_text("series 1, chest soft <b>, 6 slices")
+    page.locator("#series").select_option("1.2.2")
+    page.get_by_role("button", name="Open this series").click()
+    expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)
+    expect(page.locator("#facts")).to_contain_text("32 × 32 × 9 voxels")
+    expect(page.locator("#choose")).to_be_hidden()
 
 
 def test_a_wrong_file_is_a_clear_sentence(page: Page, tmp_path: Path) -> None:

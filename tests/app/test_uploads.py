@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import requests
 from app.test_server import Running
+from scans import asymmetric, dicom_series
 
 from ctinstruct_hf.app import uploads
 from ctinstruct_hf.app.engine import Engine, Limits, remove_left_over, safe_name
@@ -149,6 +150,11 @@ def test_every_refusal_is_a_sentence(server: Running, method: str, path: str) ->
 def test_names_keep_their_letters_and_lose_what_harms(sent: str, kept: str) -> None:
     assert safe_name(sent) == kept
     assert len(safe_name("胸" * 300 + sent).encode()) <= 200
+
+
+@pytest.mark.parametrize("name", ["scan.nii (1).gz", "scan", "scan.nii.gz.download", "胸部", "..."])
+def test_the_name_of_a_scan_does_not_matter(server: Running, small_scan: Path, name: str) -> None:
+    opened(server, server.client.post("/api/studies", params={"name": name}, content=small_scan.read_bytes()), safe_name(name))  # fmt: skip
 
 
 def test_head_is_get_without_a_body(server: Running, small_scan: Path) -> None:
@@ -298,3 +304,38 @@ def test_the_default_limits_suit_a_tab_that_is_hidden_for_minutes(untrained: Pat
         assert not job.cancelled.is_set()
     finally:
         engine.close()
+
+
+@pytest.fixture
+def two_series(tmp_path: Path) -> list[Path]:
+    """A chest twice, thick and thin, and a scout."""
+    for number, depth, step, description in ((2, 5, 4.0, "Chest soft"), (3, 9, 1.0, "Chest lung")):
+        dicom_series(tmp_path / str(number), asymmetric((depth, 32, 32)), step=(0, 0, step), SeriesInstanceUID=f"1.2.{number}", SeriesNumber=number, SeriesDescription=description)  # fmt: skip
+    dicom_series(tmp_path / "1", asymmetric((1, 32, 32)), SeriesInstanceUID="1.2.1", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])  # fmt: skip
+    return sorted(tmp_path.rglob("IM*"))
+
+
+@pytest.mark.parametrize(("series", "depth"), [("1.2.3", 9), ("2", 5), ("lung", 9), ("largest", 9), ("thinnest", 9)])
+def test_one_of_several_series_is_chosen(server: Running, two_series: list[Path], series: str, depth: int) -> None:
+    files = [("f", (file.name, file.read_bytes())) for file in two_series]
+    answer = server.client.post("/api/studies", files=files)
+    assert answer.status_code == 300
+    assert [(one["uid"], one["number"], one["description"], one["slices"], one["spacing"]) for one in answer.json()["series"]] == [
+        ("1.2.2", 2, "Chest soft", 5, [4.0, 1.5, 1.0]),
+        ("1.2.3", 3, "Chest lung", 9, [1.0, 1.5, 1.0]),
+    ]  # fmt: skip
+    assert "upload-" not in answer.json()["error"]
+    upload = answer.json()["upload"]
+    for wrong in ("nothing", "all"):
+        refused = server.client.post("/api/studies", json={"upload": upload, "series": wrong})
+        assert refused.status_code in (300, 400)
+        assert "study" not in refused.json()
+    answer = server.client.post("/api/studies", json={"upload": upload, "series": series})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["shape"][0] == depth
+    server.client.delete(f"/api/studies/{answer.json()['study']}")
+    for form in ({"params": {"series": series}}, {"data": {"series": series}}):
+        answer = server.client.post("/api/studies", files=files, **form)
+        assert answer.json()["shape"][0] == depth
+        server.client.delete(f"/api/studies/{answer.json()['study']}")
+    assert not list(server.engine.root.iterdir())

@@ -504,10 +504,8 @@ def _notes(notes: Iterable[str | None]) -> list[str]:
 
 def _series_of(source: Path) -> list[dict[str, Any]]:
     """The CT series of a file, folder or zip, as JSON; [] where they cannot be listed."""
-    try:
-        from ..processing.volume_series import list_series
-    except ImportError:
-        return []
+    from ..processing.volume_series import list_series
+
     try:
         return [
             {

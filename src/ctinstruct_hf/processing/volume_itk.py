@@ -208,7 +208,7 @@ def _meta_header(start: bytes, name: str) -> tuple[Stored, int]:
     if kind not in _META_TYPES:
         raise CTInstructError(f"{name} has the element type {kind[:40]}: expected one of {', '.join(_META_TYPES)}.")
     large = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() in ("true", "1")
-    binary = fields.get("BinaryData", "False").lower() in ("true", "1")
+    binary = fields.get("BinaryData", "True").lower() in ("true", "1")
     packed = fields.get("CompressedData", "False").lower() in ("true", "1")
     data = fields["ElementDataFile"]
     if data.upper().startswith("LIST") or "%" in data:
