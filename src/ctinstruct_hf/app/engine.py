@@ -225,6 +225,7 @@ class Engine:
     def sentence(self, error: Exception) -> str:
         """An error as a client may read it: without folders of this server."""
         text = re.sub(re.escape(str(self.root)) + r"(/(upload|study)-\w+(?=/))?/?", "", str(error))
+        text = text.encode("utf-8", "backslashreplace").decode()  # names of files need not be text
         text = re.sub(r"\b(upload|study)-[0-9a-f]{16}\b", r"the \1", text)
         text = text.replace(": pass max_bytes to allow more", " for a file of this size")
         return text[:1].upper() + text[1:] if text.startswith("the ") else text

@@ -187,7 +187,7 @@ def _meta_header(start: bytes, name: str) -> tuple[Stored, int]:
     end = 0
     while "ElementDataFile" not in fields:
         line_end = start.find(b"\n", end)
-        line = start[end : line_end if line_end >= 0 else len(start)].decode("latin-1")
+        line = start[end : line_end if line_end >= 0 else len(start)].decode("utf-8", "replace")
         if line_end < 0 and not line:
             raise CTInstructError(f"{name} is no MetaImage file: it has no ElementDataFile.")
         end = line_end + 1 if line_end >= 0 else len(start)
