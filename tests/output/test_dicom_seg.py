@@ -244,7 +244,7 @@ def test_an_error_of_a_library_does_not_quote_the_patient(tmp_path: Path, monkey
     def refuse(*_: Any) -> None:
         raise ValueError("Secret^Name 19500131")
 
-    monkeypatch.setattr(dicom_seg, "_segmentation", refuse)
+    monkeypatch.setattr(dicom_seg, "_dataset", refuse)
     with pytest.raises(CTInstructError, match=r"^ct cannot be written as DICOM SEG \(ValueError\)\.$") as caught:
         save_dicom_seg(volume, {"liver": volume.hu > 0}, tmp_path / "seg.dcm")
     assert caught.value.__suppress_context__  # not in a traceback either

@@ -1,15 +1,17 @@
 """Masks as one DICOM segmentation object that references the series they were made on (highdicom).
 
-highdicom is given one plain image a slice, whatever the files are: enhanced files keep their frames in any order, repeat
-them, or share a series with others. The references are set to the files' own frames afterwards. The standard ties a
+highdicom is given a plain image, whatever the files are: enhanced files keep their frames in any order, repeat them, or share
+a series with others. Frames and references to the files' own frames are written here. The standard ties a
 segmentation to its patient and study: the elements that it asks for (`_PATIENT_AND_STUDY`) are all that is copied.
 """
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
 import re
+import struct
 import warnings
 import zlib
 from collections import Counter
@@ -21,6 +23,9 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.datadict import tag_for_keyword
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_data_element
 from pydicom.uid import CTImageStorage
 from pydicom.valuerep import DSfloat
 
@@ -135,7 +140,7 @@ def save_dicom_seg(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -
     notes: list[str] = []
     try:
         frames, elements = _source_frames(volume, notes)
-        _segmentation(volume, masks, frames, elements).save_as(path)
+        _write(volume, masks, frames, elements, path)
     except (CTInstructError, OSError):
         raise
     except Exception as error:  # its text may quote the patient: only its type is passed on
@@ -256,19 +261,108 @@ def _valid(header: Any, keyword: str, notes: list[str]) -> str:
     return kept
 
 
-def _segmentation(
-    volume: CTVolume, masks: dict[str, np.ndarray], frames: Sequence[_Frame], elements: dict[str, Any]
-) -> Any:
-    """The data set, with references to the files' own frames."""
+def _write(
+    volume: CTVolume, masks: dict[str, np.ndarray], frames: Sequence[_Frame], elements: dict[str, Any], path: Path
+) -> None:
+    """Write the file: what highdicom makes of one frame a segment, with the items and pixels of all frames in its place.
+
+    highdicom and pydicom take some milliseconds a frame, and a scan has thousands of them. Their parts are encoded once a
+    slice and once a segment here, and the masks are gone through once.
+    """
+    rows, columns = elements["Rows"], elements["Columns"]
+    shown: list[tuple[int, int]] = []  # segment and slice of each frame
+    packed: list[bytes] = []
+    rest = np.zeros(0, dtype=bool)  # frames follow each other without padding to whole bytes
+    seen = np.zeros((len(frames), rows, columns), dtype=bool)
+    overlap = False
+    for segment, mask in enumerate(masks.values()):
+        grid = stored(volume, mask).transpose(2, 1, 0)
+        for k, inside in enumerate(grid):
+            if not inside.any():
+                continue
+            shown.append((segment, k))
+            overlap = overlap or bool((seen[k] & inside).any())
+            seen[k] |= inside
+            bits = np.concatenate([rest, inside.ravel()])
+            whole = len(bits) // 8 * 8
+            packed.append(np.packbits(bits[:whole], bitorder="little").tobytes())
+            rest = bits[whole:]
+    if not shown:  # a file has a frame at least
+        shown, rest = [(segment, 0) for segment in range(len(masks))], np.zeros(len(masks) * rows * columns, dtype=bool)
+    packed.append(np.packbits(rest, bitorder="little").tobytes())
+
+    dataset = _dataset(masks, frames[shown[0][1]], elements)
+    dataset.NumberOfFrames = len(shown)
+    dataset.SegmentsOverlap = "YES" if overlap else "NO"
+    if volume.source.resampling is None and len(frames) > 1:
+        spacing = np.linalg.norm(volume.source.affine[:3, 2])
+        measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        measures.SpacingBetweenSlices = _decimals([spacing])[0]
+    slices = sorted({k for _, k in shown})
+    references = []
+    for instance, sop_class in {frames[k].sop_instance: frames[k].sop_class for k in slices}.items():
+        reference = pydicom.Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = sop_class, instance
+        references.append(reference)
+    dataset.SourceImageSequence = references
+    dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references
+    groups = list(dataset.PerFrameFunctionalGroupsSequence)
+    del dataset.PerFrameFunctionalGroupsSequence, dataset.PixelData
+    items = _items(groups, shown, slices, frames)
+    pixels = b"".join(packed)
+    pixels += b"\0" * (len(pixels) % 2)
+    dataset.save_as(path)
+    with open(path, "ab") as stream:  # these two elements have the highest tags
+        stream.write(struct.pack("<HH2sHI", 0x5200, 0x9230, b"SQ", 0, len(items)) + items)
+        stream.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, len(pixels)) + pixels)
+
+
+def _items(
+    groups: Sequence[Any], shown: Sequence[tuple[int, int]], slices: Sequence[int], frames: Sequence[_Frame]
+) -> bytes:
+    """The items of PerFrameFunctionalGroupsSequence, of `groups`, a frame of each segment, for the frames that are shown."""
+    derivation, content, position = (
+        tag_for_keyword(f"{name}Sequence") for name in ("DerivationImage", "FrameContent", "PlanePosition")
+    )
+    by_slice: dict[int, dict[Any, bytes]] = {}
+    for k in slices:
+        group, one = copy.deepcopy(groups[0]), frames[k]
+        reference = group.DerivationImageSequence[0].SourceImageSequence[0]
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = one.sop_class, one.sop_instance
+        if one.number is not None:
+            reference.ReferencedFrameNumber = one.number
+        group.PlanePositionSequence[0].ImagePositionPatient = _decimals(one.position)
+        by_slice[k] = {tag: _encoded(group, tag) for tag in (derivation, position)}
+    ranks = {k: number for number, k in enumerate(slices, start=1)}
+    by_segment = [
+        {tag: _encoded(group, tag) for tag in group.keys() if tag not in (derivation, content, position)}  # noqa: SIM118
+        for group in groups
+    ]
+    parts = []
+    for segment, k in shown:
+        frame = groups[segment].FrameContentSequence[0]
+        frame.DimensionIndexValues = [*frame.DimensionIndexValues[:-1], ranks[k]]
+        pieces = by_slice[k] | by_segment[segment] | {content: _encoded(groups[segment], content)}
+        body = b"".join(pieces[tag] for tag in sorted(pieces))
+        parts.append(struct.pack("<HHI", 0xFFFE, 0xE000, len(body)) + body)
+    return b"".join(parts)
+
+
+def _encoded(dataset: pydicom.Dataset, tag: Any) -> bytes:
+    """One element in explicit VR, little endian."""
+    stream = DicomBytesIO()
+    stream.is_little_endian, stream.is_implicit_VR = True, False
+    write_data_element(stream, dataset[tag], ["utf-8"])
+    return bytes(stream.getvalue())
+
+
+def _dataset(masks: dict[str, np.ndarray], first: _Frame, elements: dict[str, Any]) -> Any:
+    """A segmentation with one frame a segment, all on one slice."""
     import highdicom as hd
 
-    grids = [stored(volume, mask).transpose(2, 1, 0) for mask in masks.values()]  # [frames, rows, columns] each
-    pixels, planes = _pixels(grids)
-    chosen = frames[planes]
-    images = [_plain_image(one, elements) for one in chosen]
-    segmentation = hd.seg.Segmentation(
-        source_images=images,
-        pixel_array=pixels,
+    return hd.seg.Segmentation(
+        source_images=[_plain_image(first, elements)],
+        pixel_array=np.ones((1, elements["Rows"], elements["Columns"], len(masks)), dtype=bool),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_description(number, name) for number, name in enumerate(masks, start=1)],
         series_instance_uid=hd.UID(),
@@ -281,44 +375,8 @@ def _segmentation(
         software_versions=__version__,
         device_serial_number="0",
         specific_character_set="ISO_IR 192",
-        omit_empty_frames=bool(pixels.any()),
+        transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
-    parts = {str(image.SOPInstanceUID): one for image, one in zip(images, chosen, strict=True)}
-    files = {one.sop_instance: one.sop_class for one in chosen}
-    references = []
-    for instance, sop_class in files.items():
-        reference = pydicom.Dataset()
-        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = sop_class, instance
-        references.append(reference)
-    segmentation.SourceImageSequence = references
-    segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references
-    for group in segmentation.PerFrameFunctionalGroupsSequence:
-        for derivation in group.DerivationImageSequence:
-            for item in derivation.SourceImageSequence:
-                one = parts.get(str(item.ReferencedSOPInstanceUID))
-                if one is None:  # an item is shared by the segments of a slice: it is set already
-                    continue
-                item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = one.sop_class, one.sop_instance
-                if one.number is not None:
-                    item.ReferencedFrameNumber = one.number
-    return segmentation
-
-
-def _pixels(grids: Sequence[np.ndarray]) -> tuple[np.ndarray, slice]:
-    """What highdicom encodes, for the frames from the first to the last that any structure is in, and those frames.
-
-    Numbers [frames, rows, columns] where no structures overlap, a tenth of the memory of ten of them; otherwise bool
-    [frames, rows, columns, segments] whose segments lie one behind the other, so that each is read in one run.
-    """
-    used = np.flatnonzero(np.any([grid.any(axis=(1, 2)) for grid in grids], axis=0))
-    planes = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
-    labels = np.zeros(grids[0][planes].shape, dtype=np.uint8 if len(grids) < 256 else np.uint16)
-    for number, grid in enumerate(grids, start=1):
-        inside = grid[planes]
-        if labels[inside].any():
-            return np.moveaxis(np.stack([one[planes] for one in grids]), 0, -1), planes
-        labels[inside] = number
-    return labels, planes
 
 
 def _plain_image(one: _Frame, elements: dict[str, Any]) -> pydicom.Dataset:
@@ -327,7 +385,7 @@ def _plain_image(one: _Frame, elements: dict[str, Any]) -> pydicom.Dataset:
     for keyword, value in elements.items():
         setattr(image, keyword, value)
     image.SOPClassUID = CTImageStorage
-    image.SOPInstanceUID = one.sop_instance if one.number is None else pydicom.uid.generate_uid()
+    image.SOPInstanceUID = one.sop_instance
     image.Modality = "CT"
     image.ImagePositionPatient = _decimals(one.position)
     return image
