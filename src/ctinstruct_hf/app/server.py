@@ -331,6 +331,8 @@ def _saved(one: OpenStudy, file: str, media: str) -> _File:
         if file == "masks.dcm" and not one.study.results.masks:
             raise CTInstructError("There is no mask yet: mark a structure first.")
         one.study.save(one.folder / "results", output_types=kinds)
+        if file == "masks.dcm" and one.study.results.failures:
+            raise CTInstructError(one.study.results.failures["dicom-seg"])
         return _File(one.folder / "results" / file, media, file)
 
 
