@@ -386,11 +386,14 @@ def import_data(
     file: Annotated[Path, typer.Option("-i", "--input", help="A JSONL file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     kind: Annotated[str, typer.Option(help="instructions or alignment.")] = "instructions",
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder that its files lie in; the JSONL file's own by default.")
+    ] = None,
 ) -> None:
     """A JSONL file of your own as a prepared data set."""
     from .data.prepared import import_jsonl
 
-    typer.echo(f"{import_jsonl(file, output, _kind(kind))} rows in {output}")
+    typer.echo(f"{import_jsonl(file, output, _kind(kind), root)} rows in {output}")
 
 
 @data_app.command("publish")

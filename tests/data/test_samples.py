@@ -92,6 +92,34 @@ def test_a_bad_line_is_told_with_file_and_line(tmp_path: Path, change: dict, tol
     assert told in str(error.value)
 
 
+def test_files_of_imported_rows_lie_in_their_folder_and_become_absolute(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "a.nii.gz").touch()
+    (here / "link.nii.gz").symlink_to(there / "a.nii.gz")
+    row = to_row(sample())
+    rows = here / "mine.jsonl"
+
+    def imported(image: str, mask: str, root: Path | None = None) -> list[str]:
+        files = {"images": [{"path": image}], "masks": [{**row["masks"][0], "path": mask}]}
+        rows.write_text(json.dumps({**row, **files}))
+        import_jsonl(rows, tmp_path / "set", root=root)
+        found = next(iter(iterate(tmp_path / "set")))[3]
+        return [found["images"][0]["path"], found["masks"][0]["path"]]
+
+    assert imported("a.nii.gz", "") == [str(here / "a.nii.gz"), ""]
+    assert imported("phantom:trunk:1", str(here / "a.nii.gz")) == ["phantom:trunk:1", str(here / "a.nii.gz")]
+    assert imported(str(there / "a.nii.gz"), "here/a.nii.gz", tmp_path) == [
+        str(there / "a.nii.gz"),
+        str(here / "a.nii.gz"),
+    ]
+    for bad in ("../there/a.nii.gz", str(there / "a.nii.gz"), "link.nii.gz", str(here / ".." / "there" / "a.nii.gz")):
+        for image, mask in ((bad, ""), ("a.nii.gz", bad)):
+            with pytest.raises(CTInstructError, match=r"mine.jsonl, sample 1 names .*outside of here.*--root"):
+                imported(image, mask)
+
+
 def test_no_json_is_told_with_its_line_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"id": ')
     with pytest.raises(CTInstructError, match="line 1"):

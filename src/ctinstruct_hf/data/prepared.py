@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import CTInstructError
 from ..files import whole_file, write_whole
-from .samples import KINDS, SPLITS, AnySample, features, from_row, read_jsonl, to_row
+from ..processing.volume_files import inside
+from .samples import KINDS, SPLITS, features, from_row, read_jsonl, to_row
 
 ROWS_A_FILE = 20_000
 
@@ -90,16 +91,52 @@ def export_jsonl(folder: Path, target: Path, kind: str = "instructions") -> int:
     return write_jsonl((from_row(row, kind) for _, _, _, row in iterate(folder, [kind])), target)
 
 
-def import_jsonl(path: Path, folder: Path, kind: str = "instructions") -> int:
-    """A JSONL file as a prepared data set; how many rows. Errors give file and line."""
+def import_jsonl(path: Path, folder: Path, kind: str = "instructions", root: Path | None = None) -> int:
+    """A JSONL file as a prepared data set; how many rows. Errors give file and line.
+
+    Args:
+        path: the JSONL file.
+        folder: where the data set is written.
+        kind: of `KINDS`.
+        root: the folder that the files it names lie in, relative to it or absolute; the JSONL file's own by default.
+
+    Raises:
+        CTInstructError: for a malformed sample, and for a file that lies outside of `root`, by its path or by a link.
+    """
     if not path.is_file():
         raise CTInstructError(f"{path} does not exist.")
-    samples: list[AnySample] = list(read_jsonl(path, kind))
-    if not samples:
+    rows = []
+    for number, sample in enumerate(read_jsonl(path, kind), start=1):
+        row = to_row(sample)
+        for one in named_files(row):
+            one["path"] = _inside(one["path"], root or path.parent, f"{path.name}, sample {number}")
+        rows.append(row)
+    if not rows:
         raise CTInstructError(f"{path.name} has no sample.")
-    write_rows(folder, kind, [to_row(sample) for sample in samples])
-    describe(folder, {"source": path.name, "rows": {kind: len(samples)}})
-    return len(samples)
+    write_rows(folder, kind, rows)
+    describe(folder, {"source": path.name, "rows": {kind: len(rows)}})
+    return len(rows)
+
+
+def named_files(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a row of either kind that name a file."""
+    return [*(row["images"] if "images" in row else [row["image"]]), *row["masks"]]
+
+
+def _inside(name: str, root: Path, named_by: str) -> str:
+    """An absolute path in `root`; made-up scans and absent masks as they are."""
+    if not name or name.startswith("phantom:"):
+        return name
+    root = root.absolute()
+    relative = Path(name)
+    try:
+        if relative.is_absolute():
+            relative = relative.relative_to(root)
+        return str(inside(root, str(relative), named_by))
+    except ValueError as error:  # ours are, too
+        raise CTInstructError(
+            f"{named_by} names {Path(name).name}, which lies outside of {root.name or root}: name the folder of the files (--root)."
+        ) from error
 
 
 def describe(folder: Path, told: dict[str, Any]) -> None:

@@ -11,12 +11,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError, first_line
 from ..files import write_whole
-from .prepared import describe, load_rows, write_rows
+from .prepared import describe, load_rows, named_files, write_rows
 from .reading import is_phantom
 from .samples import KINDS, META, SPLITS, features
 
@@ -56,16 +56,16 @@ def shareable_rows(folder: Path, root: Path | None) -> tuple[Rows, Mapping]:
             raise CTInstructError(
                 f"Row {number + 1} of {folder} holds its patient's name in a text: remove it from the text before rows go."
             )
-        for file in _files_of(row):
+        for file in named_files(row):
             file["path"] = _relative(file["path"], root, number + 1)
     mapping = read_mapping(folder / MAPPING) if (folder / MAPPING).exists() else {part: {} for part in _PREFIXES}
     _number(mapping["ids"], (row["id"] for row in rows), "ids")
     _number(mapping["patients"], (row["patient"] for row in rows if row.get("patient")), "patients")
-    _number(mapping["paths"], (file["path"] for row in rows for file in _files_of(row)), "paths")
+    _number(mapping["paths"], (file["path"] for row in rows for file in named_files(row)), "paths")
     for row in rows:
         row["id"] = mapping["ids"][row["id"]]
         row["patient"] = mapping["patients"].get(row.get("patient") or "", "")
-        for file in _files_of(row):
+        for file in named_files(row):
             file["path"] = mapping["paths"].get(file["path"], file["path"])
         if isinstance(row.get("meta"), dict):
             row["meta"] = {name: value for name, value in row["meta"].items() if name in META}
@@ -125,11 +125,6 @@ def _names_its_patient(row: dict[str, Any]) -> bool:
         if named and len(words) > 1 and set(words) <= set(re.findall(r"\w+", text.lower())):
             return True
     return False
-
-
-def _files_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a row of either kind that name a file."""
-    return [*(row["images"] if "images" in row else [row["image"]]), *row["masks"]]
 
 
 def _relative(path: str, root: Path | None, number: int) -> str:
@@ -268,7 +263,7 @@ def fetch(
     for kind, splits in loaded.items():
         rows = [row for split in splits.values() for row in split]
         for row in rows:
-            for one in _files_of(row):
+            for one in named_files(row):
                 one["path"] = _absolute(names.get(one["path"], one["path"]), root, repository)
         write_rows(folder, kind, rows)
         counts[kind] = {name: len(split) for name, split in splits.items()}
@@ -279,12 +274,9 @@ def fetch(
 def _absolute(path: str, root: Path | None, repository: str) -> str:
     if not path or is_phantom(path):
         return path
-    inside = PurePosixPath(path)
-    if inside.is_absolute() or ".." in inside.parts:
-        raise CTInstructError(f"{repository} names {path}, which leads out of the data's folder.")
     if root is None:
         raise CTInstructError(f"{repository} names files such as {path}: give the folder of the scans (--root).")
-    return str(root.resolve() / inside)
+    return str(inside(root.resolve(), path, repository))
 
 
 __all__ = ["MAPPING", "fetch", "read_mapping", "share", "shareable_rows"]
