@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import CTInstructError, first_line
 from ..files import write_whole
+from ..processing.volume_files import inside
 from .prepared import describe, load_rows, named_files, write_rows
 from .reading import is_phantom
 from .samples import KINDS, META, SPLITS, features
