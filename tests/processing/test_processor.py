@@ -250,3 +250,16 @@ def test_a_url_that_is_not_there_names_the_host_alone(processor, address: str) -
     with pytest.raises(CTInstructError, match=r"127\.0\.0\.1 answers 404") as caught:
         processor.image_processor(f"{address}/patient-jane-doe.nii.gz")
     assert "jane" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_the_collator_of_trl_marks_the_words_alone(processor, scan, answers_only: bool) -> None:
+    trl = pytest.importorskip("trl.trainer.sft_trainer", reason="trl is not installed")
+    collate = trl.DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=answers_only)
+    talk = conversation(None)
+    talk[1]["content"] = "Where is the liver?"
+    batch = collate([{"messages": talk, "images": [scan]}])
+    talk[1]["content"] = [{"type": "image"}, {"type": "text", "text": "Where is the liver?"}]
+    ids, labels = spell(processor, talk, [int(batch["patch_grid"].prod())])
+    assert batch["input_ids"][0].tolist() == ids
+    assert batch["labels"][0].tolist() == (labels if answers_only else ids)
