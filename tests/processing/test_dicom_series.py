@@ -167,7 +167,13 @@ def test_files_without_preamble_are_read_like_the_others(bare: str, tmp_path: Pa
             data.save_as(file, implicit_vr=True, little_endian=True, enforce_file_format=False)
         elif bare == "all" or number > 3:
             file.write_bytes(file.read_bytes()[132:])
-    assert np.array_equal(read_volume(folder).hu, hu)
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, hu)
+    pytest.importorskip("highdicom")
+    from ctinstruct_hf.output.dicom_seg import save_dicom_seg
+
+    save_dicom_seg(volume, {"liver": hu == 1000}, tmp_path / "seg.dcm")
+    assert pydicom.dcmread(tmp_path / "seg.dcm").NumberOfFrames == 2
 
 
 @pytest.mark.parametrize("stray", [[0.0, 0.0, 10_000.0], [0.0, 0.0, -300.0], [5_000.0, 0.0, 16.0]])
@@ -348,3 +354,17 @@ def test_no_listing_names_the_patient(tmp_path: Path) -> None:
     assert "Secret" not in shown
     assert "SECRET" not in shown
     assert [one.description for one in found] == ["(patient 1)", "(patient 2)"]
+
+
+def test_a_broken_member_of_a_zip_is_named_and_its_index_is_not(tmp_path: Path) -> None:
+    hu = asymmetric((4, 8, 8))
+    folder = dicom_series(tmp_path / "a", hu)
+    save(dicom_slice(hu[0], SOPClassUID="1.2.840.10008.1.3.10", Modality=None), folder / "DICOMDIR")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"disc/{file.name}")
+        archive.writestr("disc/BROKEN 1", (folder / "IM0000").read_bytes()[:200])
+    volume = read_volume(tmp_path / "a.zip")
+    assert np.array_equal(volume.hu, hu)
+    assert len(volume.warnings) == 1
+    assert "BROKEN_1" in volume.warnings[0]

@@ -107,8 +107,9 @@ def find_series(path: Path, limit: Limits) -> SeriesList:
                 images.setdefault(uid, []).extend(slices_of(file, header))
             except CTInstructError as error:
                 skipped.append(Skipped(file.name, str(error).removeprefix(f"{file.name} "), [file]))
-        elif class_of(header) == DIRECTORY:
-            skipped.append(Skipped(file.name, "is the index of a DICOM folder: give the folder itself", [file]))
+        elif class_of(header) == DIRECTORY:  # beside the files themselves it says nothing
+            if len(headers) == 1:
+                skipped.append(Skipped(file.name, "is the index of a DICOM folder: give the folder itself", [file]))
         else:
             name = " ".join(part for part in (what, text(header, "SeriesNumber"), describe(header)) if part)
             others.setdefault((what, uid), Skipped(name, "is no CT image", modality=what)).files.append(file)

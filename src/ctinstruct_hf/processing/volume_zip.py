@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -36,9 +37,8 @@ def _unpack(path: Path, folder: Path, limit: Limits) -> list[Path]:
                 )
             budget = limit.bytes
             for index, member in enumerate(members):
-                suffix = "".join(Path(Path(member.filename).name).suffixes[-2:]).lower()
-                suffix = suffix if suffix in (".nii", ".nii.gz") else ""
-                files.append(folder / f"{index:06d}{suffix}")
+                name = re.sub(r"[^\w.-]", "_", member.filename.rpartition("/")[2])[-80:]
+                files.append(folder / f"{index:06d}_{name}")
                 with archive.open(member) as packed, open(files[-1], "wb") as file:
                     while block := packed.read(min(2**20, budget + 1)):
                         budget -= len(block)
