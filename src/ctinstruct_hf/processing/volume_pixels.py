@@ -221,7 +221,7 @@ def _decompressed(data: Any, name: str, syntax: UID) -> np.ndarray:
             )
     bare["PixelData"] = data["PixelData"]
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    with tempfile.TemporaryDirectory(prefix="ctinstruct-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"ctinstruct-pixels-{os.getpid()}-") as folder:
         file = Path(folder, "pixels.dcm")
         bare.save_as(file, enforce_file_format=True)
         reader = SimpleITK.ImageFileReader()
