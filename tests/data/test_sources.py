@@ -164,9 +164,9 @@ def test_totalsegmentator(tmp_path: Path) -> None:
     alignment, instructions, problems = prepared("totalsegmentator", tmp_path / "raw", tmp_path)
     assert [sample.split for sample in alignment] == ["train", "validation"]
     assert [problem["id"] for problem in problems] == ["s0003"]
-    assert {mask.name: bool(mask.path) for mask in alignment[1].masks} == {"liver": True, "kidney left": False}
+    assert {mask.name: bool(mask.path) for mask in alignment[1].masks} == {"liver": True, "left kidney": False}
     empty = [sample for sample in instructions if sample.masks and not sample.masks[0].path]
-    assert [sample.masks[0].name for sample in empty] == ["kidney left"]
+    assert [sample.masks[0].name for sample in empty] == ["left kidney"]
 
 
 def abdomen_1k(raw: Path) -> str:

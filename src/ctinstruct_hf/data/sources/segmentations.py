@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import CTInstructError
+from ..names import canonical
 from ..samples import Case, ImageRef, MaskRef
 from .common import Problem, masks_of, need, nifti_name, niftis, read_json, read_table, split_of
 
@@ -15,8 +16,14 @@ COVID_19 = {"left lung": [1], "right lung": [2], "COVID infection": [3]}
 COVID_19_PICTURES = (1500 / 255, -1250.0)  # slope and intercept of the cases stored 0…255 in window −1250…250 HU
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip()
+def _names(theirs: Iterable[str]) -> dict[str, str]:
+    """{a data set's name: ours}; two that we would write alike stay as they are, in plain words."""
+    ours = {name: canonical(name) for name in theirs}
+    written = list(ours.values())
+    return {
+        name: known if written.count(known) == 1 else " ".join(name.replace("_", " ").split())
+        for name, known in ours.items()
+    }
 
 
 def _case(source: str, name: str, image: ImageRef, masks: list[MaskRef], split: str, structures: list[str]) -> Case:
@@ -34,17 +41,19 @@ def _case(source: str, name: str, image: ImageRef, masks: list[MaskRef], split: 
 def totalsegmentator(folder: Path) -> Iterator[Case | Problem]:
     """Version 1 or 2: a folder a case, a binary file a class, splits in meta.csv."""
     rows = read_table(folder / "meta.csv", ("image_id", "split"), delimiter=";")
-    names = sorted({nifti_name(path) for row in rows for path in niftis(folder / row["image_id"] / "segmentations")})
+    names = _names(
+        sorted({nifti_name(path) for row in rows for path in niftis(folder / row["image_id"] / "segmentations")})
+    )
     for row in rows:
         name = row["image_id"]
         files = list(niftis(folder / name / "segmentations"))
         if not files:
             yield Problem(name, f"{name}/segmentations has no file")
             continue
-        masks = [MaskRef(_plain(nifti_name(path)), str(path)) for path in files]
+        masks = [MaskRef(names[nifti_name(path)], str(path)) for path in files]
         split = {"val": "validation"}.get(row["split"], row["split"])
         image = ImageRef(str(folder / name / "ct.nii.gz"))
-        case = _case("totalsegmentator", name, image, masks, split, [_plain(one) for one in names])
+        case = _case("totalsegmentator", name, image, masks, split, list(names.values()))
         case.meta = {ours: row[theirs] for theirs, ours in (("gender", "sex"), ("age", "age"), ("manufacturer", "scanner")) if row.get(theirs)}  # fmt: skip
         yield case
 
@@ -106,7 +115,9 @@ def nnunet(folder: Path) -> Iterator[Case | Problem]:
         name, values = (value, key) if isinstance(value, str) else (key, value)  # MSD: id -> name
         ids = [int(one) for one in values] if isinstance(values, list) else [int(values)]
         if name.lower() not in ("background", "ignore"):
-            names[_plain(name)] = ids
+            names[name] = ids
+    ours = _names(names)
+    names = {ours[name]: ids for name, ids in names.items()}
     source = str(told.get("name") or folder.name).lower().replace(" ", "_")
     modern = not any(isinstance(value, str) for value in labels.values())
     for label in niftis(need(folder / "labelsTr")):
