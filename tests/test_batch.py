@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import psutil
 import pytest
 
+from ctinstruct_hf import __version__
 from ctinstruct_hf.batch import Outcome, Task, plan, predict_studies, write_table
 from ctinstruct_hf.errors import CTInstructError
 from ctinstruct_hf.predict import Request, find_scans
+from ctinstruct_hf.study import BUNDLED_MODEL
 
 ASK = Request(questions=["Is there emphysema?"], structures=["liver"], diagnose="phantom")
 
@@ -104,6 +110,55 @@ def test_a_killed_worker_costs_its_scan_only(scans: Path, tmp_path: Path) -> Non
     assert not list(output.glob(".*"))
 
 
+def test_results_of_another_scan_model_request_or_version_are_not_kept(small_scan: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, model)
+    scan = tmp_path / "a.nii.gz"
+    scan.write_bytes(small_scan.read_bytes())
+    output = tmp_path / "out"
+
+    def run(*structures: str) -> Outcome:
+        request = Request(structures=list(structures))
+        (outcome,) = predict_studies(find_scans([scan]), output, request, devices=["cpu"], model=str(model))
+        return outcome
+
+    assert (run("liver").status, run("liver").status) == ("done", "kept")
+    os.utime(scan)
+    os.utime(model / "model.safetensors")
+    assert run("liver").status == "kept"  # the same contents
+    other = nib.load(small_scan)
+    turned = np.ascontiguousarray(np.asarray(other.dataobj)[::-1])
+    nib.save(nib.Nifti1Image(turned, other.affine), scan)  # another patient under the same name
+    found = run("liver")
+    assert (found.status, found.changed) == ("done", "the scan")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    found = run("liver")
+    assert (found.status, found.changed) == ("done", "the model")
+    findings = output / "a" / "findings.json"
+    findings.write_text(
+        findings.read_text().replace(f'"package_version": "{__version__}"', '"package_version": "0.0.1"')
+    )
+    found = run("liver")
+    assert (found.status, found.changed) == ("done", "the package's version")
+    found = run("spleen")
+    assert (found.status, found.changed) == ("done", "structures")
+    assert [file.name for file in (output / "a" / "masks").iterdir()] == ["spleen.nii.gz"]
+
+
+def test_what_is_no_scan_is_listed_beside_the_results(scans: Path, tmp_path: Path) -> None:
+    (scans / "letter.txt").write_text("Dear colleague")
+    output = tmp_path / "out"
+    predict_studies(find_scans([scans])[-1:], output, Request(structures=["liver"]))
+    assert not (output / "skipped.csv").exists()
+    found = find_scans([scans])
+    del found[:]
+    predict_studies(found, output, Request(structures=["liver"]))
+    (row,) = table(output / "skipped.csv")
+    assert (Path(row["path"]).name, row["reason"]) == ("letter.txt", "no scan in a format that can be read")
+
+
 def test_scans_of_one_name_get_folders_of_their_own(tmp_path: Path) -> None:
     tasks = plan([Path("x/a.nii"), Path("y/a.nii.gz"), Path("y/b.mha")], tmp_path, Request(report=True), {})
     assert [Path(task.folder).name for task in tasks] == ["a", "a-2", "b"]
@@ -127,7 +182,11 @@ def test_the_table_holds_no_formulas(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"engine": "spark"}, "engine is 'spark'"), ({"workers": -1}, "workers is -1")],
+    [
+        ({"engine": "spark"}, "engine is 'spark'"),
+        ({"workers": -1}, "workers is -1"),
+        ({"workers": 1, "devices": ["cpu", "cpu"]}, "workers is 1: give at least 2, one a device"),
+    ],
 )
 def test_bad_settings_are_one_sentence(tmp_path: Path, options: dict[str, object], told: str) -> None:
     with pytest.raises(CTInstructError, match=told):

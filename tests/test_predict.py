@@ -14,6 +14,7 @@ import pytest
 import SimpleITK
 from conftest import shared
 from processing.test_volume import bad_files
+from pydicom.uid import MRImageStorage
 from scans import asymmetric, dicom_series
 
 from ctinstruct_hf import CTInstructConfig, CTInstructVisionModel
@@ -111,12 +112,44 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert not list(tmp_path.glob("**/.out*"))
 
 
+def test_one_of_the_ct_series_of_a_study_is_chosen(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    hu = asymmetric((6, 32, 32))
+    dicom_series(study / "a", hu, SeriesInstanceUID="1.2.9.1", SeriesNumber=2, SeriesDescription="Lung [thin]")
+    dicom_series(study / "b", hu[:4], SeriesInstanceUID="1.2.9.2", SeriesNumber=3, SeriesDescription="Soft tissue")
+    dicom_series(
+        study / "c",
+        hu,
+        SeriesInstanceUID="1.2.9.3",
+        Modality="MR",
+        SOPClassUID=MRImageStorage,
+        SeriesDescription="Head",
+    )
+    done = run("predict", "-i", study, "-o", tmp_path / "out", "--segment", "liver")
+    assert done.returncode == 2
+    assert "holds 2 CT series: choose by --series" in done.stderr
+    assert "Lung [thin]" in done.stderr
+    assert "Soft tissue" in done.stderr
+    assert "Left out: c: MR" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run("predict", "-i", study, "-o", tmp_path / "out", "--segment", "LIVER", "--series", "soft")
+    assert done.returncode == 0, done.stderr
+    findings = json.loads((tmp_path / "out" / "findings.json").read_text())
+    assert list(findings["segmentation"]) == ["LIVER"]
+    assert findings["asked"]["series"] == "soft"
+    mask = nib.load(tmp_path / "out" / findings["segmentation"]["LIVER"]["file"])
+    assert mask.shape == (32, 32, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--diagnose", "nothing known"], "no head for nothing known"),
         (["--model", "/nowhere/at/all"], "neither a folder nor a name on the Hub"),
         (["--device", "cuda:7"], "cannot be used"),
+        (["--device", "cpu,cpu"], "names 2 devices for one scan"),
+        (["--names", "/nowhere/names.yaml"], "names.yaml cannot be read"),
         (["--dtype", "float7"], "use float32"),
         (["--spacing", "1,2"], "three numbers"),
         (["--output-type", "jpeg", "--segment", "liver"], "output type jpeg"),

@@ -9,7 +9,6 @@ import csv
 import json
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,19 +19,38 @@ from typing import Any
 
 from .errors import CTInstructError
 from .files import whole_file
-from .predict import Request, predict_study, scan_name, settings_of
+from .predict import Request, predict_study, settings_of
+from .scans import Scan
+from .threads import choose_threads
 
 ENGINES = ("local", "ray")
 
 
 @dataclass
 class Task:
-    """One scan and everything that is needed to answer about it, in any process or machine."""
+    """One scan and everything that is needed to answer about it, in any process or machine.
+
+    Attributes:
+        scan: the path.
+        folder: where the results go.
+        request: what to ask.
+        reading: model, dtype, series, spacing, names of `predict_study`.
+        series, files: of `Scan`.
+        asked: `settings_of` it all.
+    """
 
     scan: str
     folder: str
     request: Request
-    reading: dict[str, Any] = field(default_factory=dict)  # model, dtype, series, spacing of `predict_study`
+    reading: dict[str, Any] = field(default_factory=dict)
+    series: str | None = None
+    files: list[str] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Scan:
+        """The scan as `find_scans` found it."""
+        return Scan(Path(self.scan), self.series, files=[Path(file) for file in self.files])
 
 
 @dataclass
@@ -44,28 +62,33 @@ class Outcome:
         status: done, kept (was there from an earlier run), incomplete (an output type could not be written) or failed.
         seconds: that it took.
         error: a sentence, where it failed or is incomplete.
+        changed: what differs from the results of an earlier run that these replace.
     """
 
     study: str
     status: str
     seconds: float = 0.0
     error: str = ""
+    changed: str = ""
 
 
-def plan(scans: Sequence[Path], output: Path, request: Request, reading: dict[str, Any]) -> list[Task]:
+def plan(scans: Sequence[Path | Scan], output: Path, request: Request, reading: dict[str, Any]) -> list[Task]:
     """A task a scan; scans of the same name get folders `name`, `name-2` …"""
-    taken: dict[str, int] = {}
+    taken: set[str] = set()
     tasks = []
-    for scan in scans:
-        name = scan_name(scan) or "scan"
-        taken[name] = taken.get(name, 0) + 1
-        folder = name if taken[name] == 1 else f"{name}-{taken[name]}"
-        tasks.append(Task(str(scan), str(output / folder), request, reading))
+    for scan in (one if isinstance(one, Scan) else Scan(one) for one in scans):
+        folder, count = scan.name, 1
+        while folder.casefold() in taken:
+            count += 1
+            folder = f"{scan.name}-{count}"
+        taken.add(folder.casefold())
+        files = [str(file) for file in scan.files]
+        tasks.append(Task(str(scan.path), str(output / folder), request, reading, scan.series, files))
     return tasks
 
 
 def predict_studies(
-    scans: Sequence[Path],
+    scans: Sequence[Path | Scan],
     output: Path,
     request: Request,
     *,
@@ -76,11 +99,13 @@ def predict_studies(
     tell: Callable[[int, int, str], None] = lambda done, total, name: None,
     **reading: Any,
 ) -> list[Outcome]:
-    """Ask many scans the same; what an earlier run with the same request has finished is kept.
+    """Ask many scans the same; what an earlier run has finished is kept where nothing has changed since: request, scan,
+    model, and version of the package.
 
     Args:
         scans: what `find_scans` found.
-        output: a folder with one of results a scan, `results.csv` and `failures.csv`.
+        output: a folder with one of results a scan, `results.csv` and `failures.csv`, and `skipped.csv` where `find_scans`
+            left something out.
         request: what to ask.
         workers: processes, one a device by default; on a CPU they share its cores.
         devices: cpu, cuda:0 …, given to the workers in turn.
@@ -98,22 +123,29 @@ def predict_studies(
     if engine not in ENGINES:
         raise CTInstructError(f"engine is '{engine}': use {' or '.join(ENGINES)}.")
     count = workers or max(len(devices), 1)
-    if count < 1:
-        raise CTInstructError(f"workers is {workers}: give at least 1.")
+    if count < max(len(devices), 1):
+        raise CTInstructError(f"workers is {workers}: give at least {max(len(devices), 1)}, one a device.")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CTInstructError(f"{output} cannot be written: {error.strerror or error}.") from error
     tasks = plan(scans, output, request, reading)
     outcomes: dict[int, Outcome] = {}
+    changed: dict[int, str] = {}
     for place, task in enumerate(tasks):
-        if not restart and is_answered(task):
+        task.asked = json.loads(json.dumps(settings_of(task.source, task.request, task.reading)))
+        found = what_changed(task)
+        if found:
+            changed[place] = found
+            _remove_results(Path(task.folder))
+        elif found is not None and not restart:
             outcomes[place] = Outcome(Path(task.folder).name, "kept")
     todo = [place for place in range(len(tasks)) if place not in outcomes]
     if outcomes:
         tell(len(outcomes), len(tasks), "kept from before")
     run = {"local": _on_this_machine, "ray": _on_ray}[engine]
     for place, outcome in run(tasks, todo, count, list(devices)):
+        outcome.changed = changed.get(place, "")
         outcomes[place] = outcome
         tell(len(outcomes), len(tasks), outcome.study)
         if outcome.error:  # written as it goes: a long run may be read while it works
@@ -121,18 +153,38 @@ def predict_studies(
     ordered = [outcomes[place] for place in range(len(tasks))]
     write_failures(output / "failures.csv", tasks, outcomes)
     write_table(output / "results.csv", tasks, ordered)
+    skipped = getattr(scans, "skipped", [])
+    if skipped:
+        rows = [{"path": str(path), "reason": reason} for path, reason in skipped]
+        _write_csv(output / "skipped.csv", ["path", "reason"], rows)
     return ordered
 
 
-def is_answered(task: Task) -> bool:
-    """Whether the folder holds whole results of the same request to the same model."""
+_NAMES = {"scan_fingerprint": "the scan", "model_fingerprint": "the model", "package_version": "the package's version"}
+
+
+def what_changed(task: Task) -> str | None:
+    """What differs between the whole results in the folder and the task, "" where nothing; None where there are none."""
     try:
         found = json.loads((Path(task.folder) / "findings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return not found.get("failures") and found.get("asked") == json.loads(
-        json.dumps(settings_of(task.request, task.reading))
-    )
+        before = found["asked"] or {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if found.get("failures"):
+        return None
+    keys = [key for key in {**task.asked, **before} if before.get(key) != task.asked.get(key)]
+    if not task.asked["scan_fingerprint"] and "scan_fingerprint" not in keys:
+        keys.append("scan_fingerprint")
+    if "model_fingerprint" in keys and "model" in keys:
+        keys.remove("model")
+    return ", ".join(_NAMES.get(key, key) for key in keys)
+
+
+def _remove_results(folder: Path) -> None:
+    """The results of another scan, model or request: what is not written again must not be taken for the new ones."""
+    old = [*folder.glob("masks/*.nii.gz"), *folder.glob("masks/*.json"), folder / "masks.dcm"]
+    for file in [*old, folder / "findings.json", folder / "report.txt", folder / "report.html"]:
+        file.unlink(missing_ok=True)
 
 
 def answer(task: Task, device: str | None) -> Outcome:
@@ -140,7 +192,9 @@ def answer(task: Task, device: str | None) -> Outcome:
     name = Path(task.folder).name
     start = time.perf_counter()
     try:
-        study = predict_study(Path(task.scan), Path(task.folder), task.request, device=device, **task.reading)
+        study = predict_study(
+            task.source, Path(task.folder), task.request, device=device, asked=task.asked or None, **task.reading
+        )
     except CTInstructError as error:
         return Outcome(name, "failed", round(time.perf_counter() - start, 2), str(error))
     except Exception as error:  # one scan must not end the run of all
@@ -163,7 +217,7 @@ def _on_this_machine(
     left = list(reversed(todo))
     running: dict[Connection, tuple[Any, int | None, int]] = {}  # pipe -> process, its scan, its number
     context = multiprocessing.get_context("spawn")
-    threads = max(1, _cores() // workers)
+    threads = choose_threads(workers)
 
     def start(number: int) -> None:
         ours, theirs = context.Pipe()
@@ -220,10 +274,6 @@ def _work(pipe: Connection, device: str | None, threads: int) -> None:
         pipe.send(answer(task, device))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class RayWorker:
     """What Ray keeps on a worker: the model stays loaded from scan to scan."""
 
@@ -239,7 +289,7 @@ class RayWorker:
         reading = task["reading"]
         if reading.get("spacing") is not None:
             reading["spacing"] = tuple(reading["spacing"])
-        outcome = answer(Task(task["scan"], task["folder"], request, reading), self.device)
+        outcome = answer(Task(**{**task, "request": request, "reading": reading}), self.device)
         return {"place": row["place"], **asdict(outcome)}
 
 

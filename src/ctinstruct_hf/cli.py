@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import CTInstructError
+from .threads import choose_threads
 
 app = typer.Typer(
     name="ctinstruct",
@@ -124,7 +125,10 @@ def predict(
         bool, typer.Option("--keep-series-uid", help="Keep the SeriesInstanceUID in findings.json.")
     ] = False,
     series: Annotated[
-        str | None, typer.Option("--series", help="SeriesInstanceUID, where a folder has several.")
+        str | None,
+        typer.Option(
+            "--series", help="Of several CT series: UID, number, part of the description, largest, thinnest, all."
+        ),
     ] = None,
     spacing: Annotated[str | None, typer.Option("--spacing", help="mm depth,height,width, for files without.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes over many scans.")] = None,
@@ -142,6 +146,7 @@ def predict(
     output type could not be written, all others were.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from .data.names import read_names
     from .predict import Request, find_scans, predict_study
@@ -159,20 +164,34 @@ def predict(
         "spacing": _millimetres(spacing),
     }
     reading["names"] = None if names is None else read_names(names)
-    scans = find_scans(inputs)
+    devices = _devices(device)
     console = Console(stderr=True)
-    if scans == inputs and len(scans) == 1:
+    with console.status("looking for scans"):
+        scans = find_scans(inputs, series)
+    if not scans:
+        raise CTInstructError(f"{inputs[0]}: there is no scan. {_left_out(scans.skipped)}")
+    if scans.skipped:
+        console.print(escape(_left_out(scans.skipped)), highlight=False, soft_wrap=True)
+    if scans.is_one_study(inputs) and len(scans) > 1 and series is None:
+        listed = "; ".join(scan.description for scan in scans)
+        raise CTInstructError(
+            f"{inputs[0]} holds {len(scans)} CT series: choose by --series (UID, number, part of the description, largest, "
+            f"thinnest or all): {listed}."
+        )
+    if scans.is_one_study(inputs) and len(scans) == 1:
+        if len(devices) > 1:
+            raise CTInstructError(f"--device names {len(devices)} devices for one scan: give one.")
         with console.status("starting") as status:
             study = predict_study(
                 scans[0],
                 output,
                 request,
-                device=device,
-                tell=_shown(status, f"{scans[0].name}: "),
+                device=devices[0] if devices else None,
+                tell=_shown(status, f"{scans[0].path.name}: "),
                 **reading,
             )
         for note in study.warnings:
-            console.print(_note(f"{scans[0].name}: {note}"))
+            console.print(_note(f"{scans[0].path.name}: {note}"))
         typer.echo(f"{output / 'report.html'}")
         console.print("Research use only. Not a diagnosis.")
         if study.results.failures:
@@ -191,7 +210,7 @@ def predict(
             output,
             request,
             workers=workers,
-            devices=_devices(device),
+            devices=devices,
             engine=engine,
             restart=restart,
             tell=lambda done, total, name: bar.update(task, completed=done, description=escape(name)),
@@ -201,6 +220,9 @@ def predict(
         status: sum(one.status == status for one in outcomes) for status in ("done", "kept", "incomplete", "failed")
     }
     typer.echo(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    for one in outcomes:
+        if one.changed:
+            console.print(escape(f"{one.study} was answered anew: {one.changed} changed."), highlight=False)
     typer.echo(f"{output / 'results.csv'}")
     console.print("Research use only. Not a diagnosis.")
     failed = [f"{one.study}: {one.error}" for one in outcomes if one.status == "failed"]
@@ -209,6 +231,13 @@ def predict(
         raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed[:5]) + more)
     if counts["incomplete"]:
         raise typer.Exit(3)
+
+
+def _left_out(skipped: list[tuple[Path, str]], most: int = 5) -> str:
+    """What is no scan, in a line."""
+    lines = [f"{path.name}: {reason.rstrip('.')}" for path, reason in skipped[:most]]
+    more = f"; and {len(skipped) - most} more" if len(skipped) > most else ""
+    return f"Left out: {'; '.join(lines)}{more}." if lines else ""
 
 
 def _millimetres(spacing: str | None) -> tuple[float, float, float] | None:
@@ -776,6 +805,7 @@ def spread(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point: an error of ours is one sentence and exit code 2."""
     debug = "--debug" in sys.argv[1:]
+    choose_threads()
     try:
         app(args=spread(sys.argv[1:]))
     except CTInstructError as error:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CTInstructError
+from . import __version__
+from .hub.fingerprint import fingerprint
+from .hub.models import resolve_model
 from .output.folder import check_output
+from .scans import Scan, find_scans
 from .study import Study
-
-# files that hold a volume each, wherever they lie; slices count only where they are named
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".zip")
-SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", ".png", ".jpg", ".jpeg", ".bmp")
 
 
 @dataclass
@@ -41,51 +40,24 @@ class Request:
         return not (self.report or self.questions or self.structures or self.diagnose)
 
 
-def settings_of(request: Request, reading: dict[str, Any]) -> dict[str, Any]:
-    """What was asked of which model, for `findings.json`: the same again need not be computed."""
+def settings_of(scan: Scan, request: Request, reading: dict[str, Any]) -> dict[str, Any]:
+    """What was asked about which scan by which model, for `findings.json`: the same again need not be computed."""
     model = reading.get("model")
     folder = Path(model) if model else None
     name = folder.name if folder is not None and folder.is_dir() else model
     kept = {key: value for key, value in reading.items() if key != "model" and value is not None}
-    return {**asdict(request), **kept, "model": name or "the bundled model"}
-
-
-def find_scans(inputs: Sequence[Path]) -> list[Path]:
-    """The scans that the inputs name: files, DICOM folders, or folders of either.
-
-    A folder with volume files in it is a folder of scans; one with subfolders only is looked into one level deep;
-    any other is a DICOM folder.
-    """
-    scans: list[Path] = []
-    for path in inputs:
-        if not path.exists():
-            raise CTInstructError(f"{path} does not exist.")
-        if path.is_file():
-            scans.append(path)
-            continue
-        inside = sorted(one for one in path.iterdir() if not one.name.startswith("."))
-        volumes = [one for one in inside if one.is_file() and one.name.lower().endswith(VOLUME_SUFFIXES)]
-        folders = [one for one in inside if one.is_dir()]
-        if volumes:
-            scans.extend(volumes)
-        elif folders and len(folders) == len(inside):
-            scans.extend(folders)
-        else:
-            scans.append(path)
-    return scans
-
-
-def scan_name(scan: Path) -> str:
-    """A scan's file name without its endings, as the name of its folder of results."""
-    name = scan.name
-    for suffix in sorted(SCAN_SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+    return {
+        **asdict(request),
+        **kept,
+        "model": name or "the bundled model",
+        "model_fingerprint": fingerprint(resolve_model(model, reading.get("revision")).folder),
+        "scan_fingerprint": scan.fingerprint(),
+        "package_version": __version__,
+    }
 
 
 def predict_study(
-    scan: Path,
+    scan: Path | Scan,
     output: Path,
     request: Request,
     *,
@@ -96,17 +68,19 @@ def predict_study(
     series: str | None = None,
     spacing: tuple[float, float, float] | None = None,
     names: dict[str, list[str]] | None = None,
+    asked: dict[str, Any] | None = None,
     tell: Callable[[str], None] = lambda step: None,
 ) -> Study:
     """Ask a scan everything in the request and write the folder.
 
     Args:
-        scan: what `read_volume` takes.
+        scan: what `read_volume` takes, or one of `find_scans`, whose own series comes before `series`.
         output: the folder to write.
         request: what to ask.
         model, device, dtype, revision: see `hub.models.load_model`.
         series, spacing: see `read_volume`.
         names: {name: other names} of the user, see `data.names.read_names`.
+        asked: `settings_of` all that, where it is known already.
         tell: called with the name of each step.
 
     Raises:
@@ -114,8 +88,10 @@ def predict_study(
             `results.failures` of the study.
     """
     tell("reading")
+    scan = scan if isinstance(scan, Scan) else Scan(scan)
+    chosen = scan.series or series
     study = Study.open(
-        scan, model, device=device, dtype=dtype, revision=revision, series=series, spacing=spacing, names=names
+        scan.path, model, device=device, dtype=dtype, revision=revision, series=chosen, spacing=spacing, names=names
     )
     # fail before the work, not after it
     check_output(study.volume, request.output_types)
@@ -135,15 +111,17 @@ def predict_study(
         tell("probabilities")
         study.diagnose(diseases)
     tell("writing")
-    asked = settings_of(
-        request,
-        {"model": model, "dtype": dtype, "revision": revision, "series": series, "spacing": spacing, "names": names},
-    )
+    reading = {
+        "model": model, "dtype": dtype, "revision": revision, "series": series, "spacing": spacing, "names": names,
+    }  # fmt: skip
     study.save(
         output,
         output_types=request.output_types,
         multi_label=request.multi_label,
         keep_series_uid=request.keep_series_uid,
-        asked=asked,
+        asked=asked or settings_of(scan, request, reading),
     )
     return study
+
+
+__all__ = ["Request", "find_scans", "predict_study", "settings_of"]

@@ -53,14 +53,14 @@ def fingerprint(model: str | Path) -> str:
         )
         if not files:
             raise CTInstructError(f"{folder} holds no file of a model: expected config.json and safetensors.")
-        return _hash_of(folder.resolve(), tuple(files))
+        return hash_files(folder.resolve(), tuple(files))
     except OSError as error:
         raise CTInstructError(f"{folder} cannot be read: {error.strerror or error}.") from error
 
 
 @functools.lru_cache(maxsize=32)
-def _hash_of(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    """`files`: (name, size, time of the last change), which tells the cache when to read again."""
+def hash_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """SHA-256 over files of a folder: (name, size, time of the last change), which tells the cache when to read again."""
     total = hashlib.sha256()
     for name, size, _ in files:
         total.update(f"{name}\0{size}\0".encode())
@@ -76,4 +76,4 @@ def _hash_of(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
     return total.hexdigest()
 
 
-__all__ = ["PATTERNS", "fingerprint"]
+__all__ = ["PATTERNS", "fingerprint", "hash_files"]
