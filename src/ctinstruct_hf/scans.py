@@ -120,7 +120,7 @@ def find_scans(inputs: Sequence[Path], series: str | None = None) -> Scans:
         if chosen:
             raise CTInstructError(f"{inputs[0]}: {chosen[0]}.")
         if len(inputs) == 1 and inputs[0].is_dir():  # reading it says best what is wrong
-            found.append(Scan(inputs[0], series))
+            return Scans([Scan(inputs[0], series)])
     return found
 
 
