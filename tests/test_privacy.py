@@ -100,7 +100,9 @@ def test_nothing_comes_out_of_an_error(series: Path, tmp_path: Path, broken: str
     told = subprocess.run(command, capture_output=True, check=False)
     if broken != "several series":
         assert told.returncode == 2
-    assert not leaks(told.stdout + told.stderr), told.stderr
+    # several series are listed by their descriptions, to choose from
+    listed = {"PLANT0008103E"} if broken == "several series" else set()
+    assert leaks(told.stdout + told.stderr) <= listed, told.stderr
     for path in (tmp_path / "out").rglob("*"):
         if path.is_file():
             assert not leaks(path.read_bytes()), path
