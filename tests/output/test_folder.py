@@ -7,6 +7,7 @@ import datetime
 import html.parser
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -446,3 +447,29 @@ def test_a_single_coronal_slice_is_captioned_coronal(tmp_path: Path, model) -> N
     captions = re.findall(r"<figcaption>(.*?)<br>", (tmp_path / "out" / "report.html").read_text())
     assert captions[0].startswith("Coronal through")
     assert not any("Axial" in caption or "from the feet" in caption for caption in captions)
+
+
+def test_pictures_hold_no_more_than_the_planes_they_show() -> None:
+    """Masks that are unpacked when asked for are not all unpacked at once; the page is the same."""
+    from ctinstruct_hf.app.limits import Limits
+    from ctinstruct_hf.app.masks import PackedMasks
+    from ctinstruct_hf.data.phantoms import make_phantom
+    from ctinstruct_hf.output.report import pictures
+
+    patient = make_phantom(2, shape=(24, 48, 48))
+    masks = {**{name: mask for name, mask in patient.masks.items() if name != "body"}, "none": patient.masks["body"] & False}  # fmt: skip
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    class Counting(PackedMasks):
+        def __getitem__(self, name: str) -> np.ndarray:
+            nonlocal most
+            mask = super().__getitem__(name).copy()
+            alive.append(weakref.ref(mask))
+            most = max(most, sum(one() is not None for one in alive))
+            return mask
+
+    packed = Counting(Limits())
+    packed.update(masks)
+    assert pictures(patient.volume, packed, ["nodule"]) == pictures(patient.volume, masks, ["nodule"])
+    assert most <= 2

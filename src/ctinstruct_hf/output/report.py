@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,28 +154,45 @@ def pictures(volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[
     """Key slices: three planes through the largest finding, or the middle of the scan, then each structure where it is
     largest, findings first."""
     depth, height, width = volume.shape
-    shown = list(masks.items())
-    marked = [name for name in findings if name in masks and masks[name].any()]
+    # masks are looked at one after the other, and only their shown planes are kept: they may be packed, and many
+    places = {name: key_place(mask) for name, mask in masks.items() if mask.any()}
+    marked = [name for name in findings if name in places]
     centre = (depth // 2, height // 2, width // 2)
     where = "the middle of the scan"
     if marked:
         largest = max(marked, key=lambda name: int(masks[name].sum()))
-        centre = key_place(masks[largest])
+        centre = places[largest]
         where = f"the {largest}"
+    slices = {(axis, centre[axis]) for axis in range(3)} | {(0, place[0]) for place in places.values()}
+    shown: list[tuple[str, Any]] = [(name, _Planes(mask, slices)) for name, mask in masks.items()]
+    planes = dict(shown)
     figures = []
     for axis in range(3 if depth > 1 else 1):
         title = f"{plane_of(volume, axis)} through {where}"
         figures.append(_figure(volume, shown, axis, centre[axis], "soft tissue", title))
     figures.append(_figure(volume, shown, 0, centre[0], "lung", f"{plane_of(volume, 0)} through {where}"))
-    for name in [*marked, *(name for name in masks if name not in marked)]:
-        if not masks[name].any():
-            continue
-        best = key_place(masks[name])[0]
-        inside = float(volume.hu[best][masks[name][best]].mean())
+    for name in [*marked, *(name for name in places if name not in marked)]:
+        best = places[name][0]
+        inside = float(volume.hu[best][planes[name].take(best, axis=0)].mean())
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
         caption = f"{name}, where it is largest" + (f": slice {best + 1} of {depth} from the feet" if depth > 1 else "")
         figures.append(_figure(volume, shown, 0, best, window, caption))
     return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+class _Planes:
+    """Some planes of a mask, packed; `numpy.take` finds them by (axis, index)."""
+
+    def __init__(self, mask: np.ndarray, slices: Iterable[tuple[int, int]]) -> None:
+        planes = {(axis, index): np.take(mask, index, axis=axis) for axis, index in slices}
+        self.shapes = {place: plane.shape for place, plane in planes.items()}
+        self.bits = {place: np.packbits(plane) for place, plane in planes.items() if plane.any()}
+
+    def take(self, index: int, axis: int, out: None = None, mode: str = "raise") -> np.ndarray:
+        shape = self.shapes[axis, index]
+        if (axis, index) not in self.bits:
+            return np.zeros(shape, bool)
+        return np.unpackbits(self.bits[axis, index], count=shape[0] * shape[1]).view(bool).reshape(shape)
 
 
 def plane_of(volume: CTVolume, axis: int) -> str:
