@@ -477,6 +477,7 @@ def _kind(kind: str) -> str:
 
 @app.command()
 def pretrain(
+    context: typer.Context,
     recipe: RecipeArgument = "tiny",
     changes: ChangesOption = None,
     output: OutputDirOption = None,
@@ -492,6 +493,8 @@ def pretrain(
     """Stage one: align images with text at three grains. Goes on where an interrupted run stopped."""
     from .train.recipe import read_recipe
 
+    if table is not None:
+        _refuse_beside(context, "--table", "row", "resume", "restart")
     told = read_recipe(recipe if table is None or recipe != "tiny" else "miniature", changes or [])
     if output is not None:
         told["output_dir"] = str(output)
@@ -540,8 +543,13 @@ def instruct(
     typer.echo(f"The model is in {Path(told['output_dir']) / 'model'}.")
 
 
+# of `evaluate`: what only matters where a model is run
+RUN_PARAMETERS = ("model", "revision", "tasks", "split", "limit", "batch_size", "max_new_tokens", "device", "dtype")
+
+
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: ModelOption = None,
     revision: RevisionOption = None,
     data: Annotated[
@@ -586,6 +594,12 @@ def evaluate(
 
     if (data is None) == (predictions is None):
         raise CTInstructError("Give either --data (and --model) or --predictions.")
+    if data is not None:
+        _refuse_beside(context, "--data", "converter", "references", "dataset")
+    else:
+        _refuse_beside(context, "--predictions", *RUN_PARAMETERS)
+    if converter is None:
+        _refuse_beside(context, "a file of predictions without --from", "references", "dataset")
     limits = parse_thresholds(thresholds)
     _quiet()
     with Console(stderr=True).status("starting") as status:
@@ -627,6 +641,18 @@ def evaluate(
 
         typer.echo(f"{write_submission(found, vlm3d)} reports in {vlm3d}")
     typer.echo(f"Research use only. Open {(output / 'page' / 'index.html').resolve()}")
+
+
+def _refuse_beside(context: typer.Context, option: str, *ignored: str) -> None:
+    """Raises CTInstructError for parameters that were given although `option` leaves no use for them."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in ignored
+        and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise CTInstructError(f"{', '.join(given)} has no effect beside {option}: leave it out.")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ctinstruct_hf import (
     CTInstructConfig,
@@ -232,6 +233,31 @@ def test_what_must_not_be_split_is_there(tiny_config, detail: bool) -> None:
     names = {type(module).__name__ for module in model.modules()}
     assert model._no_split_modules <= names
     assert ("DetailBlock" in model._no_split_modules) == detail
+
+
+def test_blocks_of_every_tower_are_recomputed_where_memory_is_saved(tower: CTInstructVisionModel) -> None:
+    """Gradient checkpointing runs each block twice and changes no gradient; FSDP keeps just these blocks whole."""
+    pixels = torch.randn(4, 64, 64)
+    tower(pixels, [(1, 1, 1, 4)]).last_hidden_state.sum().backward()
+    expected = {name: weight.grad.clone() for name, weight in tower.named_parameters() if weight.grad is not None}
+    tower.zero_grad()
+    tower.gradient_checkpointing_enable()
+    tower.train()
+    for module in tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+            module.eval()
+    calls: dict[str, int] = {}
+    blocks = {name: module for name, module in tower.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    for name, block in blocks.items():
+        block.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    tower(pixels, [(1, 1, 1, 4)]).last_hidden_state.sum().backward()
+    assert blocks
+    assert set(calls.values()) == {2}
+    assert len(calls) == len(blocks)
+    assert {type(block).__name__ for block in blocks.values()} == set(tower._no_split_modules)
+    for name, weight in tower.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(weight.grad, expected[name], atol=1e-4, rtol=1e-3)
 
 
 def test_slices_are_kept_for_the_detail_map_or_not_at_all() -> None:

@@ -236,6 +236,8 @@ def _jobs(speaker: Any, data: str, options: RunOptions) -> list[_Job]:
 
 def _load(model: str, folder: Path, device: str | None, dtype: str | None, revision: str | None) -> Any:
     if require(folder, "stage one", "stage two") == "stage one":
+        if dtype not in (None, "float32"):
+            raise CTInstructError(f"--dtype {dtype} is for models that speak: stage one is evaluated in float32.")
         return StageOne(folder, device)
     return StageTwo(model, device, dtype, revision)
 

@@ -119,7 +119,6 @@ class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
     accepts_loss_kwargs = False  # every loss is a mean over the batch: Trainer divides it by the accumulation steps
-    _no_split_modules = ["Bottleneck", "AttentionLayer", "UpBlock", "DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache", "vision_features", "mm_encoder_outputs"]
 
     @torch.no_grad()

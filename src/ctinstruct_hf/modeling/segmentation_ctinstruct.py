@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from .configuration_ctinstruct import CTInstructSegmentationConfig
 from .saving_ctinstruct import SavesItsCode
 from .small_models_ctinstruct import DetailBlock
-from .vision_blocks_ctinstruct import ConvNorm, eager_attention, init_weights
+from .vision_blocks_ctinstruct import ConvNorm, checkpointed_blocks, eager_attention, init_weights
 
 
 class UpBlock(GradientCheckpointingLayer):
@@ -89,7 +89,6 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["UpBlock", "DecoderLayer"]
 
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
         super().__init__(config)
@@ -104,8 +103,6 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         self.detail = (
             DetailBlock(slice_channels, channels[0], config.detail_channels) if config.detail_channels else None
         )
-        if config.detail_channels:  # a name that no module has would stop FSDP
-            self._no_split_modules = [*self._no_split_modules, "DetailBlock"]
         self.fuse = nn.Sequential(nn.Linear(sum(channels), width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
@@ -115,6 +112,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
             nn.Linear(config.mask_hidden_size, channels[0] + config.detail_channels),
             nn.GELU() if config.mask_activation else nn.Identity(),
         )
+        self._no_split_modules = checkpointed_blocks(self)
         self.post_init()
 
     @torch.no_grad()

@@ -20,6 +20,13 @@ def grid_rows(patch_grid: PatchGrid) -> list[tuple[int, int, int, int]]:
     return [(int(z), int(y), int(x), int(s)) for z, y, x, s in rows]
 
 
+def checkpointed_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks that gradient checkpointing recomputes and sharding keeps whole; FSDP refuses one that is not there."""
+    return sorted(
+        {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    )
+
+
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -21,7 +21,7 @@ from .released_ctinstruct import ReleasedSliceAttention
 from .saving_ctinstruct import SavesItsCode
 from .small_models_ctinstruct import StemWindows
 from .vision_attention_ctinstruct import CosineAttention, SliceAttention, Trace
-from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, PatchGrid, grid_rows, init_weights
+from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, PatchGrid, checkpointed_blocks, grid_rows, init_weights
 from .vision_towers_ctinstruct import ResNet3D, ViT3D
 
 
@@ -109,7 +109,6 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["Bottleneck", "AttentionLayer"]
 
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__(config)
@@ -117,6 +116,7 @@ class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
         self.attention = None
         if config.architecture == "hybrid":
             self.attention = ATTENTION_LAYOUTS[config.attention_layout](config)
+        self._no_split_modules = checkpointed_blocks(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_ctinstruct import CTInstructVisionConfig
 from .vision_blocks_ctinstruct import ConvNorm
@@ -58,7 +59,7 @@ class Tower3D(nn.Module):
         return tuple(torch.cat(parts)[order] for parts in zip(*encoded, strict=True))
 
 
-class Block3D(nn.Module):
+class Block3D(GradientCheckpointingLayer):
     """Two 3 x 3 x 3 convolutions, added to the input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int, int]) -> None:
@@ -108,6 +109,10 @@ class ResNet3D(Tower3D):
         return maps
 
 
+class ViTLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
+    """A pre-norm layer of torch that can be recomputed in the backward pass."""
+
+
 class ViT3D(Tower3D):
     """3D vision transformer with rotary-free sinusoid positions; the ends of its four layer groups give the maps."""
 
@@ -120,7 +125,7 @@ class ViT3D(Tower3D):
             [
                 nn.ModuleList(
                     [
-                        nn.TransformerEncoderLayer(
+                        ViTLayer(
                             width,
                             max(1, width // 48),
                             dim_feedforward=4 * width,

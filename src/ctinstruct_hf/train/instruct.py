@@ -175,6 +175,8 @@ def build_model(settings: InstructSettings) -> tuple[Any, CTInstructProcessor]:
     set_batch_norm(model, settings.batch_norm)
     for name in settings.freeze:
         set_batch_norm(model.get_submodule(PARTS[name]).requires_grad_(False), "frozen")
+    if "language_model" in settings.freeze:
+        model.lm_head.requires_grad_(False)  # its own weight, where it is not tied to the embeddings
     return (model if settings.lora is None else _with_adapters(model, processor, settings)), processor
 
 
