@@ -4,13 +4,14 @@ Without `from __future__ import annotations`: Transformers reads the annotations
 """
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
 
-class CTInstructImagesKwargs(TypedDict, total=False):
-    """Settings of `CTInstructImageProcessor`, each also an argument of a call; `spacing` is one of a call only."""
+class CTInstructImagesKwargs(ImagesKwargs, total=False):
+    """Settings of `CTInstructImageProcessor`, each also an argument of a call; `spacing` is one of a call only. Those that
+    every image processor of Transformers takes (`do_rescale`, …) change nothing here."""
 
     patch_size: dict[str, int] | None
     max_patches: int | None
@@ -22,8 +23,6 @@ class CTInstructImagesKwargs(TypedDict, total=False):
     antialias: bool | None
     mask_floors: dict[str, Any] | None
     spacing: Any
-    return_tensors: Any
-    device: Any
 
 
 class CTInstructProcessorKwargs(ProcessingKwargs, total=False):

@@ -92,8 +92,6 @@ class CTInstructProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
-        audio: None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """A batch for the model.
@@ -102,7 +100,6 @@ class CTInstructProcessor(ProcessorMixin):
             images: whatever `CTInstructImageProcessor.read` takes, one or a (nested) list, in the order of
                 `<|image_pad|>` in the texts.
             text: one or several prompts with one `<|image_pad|>` per image; each becomes one per slice of its patches.
-            videos, audio: refused.
             kwargs: `spacing` in mm (depth, height, width) of images given as arrays, settings of the image processor,
                 arguments of the tokenizer (padding is on by default), `return_tensors` ("pt" by default),
                 `return_mm_token_type_ids`, `return_text_replacement_offsets`; `images_kwargs` and `text_kwargs` as
@@ -113,10 +110,10 @@ class CTInstructProcessor(ProcessorMixin):
             prompt that speaks of diseases names known ones ("... the presence of calcification and bronchiectasis.").
 
         Raises:
-            CTInstructError: for unknown arguments, where texts and images do not fit each other, where `max_length` would
+            CTInstructError: for unknown arguments, videos and audio, where texts and images do not fit each other, where `max_length` would
                 cut image tokens, or where an image cannot be read.
         """
-        if videos is not None or audio is not None:
+        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
             raise CTInstructError("CTInstruct reads images and text: videos and audio cannot be given.")
         self._check_arguments(kwargs)
         try:
@@ -142,6 +139,7 @@ class CTInstructProcessor(ProcessorMixin):
         groups = self.valid_processor_kwargs.__annotations__
         known = {name: set(groups[name].__annotations__) for name in ("images_kwargs", "text_kwargs")}
         flat = {*groups, *known["images_kwargs"], *known["text_kwargs"], "common_kwargs", "return_metadata"}
+        flat |= set(groups["videos_kwargs"].__annotations__)  # chat templates are called with them, whatever they hold
         unknown = set(options) - (flat - {"videos_kwargs", "audio_kwargs"})
         unknown |= {name for group, names in known.items() for name in set(options.get(group) or {}) - names}
         unknown |= set(options.get("common_kwargs") or {}) - flat
@@ -179,7 +177,10 @@ class CTInstructProcessor(ProcessorMixin):
     def _check_places(self, texts: Sequence[str], images: int) -> None:
         places = sum(text.count(IMAGE_TOKEN) for text in texts)
         if places != images:
-            raise CTInstructError(f"The texts have {places} {IMAGE_TOKEN} for {images} images: one each is needed.")
+            raise CTInstructError(
+                f"The texts have {places} {IMAGE_TOKEN} for {images} images: one each is needed, the number of {IMAGE_TOKEN} "
+                "tokens in the prompts should be the same as the number of images."
+            )
 
     def expand(self, texts: list[str], tokens: Sequence[int]) -> list[str]:
         """Each `<|image_pad|>` repeated to one per slice of its image."""
