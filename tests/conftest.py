@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from processes import WarmCommand
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, a thread each
@@ -63,6 +67,16 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommand]:
+    """`ctinstruct` as a process of its own at each call, without the time of imports."""
+    from processes import WarmCommand
+
+    command = WarmCommand(tmp_path_factory.mktemp("warm"))
+    yield command
+    command.close()
 
 
 @pytest.fixture

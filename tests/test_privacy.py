@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
+from processes import WarmCommand
 from pydicom.datadict import DicomDictionary
 from scans import asymmetric, dicom_series
 
@@ -83,7 +84,7 @@ def test_nothing_comes_out_of_a_prediction(series: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("broken", ["several series", "no pixels", "cut"])
-def test_nothing_comes_out_of_an_error(series: Path, tmp_path: Path, broken: str) -> None:
+def test_nothing_comes_out_of_an_error(warm: WarmCommand, series: Path, tmp_path: Path, broken: str) -> None:
     folder = tmp_path / "study"
     folder.mkdir()
     for number, file in enumerate(sorted(series.iterdir())):
@@ -96,13 +97,12 @@ def test_nothing_comes_out_of_an_error(series: Path, tmp_path: Path, broken: str
         if broken == "cut":
             content = (folder / file.name).read_bytes()
             (folder / file.name).write_bytes(content[: len(content) - 500])
-    command = [sys.executable, "-m", "ctinstruct_hf.cli", "predict", "-i", str(folder), "-o", str(tmp_path / "out"), "--report"]  # fmt: skip
-    told = subprocess.run(command, capture_output=True, check=False)
+    told = warm("predict", "-i", folder, "-o", tmp_path / "out", "--report")
     if broken != "several series":
         assert told.returncode == 2
     # several series are listed by their descriptions, to choose from
     listed = {"PLANT0008103E"} if broken == "several series" else set()
-    assert leaks(told.stdout + told.stderr) <= listed, told.stderr
+    assert leaks((told.stdout + told.stderr).encode()) <= listed, told.stderr
     for path in (tmp_path / "out").rglob("*"):
         if path.is_file():
             assert not leaks(path.read_bytes()), path
