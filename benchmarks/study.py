@@ -19,7 +19,7 @@ from common import alternate, arguments, header, table
 from ctinstruct_hf import Study
 from ctinstruct_hf.data.phantoms import make_phantom
 from ctinstruct_hf.data.templates import REPORT, answer_segmentation, ask_segmentation
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 
 QUESTIONS = [
     "Is there a pleural effusion?",

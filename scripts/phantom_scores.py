@@ -22,7 +22,7 @@ from ctinstruct_hf.data.reading import open_volume, phantom_of
 from ctinstruct_hf.data.samples import ImageRef
 from ctinstruct_hf.evaluation.predictions import Record, read_predictions
 from ctinstruct_hf.evaluation.scoring import findings_scores
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 
 # what names each finding in a phantom's report
 WORDS = {

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ctinstruct_hf import CTInstructForPretraining, CTInstructImageProcessor, CTVolume, Study, read_volume
 from ctinstruct_hf.data.reading import open_labels
 from ctinstruct_hf.evaluation.segmentation import volume_dice
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 
 # our names -> beginnings of TotalSegmentator's
 STRUCTURES = {

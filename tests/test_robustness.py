@@ -22,7 +22,7 @@ from scans import dicom_series
 from ctinstruct_hf import Study, read_volume
 from ctinstruct_hf.data.phantoms import FINDINGS, Phantom, make_phantom
 from ctinstruct_hf.evaluation.segmentation import volume_dice
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 
 SEEDS = (900401, 900402)
 FIELD_MM = 325  # along the body
@@ -148,7 +148,7 @@ SCRIPT = """
 import sys
 import numpy as np, torch
 from ctinstruct_hf import Study
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 torch.set_num_threads(int(sys.argv[1]))
 study = Study.open("phantom.nii.gz", load_model(None, "cpu"))
 answer = study.ask("Describe the scan.", max_new_tokens=30)

@@ -25,11 +25,12 @@ _HOMES = {
     "CTInstructForPretraining": "modeling.pretraining_ctinstruct",
     "CTInstructModel": "modeling.modeling_ctinstruct",
     "CTInstructForConditionalGeneration": "modeling.modeling_ctinstruct",
-    "Study": "study",
+    "Study": "inference.study",
 }
 __all__ = ["CTInstructError", "__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from .inference.study import Study
     from .modeling.configuration_ctinstruct import (
         CTInstructConfig,
         CTInstructSegmentationConfig,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from .processing.volume import CTVolume
     from .processing.volume_reading import read_volume
     from .processing.volume_series import list_series
-    from .study import Study
 
 
 def __getattr__(name: str) -> Any:

@@ -149,7 +149,7 @@ def predict(
     from rich.markup import escape
 
     from .data.names import read_names
-    from .predict import Request, find_scans, predict_study
+    from .inference.predict import Request, find_scans, predict_study
 
     _quiet()
     request = Request(
@@ -201,7 +201,7 @@ def predict(
     from rich.markup import escape
     from rich.progress import Progress
 
-    from .batch import predict_studies
+    from .inference.batch import predict_studies
 
     with Progress(console=console) as bar:
         task = bar.add_task("scans", total=len(scans))
@@ -674,7 +674,7 @@ def calibrate(
     from .data.samples import from_row
     from .evaluation.floors import find_floors, write_floors
     from .evaluation.run import load_data
-    from .study import load_model
+    from .inference.study import load_model
 
     _quiet()
     if not model.is_dir():

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .data.reading import phantom_of
-from .predict import Request, predict_study
-from .study import Study
+from .inference.predict import Request, predict_study
+from .inference.study import Study
 
 STRUCTURES = [
     "right lung",

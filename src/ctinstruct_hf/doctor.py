@@ -92,7 +92,7 @@ def _self_test() -> Finding:
     start = time.perf_counter()
     try:
         from .data.phantoms import make_phantom
-        from .study import Study, load_model
+        from .inference.study import Study, load_model
 
         study = Study(make_phantom(3, kind="slice").volume, *load_model(None, "cpu"))
         mask = study.segment("liver")

@@ -12,7 +12,7 @@ import pytest
 from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.data.names import Names, canonical, read_names, read_table
 from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 
 TAUGHT = [*ORGANS, *UNIONS, *FINDINGS]
 WRITTEN = {

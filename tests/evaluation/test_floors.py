@@ -15,7 +15,7 @@ from ctinstruct_hf.data.reading import phantom_of
 from ctinstruct_hf.data.templates import answer_segmentation, ask_segmentation
 from ctinstruct_hf.data.tiny import tiny_processor
 from ctinstruct_hf.evaluation.floors import LEAST, VOLUMES, Marked, find_floor
-from ctinstruct_hf.study import BUNDLED_MODEL, load_model
+from ctinstruct_hf.inference.study import BUNDLED_MODEL, load_model
 
 
 def marked(dice: float | None, volume: float, peak: float) -> Marked:

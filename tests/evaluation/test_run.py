@@ -25,7 +25,7 @@ from ctinstruct_hf.evaluation.predictions import read_predictions
 from ctinstruct_hf.evaluation.rows import split_of_data
 from ctinstruct_hf.evaluation.run import RunOptions, load_data, options_of, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
-from ctinstruct_hf.study import BUNDLED_MODEL, Study
+from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study
 from tests.evaluation.test_text import needs_wordnet
 
 QUICK = RunOptions(limit=2, max_new_tokens=4)

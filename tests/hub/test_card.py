@@ -82,7 +82,9 @@ def test_the_doctor_examines_and_says_what_is_missing(monkeypatch: pytest.Monkey
     told = {finding.topic: finding for finding in doctor.examine()}
     assert told["DICOM SEG"].found == "missing"
     assert "dicom-seg" in told["DICOM SEG"].advice
-    monkeypatch.setattr("ctinstruct_hf.study.load_model", lambda *_: (_ for _ in ()).throw(OSError("no weights")))
+    monkeypatch.setattr(
+        "ctinstruct_hf.inference.study.load_model", lambda *_: (_ for _ in ()).throw(OSError("no weights"))
+    )
     broken = CliRunner().invoke(app, ["doctor"])
     assert broken.exit_code == 1
     assert "failed: OSError: no weights" in broken.output

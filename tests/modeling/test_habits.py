@@ -21,7 +21,7 @@ from ctinstruct_hf import (
     CTInstructProcessor,
     CTInstructVisionModel,
 )
-from ctinstruct_hf.study import BUNDLED_MODEL
+from ctinstruct_hf.inference.study import BUNDLED_MODEL
 
 
 def batch(config: CTInstructConfig) -> dict[str, torch.Tensor]:

@@ -32,10 +32,10 @@ from ctinstruct_hf import (
     CTInstructVisionConfig,
     read_volume,
 )
+from ctinstruct_hf.inference.study import BUNDLED_MODEL
 from ctinstruct_hf.modeling.vision_attention_ctinstruct import RelativePositionBias
 from ctinstruct_hf.processing import volume as volume_module
 from ctinstruct_hf.processing.volume import is_volume
-from ctinstruct_hf.study import BUNDLED_MODEL
 from tests.hub.stand_in import running
 
 

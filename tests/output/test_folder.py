@@ -22,16 +22,16 @@ from typer.testing import CliRunner
 
 import ctinstruct_hf
 from ctinstruct_hf import CTInstructError, Study, read_volume
-from ctinstruct_hf.batch import predict_studies
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.hub.fingerprint import fingerprint
+from ctinstruct_hf.inference.batch import predict_studies
+from ctinstruct_hf.inference.predict import Request, predict_study
+from ctinstruct_hf.inference.study import load_model
 from ctinstruct_hf.output import folder as folder_module
 from ctinstruct_hf.output.dicom_seg import save_dicom_seg
 from ctinstruct_hf.output.folder import file_name, file_names
 from ctinstruct_hf.output.measure import measure
 from ctinstruct_hf.output.report import picture, plane_of
-from ctinstruct_hf.predict import Request, predict_study
-from ctinstruct_hf.study import load_model
 
 SCHEMA = json.loads((Path(folder_module.__file__).parent / "findings.schema.json").read_text())
 

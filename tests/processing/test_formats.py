@@ -82,7 +82,7 @@ def test_a_folder_and_a_slice_are_dicom(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["scan", "scan.nii (1).gz", "scan.nii.gz.download"])
 def test_the_command_line_takes_a_scan_of_any_name(name: str, small_scan: Path, tmp_path: Path) -> None:
-    from ctinstruct_hf.predict import find_scans
+    from ctinstruct_hf.inference.predict import find_scans
 
     (tmp_path / "in").mkdir()
     renamed = tmp_path / "in" / name

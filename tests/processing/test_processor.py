@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor, CTInstructProcessor, read_volume
+from ctinstruct_hf.inference.study import BUNDLED_MODEL
 from ctinstruct_hf.processing.processing_ctinstruct import _PLAIN_TEMPLATE, CHAT_TEMPLATE
-from ctinstruct_hf.study import BUNDLED_MODEL
 from ctinstruct_hf.train.collator import spell
 
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|> Where is the liver?"

@@ -22,8 +22,8 @@ from transformers import StoppingCriteriaList
 from ..errors import CTInstructError
 from ..files import remove_left_over, temporary_folder
 from ..hub.models import load_model
+from ..inference.study import Study
 from ..output.report import key_place
-from ..study import Study
 from .jobs import KINDS, Cancelled, Job, Watch
 from .limits import Busy, Limits
 from .masks import Full, PackedMasks

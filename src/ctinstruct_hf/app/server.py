@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import CTInstructError
-from ..study import notes_on
+from ..inference.study import notes_on
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
 from .receiving import is_form, read_json, receive
 

@@ -19,8 +19,8 @@ from ..data.reading import open_mask, open_volume
 from ..data.samples import AlignmentSample
 from ..errors import CTInstructError
 from ..files import write_whole
+from ..inference.study import Study
 from ..processing.any_resolution import logits_inside
-from ..study import Study
 from .segmentation import volume_dice
 
 VOLUMES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # mL that are looked at

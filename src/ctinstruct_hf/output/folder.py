@@ -22,7 +22,7 @@ from .measure import measure
 from .nifti import save_label_map, save_mask
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..inference.study import Study
 
 OUTPUT_TYPES = ("nifti", "dicom-seg")
 # of findings.json, described by findings.schema.json beside this file; a new key raises the second number

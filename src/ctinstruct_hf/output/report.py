@@ -17,7 +17,7 @@ from .. import __version__
 from ..processing.volume import CTVolume
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..inference.study import Study
 
 WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-450.0, 1050.0)}
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f9dff", "#f58231", "#b865d9", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")

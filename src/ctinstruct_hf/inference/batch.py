@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from .errors import CTInstructError
-from .files import whole_file
+from ..errors import CTInstructError
+from ..files import whole_file
+from ..threads import choose_threads
 from .predict import Request, predict_study, settings_of
 from .scans import Scan
-from .threads import choose_threads
 
 ENGINES = ("local", "ray")
 

@@ -12,7 +12,7 @@ import torch
 from ctinstruct_hf import CTInstructError, CTInstructForConditionalGeneration, CTInstructProcessor, Study
 from ctinstruct_hf.data.templates import answer_diagnosis, answer_segmentation, ask_diagnosis, ask_segmentation
 from ctinstruct_hf.data.tiny import tiny_config, tiny_processor
-from ctinstruct_hf.study import load_model
+from ctinstruct_hf.inference.study import load_model
 
 
 @pytest.fixture(scope="module", params=["one axis", "three axes, released positions"])

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .hub.fingerprint import fingerprint
-from .hub.models import resolve_model
-from .output.folder import check_output
+from .. import __version__
+from ..hub.fingerprint import fingerprint
+from ..hub.models import resolve_model
+from ..output.folder import check_output
 from .scans import Scan, find_scans
 from .study import Study
 

@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from ctinstruct_hf import __version__
-from ctinstruct_hf.batch import Outcome, Task, plan, predict_studies, write_table
 from ctinstruct_hf.errors import CTInstructError
-from ctinstruct_hf.predict import Request, find_scans
-from ctinstruct_hf.study import BUNDLED_MODEL
+from ctinstruct_hf.inference.batch import Outcome, Task, plan, predict_studies, write_table
+from ctinstruct_hf.inference.predict import Request, find_scans
+from ctinstruct_hf.inference.study import BUNDLED_MODEL
 
 ASK = Request(questions=["Is there emphysema?"], structures=["liver"], diagnose="phantom")
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.names import Names, disease_names, structure_names
-from .data.templates import (
+from ..data.names import Names, disease_names, structure_names
+from ..data.templates import (
     LETTERS,
     REPORT,
     answer_diagnosis,
@@ -25,13 +25,13 @@ from .data.templates import (
     ask_diagnosis,
     ask_segmentation,
 )
-from .errors import CTInstructError
-from .evaluation.text import chosen_option
-from .hub.chat_templates import render_chat
-from .hub.models import BUNDLED_MODEL, load_model, load_processor
-from .modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
-from .processing.processing_ctinstruct import CTInstructProcessor
-from .processing.volume import CTVolume
+from ..errors import CTInstructError
+from ..evaluation.text import chosen_option
+from ..hub.chat_templates import render_chat
+from ..hub.models import BUNDLED_MODEL, load_model, load_processor
+from ..modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
+from ..processing.processing_ctinstruct import CTInstructProcessor
+from ..processing.volume import CTVolume
 
 UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
 
@@ -136,7 +136,7 @@ class Study:
         Raises:
             CTInstructError: where the scan or the model cannot be read.
         """
-        from .processing.volume_reading import read_volume
+        from ..processing.volume_reading import read_volume
 
         sources = source if isinstance(source, list | tuple) else [source]
         processor = model[1] if isinstance(model, tuple) else load_processor(model, revision)
@@ -513,7 +513,7 @@ class Study:
 
         See `output.folder.save_study` for the options.
         """
-        from .output.folder import save_study
+        from ..output.folder import save_study
 
         return save_study(self, Path(folder), **options)
 

@@ -11,8 +11,8 @@ from pydicom.uid import MRImageStorage
 from scans import asymmetric, dicom_series
 
 from ctinstruct_hf.errors import CTInstructError
+from ctinstruct_hf.inference.scans import Scan, Scans, find_scans
 from ctinstruct_hf.processing.volume import read_volume
-from ctinstruct_hf.scans import Scan, Scans, find_scans
 from ctinstruct_hf.threads import choose_threads, cores, threads_by_load
 
 HU = asymmetric((4, 12, 14))

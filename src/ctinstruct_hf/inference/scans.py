@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CTInstructError
+from ..errors import CTInstructError
 
 # files that hold a volume each, wherever they lie; slices count only where they are named
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".npz", ".zip")
@@ -47,7 +47,7 @@ class Scan:
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of its files and the series; "" where they cannot be read."""
-        from .hub.fingerprint import hash_files
+        from ..hub.fingerprint import hash_files
 
         try:
             folder = Path(os.path.commonpath([file.resolve().parent for file in self.files]))
@@ -174,7 +174,7 @@ def _add_file(path: Path, root: Path, series: str | None, found: Scans) -> None:
 
 def _series_of(source: Path, files: Sequence[Path], found: Scans) -> list[tuple[Path, Any]]:
     """(source, CT series) of a folder or zip; what is none is skipped with the reason."""
-    from .processing.volume_series import list_series
+    from ..processing.volume_series import list_series
 
     try:
         listed = list_series(source)
@@ -225,7 +225,7 @@ def _folder_of(one: Any) -> Path:
 
 def _chosen(members: list[Any], series: str | None, root: Path, found: Scans) -> list[Any]:
     """The series of one study that are wanted."""
-    from .processing.volume_series import SeriesList, choose_series
+    from ..processing.volume_series import SeriesList, choose_series
 
     if series is None or series.strip().lower() == "all":
         return members
@@ -242,7 +242,7 @@ def _chosen(members: list[Any], series: str | None, root: Path, found: Scans) ->
 
 def _uid_in(folder: Path, one: Any) -> str:
     """The series' name when its folder is read alone: several scans under one UID may lie in different folders."""
-    from .processing.volume_series import list_series
+    from ..processing.volume_series import list_series
 
     if re.fullmatch(r"[\d.]+", one.uid):
         return str(one.uid)
