@@ -44,7 +44,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def answers(output: Path) -> dict[str, dict[str, object]]:
     found = {}
     for file in sorted(output.glob("*/findings.json")):
-        found[file.parent.name] = json.loads(file.read_text())
+        found[file.parent.name] = {**json.loads(file.read_text()), "date": None}  # of the run
     return found
 
 
