@@ -10,7 +10,7 @@ from typing import Any
 
 SERVER = """
 import json, os, sys
-import ctinstruct_hf.cli, ctinstruct_hf.predict, ctinstruct_hf.study
+import ctinstruct_hf.cli, ctinstruct_hf.inference.predict, ctinstruct_hf.inference.study
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()

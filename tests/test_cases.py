@@ -76,7 +76,7 @@ def fault_of(name: str, expected: str, got: str) -> str | None:
 def test_reports_of_users_do_not_come_back(tmp_path: Path) -> None:
     folder = shared("cases/reports")
     scripts = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
-    out = run(folder, scripts, "ctinstruct_hf.study,ctinstruct_hf.app.server,fastapi.testclient", tmp_path)
+    out = run(folder, scripts, "ctinstruct_hf.inference.study,ctinstruct_hf.app.server,fastapi.testclient", tmp_path)
     ends = dict(re.findall(r"^== (\S+) ended with (-?\d+)$", out, re.M))
     assert len(ends) == len(scripts)
     assert set(ends.values()) == {"0"}, out
