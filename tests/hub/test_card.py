@@ -76,7 +76,7 @@ def test_the_doctor_examines_and_says_what_is_missing(monkeypatch: pytest.Monkey
     for topic in ("Python", "torch", "CPU", "DICOM SEG", "METEOR", "self-test"):
         assert topic in done.output
     assert "the bundled model answers in" in done.output
-    from ctinstruct_hf import doctor
+    from ctinstruct_hf.cli import doctor
 
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     told = {finding.topic: finding for finding in doctor.examine()}

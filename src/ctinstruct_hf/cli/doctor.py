@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
-import torch
+import typer
+
+from .shared import hide_progress_bars
 
 
 @dataclass
@@ -64,6 +66,8 @@ def _devices() -> Iterator[Finding]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GB of memory"
     yield Finding("CPU", f"{cores} cores{memory}")
+    import torch
+
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
@@ -77,8 +81,8 @@ def _devices() -> Iterator[Finding]:
 def _wordnet() -> Finding:
     if find_spec("nltk") is None:
         return Finding("METEOR", "missing", "pip install 'ctinstruct-hf[eval]', if you need it")
-    from .errors import CTInstructError
-    from .evaluation.wordnet import find_wordnet
+    from ..errors import CTInstructError
+    from ..evaluation.wordnet import find_wordnet
 
     try:
         find_wordnet()
@@ -91,8 +95,8 @@ def _self_test() -> Finding:
     """One made-up slice, one mask, one answer."""
     start = time.perf_counter()
     try:
-        from .data.phantoms import make_phantom
-        from .inference.study import Study, load_model
+        from ..data.phantoms import make_phantom
+        from ..inference.study import Study, load_model
 
         study = Study(make_phantom(3, kind="slice").volume, *load_model(None, "cpu"))
         mask = study.segment("liver")
@@ -104,4 +108,13 @@ def _self_test() -> Finding:
     return Finding("self-test", f"the bundled model answers in {time.perf_counter() - start:.1f} s")
 
 
-__all__ = ["Finding", "examine"]
+def doctor() -> None:
+    """Versions, devices, memory, optional parts, and a self-test; exit code 1 where something is broken."""
+    hide_progress_bars()
+    broken = False
+    for finding in examine():
+        broken = broken or finding.fails
+        advice = f"   -> {finding.advice}" if finding.advice else ""
+        typer.echo(f"{finding.topic:26s} {finding.found}{advice}")
+    if broken:
+        raise typer.Exit(1)

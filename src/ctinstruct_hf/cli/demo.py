@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from .data.reading import phantom_of
-from .inference.predict import Request, predict_study
-from .inference.study import Study
+import typer
+
+from .shared import as_note, hide_progress_bars, show_steps
+
+if TYPE_CHECKING:
+    from ..inference.study import Study
 
 STRUCTURES = [
     "right lung",
@@ -31,6 +35,9 @@ def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda s
         seed: which phantom.
         tell: called with the name of each step.
     """
+    from ..data.reading import phantom_of
+    from ..inference.predict import Request, predict_study
+
     tell("making a scan")
     output.mkdir(parents=True, exist_ok=True)
     scan = output / "scan.nii.gz"
@@ -38,3 +45,19 @@ def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda s
     phantom.volume.to_source(phantom.volume.hu, scan)
     request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom")
     return predict_study(scan, output / "results", request, tell=tell)
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo_output"),
+    seed: Annotated[int, typer.Option(help="Which made-up scan.")] = 3,
+) -> None:
+    """Run the main job on a made-up scan with the bundled model and write a page to look at."""
+    from rich.console import Console
+
+    hide_progress_bars()
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        study = run_demo(output, seed, tell=show_steps(status))
+    for note in study.warnings:
+        console.print(as_note(note))
+    typer.echo(f"Research use only. Open {(output / 'results' / 'report.html').resolve()}")

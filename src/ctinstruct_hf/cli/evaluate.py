@@ -1,0 +1,203 @@
+"""`ctinstruct evaluate`, `calibrate` and `compare`: scores of models and of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CTInstructError
+from .shared import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RevisionOption,
+    hide_progress_bars,
+    refuse_beside,
+    show_steps,
+    split_names,
+)
+
+ThresholdsOption = Annotated[
+    str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
+]
+SurfaceOption = Annotated[bool, typer.Option("--surface", help="Also NSD and HD95, which take long.")]
+WordsOption = Annotated[
+    str, typer.Option("--words", help="Words of texts: ascii, unicode, or auto: unicode where the texts need it.")
+]
+
+# of `evaluate`: what only matters where a model is run
+RUN_PARAMETERS = ("model", "revision", "tasks", "split", "limit", "batch_size", "max_new_tokens", "device", "dtype")
+
+
+def evaluate(
+    context: typer.Context,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="A prepared folder, a JSONL file, or phantoms:trunk:900000-900040.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Score this file instead of running a model.")
+    ] = None,
+    converter: Annotated[
+        str | None, typer.Option("--from", help="The file is m3d's, radfm's, ct_chat's or released's own.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option("--references", help="Right answers, where such a file has none (ct_chat).")
+    ] = None,
+    dataset: Annotated[str, typer.Option("--dataset", help="Name of the data in such a file, as ct_rate.")] = "",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; an interrupted run goes on.")] = Path(
+        "evaluation"
+    ),
+    tasks: Annotated[str | None, typer.Option("--tasks", help="With commas; all that there are by default.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="train, validation or test; by default test, or validation without one."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Samples of each task.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Questions answered at once.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of an answer.")] = 512,
+    thresholds: ThresholdsOption = "validation",
+    surface: SurfaceOption = False,
+    words: WordsOption = "auto",
+    vlm3d: Annotated[Path | None, typer.Option("--vlm3d", help="Also write the reports as a VLM3D submission.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Run a model over data and score it, or score the predictions of any system."""
+    from rich.console import Console
+
+    from ..evaluation.converters import convert_predictions
+    from ..evaluation.page import write_comparison, write_scores
+    from ..evaluation.predictions import read_predictions, write_predictions
+    from ..evaluation.run import RunOptions, run_model
+    from ..evaluation.scoring import parse_thresholds, score_predictions
+
+    if (data is None) == (predictions is None):
+        raise CTInstructError("Give either --data (and --model) or --predictions.")
+    if data is not None:
+        refuse_beside(context, "--data", "converter", "references", "dataset")
+    else:
+        refuse_beside(context, "--predictions", *RUN_PARAMETERS)
+    if converter is None:
+        refuse_beside(context, "a file of predictions without --from", "references", "dataset")
+    limits = parse_thresholds(thresholds)
+    hide_progress_bars()
+    with Console(stderr=True).status("starting") as status:
+        if data is not None:
+            from ..hub.models import BUNDLED_MODEL
+
+            options = RunOptions(
+                tuple(split_names(tasks)), split or "", limit, batch_size, max_new_tokens, limits == "validation"
+            )
+            file = run_model(
+                model or str(BUNDLED_MODEL),
+                data,
+                output,
+                options,
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                tell=show_steps(status),
+            )
+            if not is_main_process():
+                return
+            found = read_predictions(file)
+        elif converter is not None:
+            assert predictions is not None
+            found = convert_predictions(converter, predictions, references, dataset)
+            write_predictions(found, output / "predictions.jsonl")
+        else:
+            assert predictions is not None
+            found = read_predictions(predictions)
+        scores = score_predictions(found, limits, surface=surface, tokenizer=words, tell=show_steps(status))
+        tables = write_comparison([scores], output / "page")
+        write_scores(scores, output / "scores.json")
+    for table in tables:
+        typer.echo(table.markdown())
+    if found.failed:
+        typer.echo(f"{len(found.failed)} samples failed: " + ", ".join(record.id for record in found.failed[:20]))
+    if vlm3d is not None:
+        from ..evaluation.challenge import write_submission
+
+        typer.echo(f"{write_submission(found, vlm3d)} reports in {vlm3d}")
+    typer.echo(f"Research use only. Open {(output / 'page' / 'index.html').resolve()}")
+
+
+def calibrate(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a stage-two model; its processor is changed.")],
+    data: Annotated[
+        str, typer.Option("--data", help="As for evaluate, with masks: a folder, or phantoms:trunk:0-120.")
+    ],
+    split: Annotated[
+        str, typer.Option("--split", help="train, validation or test; never what is scored later.")
+    ] = "train",
+    limit: Annotated[int | None, typer.Option("--limit", help="Scans.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Find when a mask is to be left empty, on scans whose truth is known, and write it into the model's processor."""
+    from rich.console import Console
+
+    from ..data.samples import from_row
+    from ..evaluation.floors import find_floors, write_floors
+    from ..evaluation.run import load_data
+    from ..inference.study import load_model
+
+    hide_progress_bars()
+    if not model.is_dir():
+        raise CTInstructError(f"--model {model} is no folder: calibrate writes into the model's processor.")
+    with Console(stderr=True).status("starting") as status:
+        network, processor = load_model(str(model), device, dtype)
+        rows = load_data(data, "alignment", split)[:limit]
+        if not any(row["masks"] for row in rows):
+            raise CTInstructError(f"{data} has no sample of split {split} with a mask: nothing to learn a floor from.")
+        floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), show_steps(status))  # type: ignore[misc]
+        write_floors(model, floors)
+        processor.image_processor.mask_floors = floors  # this process may have it loaded
+    for name, (least, level) in sorted(floors.items()):
+        typer.echo(f"{name}: empty unless more than {least:g} mL have a logit above {level:g}")
+    typer.echo(f"{len(floors)} structures of {len(rows)} scans have a floor in {model}")
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of several processes, or the only one."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Files of predictions; the first is compared with the others.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("comparison"),
+    thresholds: ThresholdsOption = "validation",
+    surface: SurfaceOption = False,
+    words: WordsOption = "auto",
+    pictures: Annotated[bool, typer.Option(help="Dice by structure, ROC curves, reliability.")] = True,
+) -> None:
+    """Tables 3 to 8 of the paper with these systems beside its rows: Markdown, LaTeX, CSV, pictures, one page."""
+    from rich.console import Console
+
+    from ..evaluation.page import write_comparison
+    from ..evaluation.predictions import check_same, read_predictions
+    from ..evaluation.scoring import parse_thresholds, score_predictions
+
+    limits = parse_thresholds(thresholds)
+    found = [read_predictions(file) for file in files]
+    names = [one.system for one in found]
+    for place, one in enumerate(found):  # systems of one name are told apart by their files
+        if names.count(one.system) > 1:
+            one.system = f"{one.system} ({files[place].parent.name or files[place].stem})"
+    for other in found[1:]:
+        keys = [{(record.task, record.dataset) for record in one.records} for one in (found[0], other)]
+        check_same(found[0], other, sorted(keys[0] & keys[1]))
+    with Console(stderr=True).status("scoring") as status:
+        scores = [
+            score_predictions(one, limits, surface=surface, tokenizer=words, tell=show_steps(status)) for one in found
+        ]
+        tables = write_comparison(scores, output, pictures)
+    for table in tables:
+        typer.echo(table.markdown())
+    typer.echo(f"Research use only. Open {(output / 'index.html').resolve()}")

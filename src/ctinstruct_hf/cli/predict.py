@@ -1,0 +1,178 @@
+"""`ctinstruct predict`: one scan or many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import CTInstructError
+from .shared import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    NamesOption,
+    RevisionOption,
+    as_note,
+    hide_progress_bars,
+    show_steps,
+    split_names,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..inference.predict import Request
+    from ..inference.scans import Scan, Scans
+
+
+def predict(
+    inputs: Annotated[list[Path], typer.Option("-i", "--input", help="A scan, or a folder of scans; repeatable.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    report: Annotated[bool, typer.Option("--report", help="Write a report.")] = False,
+    ask: Annotated[list[str] | None, typer.Option("--ask", help="A question in words; repeatable.")] = None,
+    segment: Annotated[str | None, typer.Option("--segment", help="Names of structures, with commas.")] = None,
+    diagnose: Annotated[
+        str | None, typer.Option("--diagnose", help="A list of the model (ct_rate …), names with commas, or all.")
+    ] = None,
+    output_type: Annotated[
+        list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg, or both.")
+    ] = None,
+    ml: Annotated[
+        bool, typer.Option("--ml", help="All structures in one label file, but those that overlap others.")
+    ] = False,
+    keep_series_uid: Annotated[
+        bool, typer.Option("--keep-series-uid", help="Keep the SeriesInstanceUID in findings.json.")
+    ] = False,
+    series: Annotated[
+        str | None,
+        typer.Option(
+            "--series", help="Of several CT series: UID, number, part of the description, largest, thinnest, all."
+        ),
+    ] = None,
+    spacing: Annotated[str | None, typer.Option("--spacing", help="mm depth,height,width, for files without.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes over many scans.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray for several machines.")] = "local",
+    restart: Annotated[bool, typer.Option("--restart", help="Answer anew what an earlier run has finished.")] = False,
+    names: NamesOption = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written.
+
+    Of many, those that an earlier run has finished are kept; results.csv and failures.csv tell about all. Exit code 3: an
+    output type could not be written, all others were.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ..data.names import read_names
+    from ..inference.predict import Request, find_scans
+
+    hide_progress_bars()
+    request = Request(
+        report, list(ask or []), split_names(segment), diagnose, tuple(output_type or ("nifti",)), ml, keep_series_uid
+    )
+    request.report = request.report or request.empty
+    reading: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "dtype": dtype,
+        "series": series,
+        "spacing": _millimetres(spacing),
+        "names": None if names is None else read_names(names),
+    }
+    devices = _devices(device)
+    console = Console(stderr=True)
+    with console.status("looking for scans"):
+        scans = find_scans(inputs, series)
+    if not scans:
+        raise CTInstructError(f"{inputs[0]}: there is no scan. {_left_out(scans.skipped)}")
+    if scans.skipped:
+        console.print(escape(_left_out(scans.skipped)), highlight=False, soft_wrap=True)
+    if scans.is_one_study(inputs) and len(scans) > 1 and series is None:
+        listed = "; ".join(scan.description for scan in scans)
+        raise CTInstructError(
+            f"{inputs[0]} holds {len(scans)} CT series: choose by --series (UID, number, part of the description, largest, "
+            f"thinnest or all): {listed}."
+        )
+    if scans.is_one_study(inputs) and len(scans) == 1:
+        if len(devices) > 1:
+            raise CTInstructError(f"--device names {len(devices)} devices for one scan: give one.")
+        reading["device"] = devices[0] if devices else None
+        complete = _predict_scan(console, scans[0], output, request, reading)
+    else:
+        reading |= {"devices": devices, "workers": workers, "engine": engine, "restart": restart}
+        complete = _predict_scans(console, scans, output, request, reading)
+    if not complete:
+        raise typer.Exit(3)
+
+
+def _predict_scan(console: Console, scan: Scan, output: Path, request: Request, options: dict[str, Any]) -> bool:
+    """Whether every output type of the only scan was written."""
+    from ..inference.predict import predict_study
+
+    with console.status("starting") as status:
+        study = predict_study(scan, output, request, tell=show_steps(status, f"{scan.path.name}: "), **options)
+    for note in study.warnings:
+        console.print(as_note(f"{scan.path.name}: {note}"))
+    typer.echo(f"{output / 'report.html'}")
+    console.print("Research use only. Not a diagnosis.")
+    return not study.results.failures
+
+
+def _predict_scans(console: Console, scans: Scans, output: Path, request: Request, options: dict[str, Any]) -> bool:
+    """Whether every output type of all scans was written; raises CTInstructError where scans failed."""
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    from ..inference.batch import predict_studies
+
+    with Progress(console=console) as bar:
+        task = bar.add_task("scans", total=len(scans))
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, description=escape(name))
+
+        outcomes = predict_studies(scans, output, request, tell=show, **options)
+    counts = Counter(outcome.status for outcome in outcomes)
+    order = ("done", "kept", "incomplete", "failed")
+    typer.echo(", ".join(f"{counts[status]} {status}" for status in order if counts[status]))
+    for outcome in outcomes:
+        if outcome.changed:
+            console.print(escape(f"{outcome.study} was answered anew: {outcome.changed} changed."), highlight=False)
+    typer.echo(f"{output / 'results.csv'}")
+    console.print("Research use only. Not a diagnosis.")
+    failed = [f"{outcome.study}: {outcome.error}" for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        more = f" And {len(failed) - 5} more, see {output / 'failures.csv'}." if len(failed) > 5 else ""
+        raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed[:5]) + more)
+    return not counts["incomplete"]
+
+
+def _left_out(skipped: list[tuple[Path, str]], most: int = 5) -> str:
+    """What is no scan, in a line."""
+    lines = [f"{path.name}: {reason.rstrip('.')}" for path, reason in skipped[:most]]
+    more = f"; and {len(skipped) - most} more" if len(skipped) > most else ""
+    return f"Left out: {'; '.join(lines)}{more}." if lines else ""
+
+
+def _millimetres(spacing: str | None) -> tuple[float, float, float] | None:
+    if spacing is None:
+        return None
+    try:
+        depth, height, width = (float(value) for value in spacing.split(","))
+    except ValueError as error:
+        raise CTInstructError(f"--spacing is '{spacing}': give three numbers in mm, as 2.5,0.7,0.7.") from error
+    return depth, height, width
+
+
+def _devices(text: str | None) -> list[str]:
+    """cuda:0,1 -> cuda:0, cuda:1."""
+    names = split_names(text)
+    device_type = names[0].split(":")[0] if names else ""
+    return [f"{device_type}:{name}" if name.isdigit() else name for name in names]

@@ -1,0 +1,55 @@
+"""`ctinstruct app`: the local page and its HTTP interface."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import CTInstructError
+from .shared import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RevisionOption,
+    hide_progress_bars,
+)
+
+
+def serve(
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; this computer only by default.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 7860,
+    api: Annotated[bool, typer.Option("--api", help="The HTTP interface only, without the page.")] = False,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    max_upload: Annotated[float, typer.Option("--max-upload", help="GiB of the files of one study.")] = 2.0,
+    studies: Annotated[int, typer.Option("--studies", help="Open at once.")] = 4,
+    waiting: Annotated[int, typer.Option("--waiting", help="Questions in the line before more are refused.")] = 16,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """A local page to open a scan, see it, ask, and mark structures; the same as an HTTP interface."""
+    try:
+        from ..app.engine import Engine, Limits
+        from ..app.server import run
+    except ModuleNotFoundError as error:
+        raise CTInstructError(f"The page needs {error.name}: pip install 'ctinstruct-hf[app]'.") from error
+
+    hide_progress_bars()
+    limits = Limits(upload_bytes=int(max_upload * 2**30), studies=studies, waiting=waiting)
+    engine = Engine(model, device, dtype, limits, revision)
+
+    def announce(address: str) -> None:
+        typer.echo(f"Research use only. The page is at {address}" if not api else f"Research use only. {address}/api")
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            typer.echo("Whoever reaches this address can use it: there is no password.", err=True)
+        elif browser and not api and sys.stdout.isatty():
+            import webbrowser
+
+            webbrowser.open(address)
+
+    run(engine, host, port, page=not api, told=announce)
