@@ -29,13 +29,17 @@ NOT_APPLICABLE = re.compile(
 
 def main() -> int:
     root = prepare(HERE.parent / ".conformance")
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), str(HERE), os.environ.get("PYTHONPATH")))),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
-        "-rs",
+        "-rsfE",
         "-p",
         "no:cacheprovider",
         "-c",

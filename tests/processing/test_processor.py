@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ctinstruct_hf import CTInstructError, CTInstructImageProcessor, CTInstructProcessor, read_volume
+from ctinstruct_hf import (
+    CTInstructError,
+    CTInstructForConditionalGeneration,
+    CTInstructImageProcessor,
+    CTInstructProcessor,
+    read_volume,
+)
 from ctinstruct_hf.inference.study import BUNDLED_MODEL
 from ctinstruct_hf.processing.processing_ctinstruct import _PLAIN_TEMPLATE, CHAT_TEMPLATE
 from ctinstruct_hf.train.collator import spell
@@ -261,4 +269,91 @@ def test_the_collator_of_trl_marks_the_words_alone(processor, scan, answers_only
     talk[1]["content"] = [{"type": "image"}, {"type": "text", "text": "Where is the liver?"}]
     ids, labels = spell(processor, talk, [int(batch["patch_grid"].prod())])
     assert batch["input_ids"][0].tolist() == ids
-    assert batch["labels"][0].tolist() == (labels if answers_only else ids)
+    vision = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
+    words = [-100 if token in vision else token for token in ids]
+    assert batch["labels"][0].tolist() == (labels if answers_only else words)
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+def test_labels_put_into_a_batch_lose_those_at_image_and_vision_tokens(processor, scan, return_tensors: Any) -> None:
+    batch = processor(images=scan, text=PROMPT, return_tensors=return_tensors)
+    batch["labels"] = copy.deepcopy(batch["input_ids"])
+    ids, labels = np.array(batch["input_ids"])[0], np.array(batch["labels"])[0]
+    image_tokens = int(np.prod(np.array(batch["patch_grid"])))
+    assert labels.tolist() == [-100] * (image_tokens + 2) + ids[image_tokens + 2 :].tolist()
+    assert type(pickle.loads(pickle.dumps(batch)))(batch).data.keys() == batch.keys()  # as workers and trainers do
+
+
+@pytest.mark.parametrize("completion", [False, True])
+def test_the_loss_of_trls_own_trainer_is_that_of_the_words_alone(
+    processor, tiny_config, tmp_path: Path, completion: bool
+) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    names = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+             "image_token_id": "<|image_pad|>", "seg_token_id": "<SEG>",
+             "disease_token_id": "<disease_confidence>"}  # fmt: skip
+    tokens = {field: processor.tokenizer.convert_tokens_to_ids(token) for field, token in names.items()}
+    text = {**tiny_config().text_config.to_dict(), "vocab_size": len(processor.tokenizer)}
+    model = CTInstructForConditionalGeneration(tiny_config(text_config=text, **tokens)).eval()
+    rows = []
+    for index in range(2):
+        asked = [{"role": "user", "content": "Where is it?" + " there" * index}]
+        answered = [{"role": "assistant", "content": "It is there."}]
+        turns = {"prompt": asked, "completion": answered} if completion else {"messages": asked + answered}
+        rows.append({"images": [Image.fromarray(np.full((30, 40), 90 + index, np.uint8))], **turns})
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to="none", logging_steps=1,
+        max_length=None, bf16=False, gradient_checkpointing=False, disable_tqdm=True, save_strategy="no",
+        **({"completion_only_loss": False} if completion else {}),
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    batch = trainer.data_collator([copy.deepcopy(row) for row in rows])
+    vision = torch.tensor(list(tokens.values())[:3])
+    words = batch["input_ids"].masked_fill(
+        torch.isin(batch["input_ids"], vision) | (batch["attention_mask"] == 0), -100
+    )
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        model.train()
+        loss = float(trainer.compute_loss(model, dict(batch)))
+    right = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
+    assert loss == pytest.approx(float(right), abs=0.05)  # norms of the tower read the batch in training
+    with torch.no_grad():
+        assert float(trainer.compute_loss(model.eval(), dict(batch))) == pytest.approx(float(right), abs=1e-4)
+
+
+@pytest.mark.parametrize("images", [None, [], [[]], [[], []]], ids=str)
+def test_texts_alone_are_a_batch(processor, images: Any) -> None:
+    texts = ["Hello."] * (len(images) if images else 1)
+    batch = processor(images=images, text=texts)
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_images_by_text_belong_to_their_text(processor, scan) -> None:
+    flat = processor(images=[scan, scan, scan], text=[PROMPT + PROMPT, "No scan.", PROMPT])
+    nested = processor(images=[[scan, scan], [], [scan]], text=[PROMPT + PROMPT, "No scan.", PROMPT])
+    assert all(torch.equal(flat[name], nested[name]) for name in flat)
+    with pytest.raises(CTInstructError, match=r"have 2 <\|image_pad\|> for 1 images"):
+        processor(images=[[scan], [scan, scan]], text=[PROMPT + PROMPT, PROMPT])
+    with pytest.raises(CTInstructError, match="images has 1 lists for 2 texts"):
+        processor(images=[[scan, scan]], text=[PROMPT, PROMPT])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_image_token_is_cut(processor, scan, side: str) -> None:
+    tokens = int(processor(images=scan)["patch_grid"].prod())
+    long = {"left": "A word or two. " + PROMPT, "right": PROMPT + " A word or two."}[side]
+    processor.tokenizer.truncation_side = side
+    try:
+        batch = processor(images=scan, text=long, padding=True, truncation=True, max_length=tokens + 8)
+        assert int((batch["input_ids"] == processor.image_token_id).sum()) == tokens
+        for length in (tokens - 1, 3):
+            with pytest.raises(CTInstructError, match="max_length cuts image tokens"):
+                processor(images=[[scan]], text=[long], padding=True, truncation=True, max_length=length)
+            with pytest.raises(CTInstructError, match="max_length cuts image tokens"):
+                processor(images=scan, text=long, text_kwargs={"truncation": True, "max_length": length})
+    finally:
+        processor.tokenizer.truncation_side = "right"

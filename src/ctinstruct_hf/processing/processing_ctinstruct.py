@@ -17,6 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from .arguments_ctinstruct import CTInstructProcessorKwargs
 from .image_fetching import from_base64
 from .image_processing_ctinstruct import as_auto_class, flatten_images, settings_of
+from .labels_ctinstruct import CTInstructBatch
 from .volume import CTInstructError, CTVolume, is_volume
 
 SEG_TOKEN = "<SEG>"
@@ -87,6 +88,7 @@ class CTInstructProcessor(ProcessorMixin):
         if missing:
             raise CTInstructError(f"The tokenizer lacks the tokens {', '.join(missing)}: add them as special tokens.")
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._vision_token_ids = tuple(tokenizer.convert_tokens_to_ids([VISION_START, IMAGE_TOKEN, VISION_END]))
 
     def __call__(
         self,
@@ -97,8 +99,8 @@ class CTInstructProcessor(ProcessorMixin):
         """A batch for the model.
 
         Args:
-            images: whatever `CTInstructImageProcessor.read` takes, one or a (nested) list, in the order of
-                `<|image_pad|>` in the texts.
+            images: whatever `CTInstructImageProcessor.read` takes, one or a list in the order of `<|image_pad|>` in the
+                texts, or a list of images per text.
             text: one or several prompts with one `<|image_pad|>` per image; each becomes one per slice of its patches.
             kwargs: `spacing` in mm (depth, height, width) of images given as arrays, settings of the image processor,
                 arguments of the tokenizer (padding is on by default), `return_tensors` ("pt" by default),
@@ -108,20 +110,24 @@ class CTInstructProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask`, `pixel_values`, `patch_grid`, `slice_mask`, and `disease_ids` where every
             prompt that speaks of diseases names known ones ("... the presence of calcification and bronchiectasis.").
+            `labels` put into it are −100 at image and vision tokens.
 
         Raises:
-            CTInstructError: for unknown arguments, videos and audio, where texts and images do not fit each other, where `max_length` would
-                cut image tokens, or where an image cannot be read.
+            CTInstructError: for unknown arguments, videos and audio, where texts and images do not fit each other, where
+                `max_length` would cut image tokens, or where an image cannot be read.
         """
         if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
             raise CTInstructError("CTInstruct reads images and text: videos and audio cannot be given.")
         self._check_arguments(kwargs)
+        if text is not None and isinstance(images, list | tuple) and not flatten_images(images):
+            images = None  # a batch of texts alone
         try:
-            batch = super().__call__(images=images, text=text, **kwargs)
+            batch = CTInstructBatch(super().__call__(images=images, text=text, **kwargs).data)
         except CTInstructError:
             raise
         except (StrictDataclassError, ValueError) as error:
             raise CTInstructError(" ".join(str(error).split())) from error
+        batch.vision_token_ids = self._vision_token_ids
         ids = self.disease_ids_of([text] if isinstance(text, str) else text or [])
         if ids:
             tensors = next((value for name, value in batch.items() if name in ("input_ids", "pixel_values")), None)
@@ -154,6 +160,11 @@ class CTInstructProcessor(ProcessorMixin):
             return
         if not isinstance(text, list) or not all(isinstance(one, str) for one in text):
             raise CTInstructError("text is neither a string nor a list of strings.")
+        if isinstance(images, list | tuple) and all(isinstance(part, list | tuple) for part in images):
+            if len(images) != len(text):
+                raise CTInstructError(f"images has {len(images)} lists for {len(text)} texts: give one per text.")
+            for one, part in zip(text, images, strict=True):
+                self._check_places([one], len(flatten_images(part)))
         self._check_places(text, 0 if images is None else len(flatten_images(images)))
 
     def _merge_kwargs(self, *args: Any, tokenizer_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
