@@ -25,11 +25,12 @@ test-min: ## all tests with the lowest versions that pyproject.toml allows, in .
 releases: ## once a month: which new release of a dependency breaks us, in .venv-newest
 	@$(or $(PYTHON),python3) scripts/check_releases.py
 
-check: ## lint, format, types, what bandit finds unsafe, known holes in dependencies
+check: ## lint, format, types, who may import whom, what bandit finds unsafe, known holes in dependencies
 	@scripts/install.sh dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 	@$(BIN)/bandit -q -c pyproject.toml -r src
 	@$(BIN)/python scripts/audit.py
 

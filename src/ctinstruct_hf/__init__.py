@@ -6,9 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _auto
+from ._version import __version__
 from .errors import CTInstructError
-
-__version__ = "0.1.0"
 
 # public name -> module; loaded on first use, so that importing the package costs nothing
 _HOMES = {

@@ -30,3 +30,14 @@ def cannot_load(argument: str, name: str, error: BaseException, hint: str = "") 
     ):
         hint += " Check the name; a private model needs hf auth login."
     return CTInstructError(f"{argument} '{name}' cannot be loaded: {first_line(error)}.{hint}")
+
+
+def refusal(repository: str, error: Exception) -> CTInstructError:
+    """What the Hub said against a repository, in one sentence."""
+    return CTInstructError(f"The Hub does not take {repository}: {first_line(error)} (log in with `hf auth login`).")
+
+
+def check_repository(repository: str) -> None:
+    """Raises CTInstructError for a name that is not "user/name"."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise CTInstructError(f"'{repository}' is no name on the Hub: write user/name.")

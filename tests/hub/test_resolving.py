@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.cli import app
-from ctinstruct_hf.hub import models
-from ctinstruct_hf.hub.models import load_model, resolve_model
+from ctinstruct_hf.inference import models
+from ctinstruct_hf.inference.models import load_model, resolve_model
 from tests.hub.stand_in import COMMIT, Hub, running
 
 _FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",

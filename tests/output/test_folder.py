@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 import ctinstruct_hf
 from ctinstruct_hf import CTInstructError, Study, read_volume
 from ctinstruct_hf.cli import app
-from ctinstruct_hf.hub.fingerprint import fingerprint
 from ctinstruct_hf.inference.batch import predict_studies
+from ctinstruct_hf.inference.fingerprint import fingerprint
 from ctinstruct_hf.inference.predict import Request, predict_study
 from ctinstruct_hf.inference.study import load_model
 from ctinstruct_hf.output import folder as folder_module

@@ -21,7 +21,7 @@ from transformers import StoppingCriteriaList
 
 from ..errors import CTInstructError
 from ..files import remove_left_over, temporary_folder
-from ..hub.models import load_model
+from ..inference.models import load_model
 from ..inference.study import Study
 from ..output.report import key_place
 from .jobs import KINDS, Cancelled, Job, Watch
@@ -112,7 +112,7 @@ class Engine:
     """Everything behind the page.
 
     Args:
-        model, device, dtype, revision: see `hub.models.load_model`.
+        model, device, dtype, revision: see `inference.models.load_model`.
         limits: what it takes on.
     """
 

@@ -22,9 +22,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CTInstructError
-from ..inference.study import notes_on
+from ..inference.models import notes_on
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
 from .receiving import is_form, read_json, receive
 

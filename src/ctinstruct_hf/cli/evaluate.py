@@ -87,7 +87,7 @@ def evaluate(
     hide_progress_bars()
     with Console(stderr=True).status("starting") as status:
         if data is not None:
-            from ..hub.models import BUNDLED_MODEL
+            from ..inference.folders import BUNDLED_MODEL
 
             options = RunOptions(
                 tuple(split_names(tasks)), split or "", limit, batch_size, max_new_tokens, limits == "validation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 CATEGORY_DESCRIPTIONS: dict[str, str] = {
@@ -41,3 +42,9 @@ def texts_of(row: dict[str, Any]) -> list[str]:
 def describe_category(name: str) -> str:
     """The sentence of a category; for one that the table lacks, a plain one with its name."""
     return CATEGORY_DESCRIPTIONS.get(name) or f"The CT shows {name.replace('_', ' ')}."
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int = 256) -> tuple[Any, Any]:
+    """input_ids and attention_mask int64 [texts, L] for the text encoder, padded on the tokenizer's side."""
+    encoded = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=max_length)
+    return encoded["input_ids"], encoded["attention_mask"]

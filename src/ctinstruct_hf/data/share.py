@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import CTInstructError, first_line
+from ..errors import CTInstructError, check_repository, first_line, refusal
 from ..files import write_whole
 from ..processing.volume_files import inside
 from .prepared import describe, load_rows, named_files, write_rows
@@ -191,8 +191,6 @@ def share(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from ..hub.publish import check_repository, refusal
-
     check_repository(repository)
     rows, mapping = shareable_rows(folder, root)
     counts = {kind: {split: len(part) for split, part in splits.items()} for kind, splits in rows.items()}
@@ -245,8 +243,6 @@ def fetch(
         CTInstructError: where it is not there, or a path leads out of `root`.
     """
     from datasets import get_dataset_config_names, load_dataset
-
-    from ..hub.publish import check_repository
 
     check_repository(repository)
     if (folder / "dataset.json").exists():

@@ -7,6 +7,7 @@ that were asked for.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -18,15 +19,16 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
+from ..data.descriptions import tokenize
 from ..data.names import disease_names, structure_names
 from ..data.reading import open_volume
 from ..data.samples import AlignmentSample, ImageRef, InstructionSample, Label, MaskRef, from_row, text_of
 from ..data.templates import DISEASE_TOKEN
 from ..errors import CTInstructError
 from ..files import whole_folder, write_whole
-from ..hub.chat_templates import render_chat
-from ..hub.folders import require
-from ..hub.models import load_model, load_stage_one, resolve_model
+from ..inference.chat_templates import render_chat
+from ..inference.folders import require
+from ..inference.models import load_model, load_stage_one, resolve_model
 from .alignment import questions_of
 from .choices import options_of
 from .predictions import TASKS, TEXT_TASKS, Predictions, Record, parse_record, to_json, write_predictions
@@ -94,7 +96,7 @@ def run_model(
         data: see `rows.load_data`.
         output: folder for `predictions.jsonl` and `masks/`.
         options: what to run.
-        device, dtype, revision: see `hub.models.load_model`.
+        device, dtype, revision: see `inference.models.load_model`.
         tell: called with a sentence on progress.
 
     Returns:
@@ -400,12 +402,12 @@ class StageOne:
 
     def __init__(self, folder: Path, device: str | None) -> None:
         from ..data.store import PatchStore
-        from ..train.collator import AlignmentCollator
 
         self.model: Any
         self.model, self.processor, tokenizer = load_stage_one(folder, device)
         self.store = PatchStore(self.processor, None)
-        self.words = AlignmentCollator(self.store, tokenizer).words
+        tokenizer.padding_side = "right"  # as it was trained: encoders count positions from the left
+        self.words = functools.partial(tokenize, tokenizer)
 
     def jobs_of(self, sample: AlignmentSample) -> Iterator[_Job]:
         if sample.texts:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..data.choices import chosen_option, options_of
 from ..data.names import Names
 from ..data.samples import InstructionSample, Label, MaskRef, parts_of, text_of
 from ..data.tasks import with_names
 from ..data.templates import DISEASE_TOKEN, SEG_TOKEN
 from ..errors import CTInstructError
-from .choices import chosen_option, options_of
 
 
 @dataclass

@@ -11,7 +11,7 @@ import yaml
 
 from ..errors import CTInstructError
 from ..files import write_whole
-from .folders import identify, require
+from ..inference.folders import identify, require
 
 # metric of an evaluation -> how the Hub names it
 _METRICS = {

@@ -9,14 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CTInstructError, first_line
-from .folders import INDEX, MODEL_FILES, file_inside, identify, read_object, require, tensor_shapes, weight_files
+from ..errors import CTInstructError, check_repository, refusal
+from ..inference.folders import (
+    INDEX,
+    MODEL_FILES,
+    file_inside,
+    identify,
+    read_object,
+    require,
+    tensor_shapes,
+    weight_files,
+)
 
 _SCORES = "scores.json"  # of ctinstruct evaluate
 _SETTINGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
              "tokenizer_config.json")  # fmt: skip
 _NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -173,17 +181,6 @@ def publish(
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise refusal(repository, error) from error
-
-
-def refusal(repository: str, error: Exception) -> CTInstructError:
-    """What the Hub said against a repository, in one sentence."""
-    return CTInstructError(f"The Hub does not take {repository}: {first_line(error)} (log in with `hf auth login`).")
-
-
-def check_repository(repository: str) -> None:
-    """Raises CTInstructError for a name that is not "user/name"."""
-    if not _REPOSITORY.fullmatch(repository):
-        raise CTInstructError(f"'{repository}' is no name on the Hub: write user/name.")
 
 
 __all__ = ["Plan", "check_repository", "make_plan", "publish"]

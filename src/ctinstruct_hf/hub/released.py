@@ -21,13 +21,14 @@ from transformers import AutoTokenizer
 
 from ..errors import CTInstructError, cannot_load, first_line
 from ..files import whole_folder
+from ..inference.chat_templates import QWEN2_VL_TEMPLATE
+from ..inference.folders import INDEX, check_json_files, file_inside, identify, read_object, require, weight_files
+from ..inference.folders import some as _some
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES, CTInstructConfig
 from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ..modeling.saving_ctinstruct import MODEL_AUTO_MAP, add_auto_map, copy_code
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
-from .folders import INDEX, check_json_files, file_inside, identify, read_object, require, weight_files
-from .folders import some as _some
 
 
 @dataclass(frozen=True)
@@ -229,17 +230,6 @@ _TOKEN_IDS = {
     "seg_token_id": 151657,
     "disease_token_id": 151663,
 }
-QWEN2_VL_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)

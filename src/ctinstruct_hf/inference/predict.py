@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..hub.fingerprint import fingerprint
-from ..hub.models import resolve_model
+from .._version import __version__
 from ..output.folder import check_output
+from .fingerprint import fingerprint
+from .models import resolve_model
 from .scans import Scan, find_scans
 from .study import Study
 
@@ -24,7 +24,7 @@ class Request:
         questions: asked in words.
         structures: names to segment.
         diagnose: a list's name, names of diseases with commas, or `all`; None asks for none.
-        output_types, multi_label, keep_series_uid: see `output.folder.save_study`.
+        output_types, multi_label, keep_series_uid: see `output.folder.save_results`.
     """
 
     report: bool = False
@@ -77,7 +77,7 @@ def predict_study(
         scan: what `read_volume` takes, or one of `find_scans`, whose own series comes before `series`.
         output: the folder to write.
         request: what to ask.
-        model, device, dtype, revision: see `hub.models.load_model`.
+        model, device, dtype, revision: see `inference.models.load_model`.
         series, spacing: see `read_volume`.
         names: {name: other names} of the user, see `data.names.read_names`.
         asked: `settings_of` all that, where it is known already.

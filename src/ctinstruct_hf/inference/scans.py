@@ -47,7 +47,7 @@ class Scan:
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of its files and the series; "" where they cannot be read."""
-        from ..hub.fingerprint import hash_files
+        from .fingerprint import hash_files
 
         try:
             folder = Path(os.path.commonpath([file.resolve().parent for file in self.files]))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.choices import chosen_option
 from ..data.names import Names, disease_names, structure_names
 from ..data.templates import (
     LETTERS,
@@ -26,14 +27,15 @@ from ..data.templates import (
     ask_segmentation,
 )
 from ..errors import CTInstructError
-from ..evaluation.text import chosen_option
-from ..hub.chat_templates import render_chat
-from ..hub.models import BUNDLED_MODEL, load_model, load_processor
 from ..modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
+from ..output.folder import save_results
+from ..output.results import Origin, Results
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from ..processing.volume import CTVolume
-
-UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
+from .chat_templates import render_chat
+from .fingerprint import model_fingerprint
+from .folders import BUNDLED_MODEL
+from .models import first_bad, load_model, load_processor, model_name, notes_on
 
 
 class Answer(str):
@@ -52,36 +54,6 @@ class Answer(str):
         answer.masks = list(masks)
         answer.probabilities = list(probabilities)
         return answer
-
-
-@dataclass
-class Results:
-    """What a study was asked and what came out, in the order of asking.
-
-    Attributes:
-        notes: what `Study.save` had to say the last time.
-        failures: {output type: why} that it could not write then.
-    """
-
-    report: str | None = None
-    answers: list[tuple[str, str]] = field(default_factory=list)
-    diagnosis: dict[str, float] = field(default_factory=dict)
-    masks: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
-def first_bad(model: torch.nn.Module) -> str | None:
-    """The name of the first weight or running statistic with NaN or infinity in it."""
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-            return name
-    return None
-
-
-def notes_on(config: Any) -> list[str]:
-    """What must be said of a model wherever its answers are shown."""
-    return [note for note in (None if config.trained else UNTRAINED, config.note) if note]
 
 
 class Study:
@@ -155,8 +127,11 @@ class Study:
     def warnings(self) -> list[str]:
         """What was odd about the scan, which names were not known, what saving had to say, and whether the model is
         trained."""
-        notes = [note for volume in self.volumes for note in volume.warnings]
-        return [*notes, *self.notes, *self.results.notes, *notes_on(self.model.config)]
+        return [*self._scan_warnings, *self.results.notes, *notes_on(self.model.config)]
+
+    @property
+    def _scan_warnings(self) -> list[str]:
+        return [*(note for volume in self.volumes for note in volume.warnings), *self.notes]
 
     def _note(self, notes: Iterable[str | None]) -> None:
         self.notes += [note for note in dict.fromkeys(notes) if note and note not in self.notes]
@@ -511,11 +486,38 @@ class Study:
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write everything asked so far: `findings.json`, `report.txt`, `masks/`, `report.html`.
 
-        See `output.folder.save_study` for the options.
+        See `output.folder.save_results` for the options.
         """
-        from ..output.folder import save_study
+        write_out = self.processor.write_out
+        written = replace(
+            self.results,
+            report=None if self.results.report is None else write_out(self.results.report),
+            answers=[(question, write_out(answer)) for question, answer in self.results.answers],
+        )
+        save_results(written, self.volume, self._origin(), Path(folder), **options)
+        self.results.notes, self.results.failures = written.notes, written.failures
+        return Path(folder)
 
-        return save_study(self, Path(folder), **options)
+    def _origin(self) -> Origin:
+        """The model and how it saw the scan, as the folder of results states them."""
+        config, image_processor = self.model.config, self.processor.image_processor
+        fit, intensity = image_processor.fit_of(self.volume), image_processor.intensity
+        name = model_name(config)
+        sizes = [" x ".join(map(str, sizes)) for sizes in (fit.resized, fit.grid)]
+        facts = {
+            "Seen by the model": f"{sizes[0]} voxels on a canvas of {sizes[1]} patches",
+            "Model": name,
+            "Intensities": f"{intensity}, {image_processor.hu_window} HU" if intensity == "window" else intensity,
+        }
+        return Origin(
+            model=name,
+            fingerprint=model_fingerprint(config),
+            commit=getattr(config, "_commit_hash", None),
+            facts=facts,
+            diseases=list(dict.fromkeys(name for names in config.disease_lists.values() for name in names)),
+            scan_warnings=self._scan_warnings,
+            model_warnings=notes_on(config),
+        )
 
 
 __all__ = ["BUNDLED_MODEL", "Answer", "Results", "Study", "load_model", "load_processor"]

@@ -29,7 +29,7 @@ from pydicom.filewriter import write_data_element
 from pydicom.uid import CTImageStorage
 from pydicom.valuerep import DSfloat
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
 from .measure import stored

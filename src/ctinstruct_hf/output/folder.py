@@ -10,19 +10,19 @@ import shutil
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CTInstructError
 from ..files import whole_folder, why_unwritable
+from ..processing.volume import CTVolume
 from .dicom_seg import check_dicom_seg, save_dicom_seg, series_uid
 from .measure import measure
 from .nifti import save_label_map, save_mask
-
-if TYPE_CHECKING:
-    from ..inference.study import Study
+from .report import write_page
+from .results import Origin, Results
 
 OUTPUT_TYPES = ("nifti", "dicom-seg")
 # of findings.json, described by findings.schema.json beside this file; a new key raises the second number
@@ -50,7 +50,7 @@ def file_names(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str
     return found
 
 
-def check_output(volume: Any, output_types: Iterable[str]) -> None:
+def check_output(volume: CTVolume, output_types: Iterable[str]) -> None:
     """Raises CTInstructError for an output type that is unknown or that this scan cannot have."""
     unknown = sorted(set(output_types) - set(OUTPUT_TYPES))
     if unknown:
@@ -59,8 +59,10 @@ def check_output(volume: Any, output_types: Iterable[str]) -> None:
         check_dicom_seg(volume)
 
 
-def save_study(
-    study: Study,
+def save_results(
+    results: Results,
+    volume: CTVolume,
+    origin: Origin,
     folder: Path,
     *,
     output_types: tuple[str, ...] = ("nifti",),
@@ -68,13 +70,15 @@ def save_study(
     asked: dict[str, Any] | None = None,
     keep_series_uid: bool = False,
 ) -> Path:
-    """Write what a study was asked so far.
+    """Write the folder of one scan's results.
 
     An output type that cannot be written does not keep the others from being written: it is listed under `failures` of
-    `findings.json` and in `study.results.failures`.
+    `findings.json` and in `results.failures`.
 
     Args:
-        study: the study.
+        results: what came out; their `notes` and `failures` are set.
+        volume: the scan.
+        origin: what made the results.
         folder: where; existing files of the same names are replaced.
         output_types: nifti, dicom-seg or both.
         multi_label: one NIfTI with all structures and a label table instead of one file each; a structure that overlaps
@@ -88,10 +92,7 @@ def save_study(
     Raises:
         CTInstructError: where the folder cannot be written, or DICOM SEG is wanted for a scan that is no DICOM.
     """
-    from .report import write_page
-
-    check_output(study.volume, output_types)
-    results, volume = study.results, study.volume
+    check_output(volume, output_types)
     results.notes, results.failures = [], {}
     with whole_folder(folder) as draft:
         segmentation = {name: measure(volume, mask) for name, mask in results.masks.items()}
@@ -119,34 +120,31 @@ def save_study(
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "source": volume.source.name,
             **({"series_uid": series_uid(volume)} if keep_series_uid else {}),
-            "model": model_name(study),
-            "model_fingerprint": model_fingerprint(study),
-            "model_commit": getattr(study.model.config, "_commit_hash", None),
+            "model": origin.model,
+            "model_fingerprint": origin.fingerprint,
+            "model_commit": origin.commit,
             "research_use_only": True,
             "asked": asked,
-            "report": None if results.report is None else study.processor.write_out(results.report),
-            "answers": [
-                {"question": question, "answer": study.processor.write_out(answer)}
-                for question, answer in results.answers
-            ],
+            "report": results.report,
+            "answers": [{"question": question, "answer": answer} for question, answer in results.answers],
             "diagnosis": {name: round(value, 4) for name, value in results.diagnosis.items()},
             "segmentation": segmentation,
             "failures": [{"output_type": name, "error": why} for name, why in results.failures.items()],
-            "warnings": study.warnings,
+            "warnings": [*origin.scan_warnings, *results.notes, *origin.model_warnings],
         }
         (draft / "findings.json").write_text(
             json.dumps(findings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         notice = "Research use only. Not a diagnosis.\n"
         text = findings["report"] if findings["report"] is not None else "No report was asked for."
-        lines = [notice, *(f"Note: {note}\n" for note in study.warnings), text, ""]
+        lines = [notice, *(f"Note: {note}\n" for note in findings["warnings"]), text, ""]
         (draft / "report.txt").write_text("\n".join(lines), encoding="utf-8")
-        write_page(study, findings, draft / "report.html")
+        write_page(results, volume, origin, findings, draft / "report.html")
     return folder
 
 
 def _write_nifti(
-    volume: Any, masks: dict[str, np.ndarray], folder: Path, multi_label: bool
+    volume: CTVolume, masks: dict[str, np.ndarray], folder: Path, multi_label: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Files by structure, as they go on from the name of what was written; and what must be said about them."""
     folder.mkdir()
@@ -165,7 +163,7 @@ def _write_nifti(
 
 
 def _write_dicom_seg(
-    volume: Any, masks: dict[str, np.ndarray], path: Path, multi_label: bool
+    volume: CTVolume, masks: dict[str, np.ndarray], path: Path, multi_label: bool
 ) -> tuple[dict[str, str], list[str]]:
     return dict.fromkeys(masks, ""), save_dicom_seg(volume, masks, path)
 
@@ -173,7 +171,7 @@ def _write_dicom_seg(
 _WRITERS = {"nifti": (_write_nifti, "masks"), "dicom-seg": (_write_dicom_seg, "masks.dcm")}
 
 
-def _sentence(error: Exception, volume: Any, output_type: str) -> str:
+def _sentence(error: Exception, volume: CTVolume, output_type: str) -> str:
     """Why an output type was not written; what a library says may quote the scan, so only its type is passed on."""
     if isinstance(error, CTInstructError):
         return str(error)
@@ -188,24 +186,4 @@ def _cut_off_note(segmentation: dict[str, dict[str, Any]]) -> list[str]:
     return [f"Cut off by the edge of the scan: {', '.join(cut)}. The volume is that of the part inside."]
 
 
-def model_name(study: Study) -> str:
-    """The model's name without the path of this machine, and whether it is trained."""
-    folder = Path(str(study.model.config.name_or_path or "model"))
-    name = folder.name
-    if folder.parent.name == "snapshots":  # in the cache of the Hub's client
-        name = folder.parents[1].name.removeprefix("models--").replace("--", "/")
-    return name if study.model.config.trained else f"{name} (untrained)"
-
-
-def model_fingerprint(study: Study) -> str | None:
-    """`hub.fingerprint` of the model's files; None for a model that was not read from a folder."""
-    from ..hub.fingerprint import fingerprint
-
-    folder = Path(str(study.model.config.name_or_path or ""))
-    try:
-        return fingerprint(folder) if study.model.config.name_or_path and folder.is_dir() else None
-    except CTInstructError:
-        return None
-
-
-__all__ = ["OUTPUT_TYPES", "check_output", "file_name", "file_names", "measure", "save_study"]
+__all__ = ["OUTPUT_TYPES", "check_output", "file_name", "file_names", "measure", "save_results"]

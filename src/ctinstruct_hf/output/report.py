@@ -7,17 +7,15 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from .. import __version__
+from .._version import __version__
 from ..processing.volume import CTVolume
-
-if TYPE_CHECKING:
-    from ..inference.study import Study
+from .results import Origin, Results
 
 WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-450.0, 1050.0)}
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f9dff", "#f58231", "#b865d9", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
@@ -47,9 +45,8 @@ a:focus-visible { outline: 3px solid #4f9dff; }
 """
 
 
-def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
+def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dict[str, Any], path: Path) -> None:
     """Write the page of one study; everything from the scan or the model is escaped."""
-    volume = study.volume
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -58,7 +55,7 @@ def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
         '<p class="notice" role="note">Research use only. This is not a diagnosis.</p>',
         *(f'<p class="warning" role="note">{escape(note)}</p>' for note in findings["warnings"]),
         f"<h1>{escape(findings['source'] or 'Scan')}</h1>",
-        facts(study, findings),
+        facts(volume, origin),
     ]
     if findings["asked"]:
         parts += ["<h2>What was asked</h2>", asked(findings["asked"])]
@@ -78,8 +75,7 @@ def write_page(study: Study, findings: dict[str, Any], path: Path) -> None:
         parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
     if findings["segmentation"]:
         parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"])]
-    diseases = [name for names in study.model.config.disease_lists.values() for name in names]
-    parts += ["<h2>Pictures</h2>", pictures(volume, study.results.masks, list(dict.fromkeys(diseases)))]
+    parts += ["<h2>Pictures</h2>", pictures(volume, results.masks, origin.diseases)]
     parts.append(
         f"</main><footer>Made by ctinstruct-hf {__version__}. Head or front is up. Left in a picture is the patient's right, "
         "in sagittal pictures the patient's front.</footer></body></html>"
@@ -92,20 +88,14 @@ def escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-def facts(study: Study, findings: dict[str, Any]) -> str:
+def facts(volume: CTVolume, origin: Origin) -> str:
     """Scan and settings, in a few lines."""
-    volume = study.volume
     depth, height, width = volume.shape
-    fit = study.processor.image_processor.fit_of(volume)
     rows = {
         "Scan": f"{depth} x {height} x {width} voxels (depth, height, width), "
         + " x ".join(f"{mm:.2f}" for mm in volume.spacing)
         + " mm",
-        "Seen by the model": f"{' x '.join(map(str, fit.resized))} voxels on a canvas of {' x '.join(map(str, fit.grid))} patches",
-        "Model": findings["model"],
-        "Intensities": f"{study.processor.image_processor.intensity}, {study.processor.image_processor.hu_window} HU"
-        if study.processor.image_processor.intensity == "window"
-        else study.processor.image_processor.intensity,
+        **origin.facts,
     }
     return (
         '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"

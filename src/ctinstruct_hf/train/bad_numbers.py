@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import CTInstructError
-from ..inference.study import first_bad
+from ..inference.models import first_bad
 
 logger = logging.getLogger(__name__)
 MOST_IN_A_ROW = 10

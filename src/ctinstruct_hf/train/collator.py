@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.descriptions import describe_category
+from ..data.descriptions import describe_category, tokenize
 from ..data.mixture import Item, generator_of
 from ..data.samples import AlignmentSample, InstructionSample, MaskRef, from_row, parts_of
 from ..data.store import PatchStore, Prepared
@@ -119,10 +119,7 @@ class AlignmentCollator(_Collator):
 
     def words(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and attention_mask [texts, L]."""
-        encoded = self.tokenizer(
-            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.max_length
-        )
-        return encoded["input_ids"], encoded["attention_mask"]
+        return tokenize(self.tokenizer, texts, self.max_length)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         tasks = items[0].tasks

@@ -18,8 +18,8 @@ from ..data.samples import TASKS, ImageRef, text_of
 from ..data.store import PatchStore
 from ..errors import CTInstructError
 from ..files import write_whole
-from ..hub.folders import require
-from ..hub.models import check_weights, load_processor, resolve_model
+from ..inference.folders import require
+from ..inference.models import check_weights, load_processor, resolve_model
 from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CTInstructError, cannot_load
 from ..files import whole_folder
-from ..hub.folders import require
-from ..hub.models import resolve_model
+from ..inference.folders import require
+from ..inference.models import resolve_model
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .collator import spell

@@ -19,7 +19,7 @@ from ..data.tiny import TINY_PATCH
 from ..errors import CTInstructError
 from ..evaluation.alignment import AlignmentScores, score_alignment
 from ..files import write_whole
-from ..hub.folders import require
+from ..inference.folders import require
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor

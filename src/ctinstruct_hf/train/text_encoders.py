@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError, cannot_load
-from ..hub.models import resolve_model
+from ..inference.models import resolve_model
 
 HUB_NAMES = {"biolord-2023": "FremyCompany/BioLORD-2023"}
 PACKAGED = "all-minilm-l6-v2"

@@ -18,7 +18,20 @@ from typing import Any
 
 from ..errors import CTInstructError
 from ..processing.processing_ctinstruct import CHAT_TEMPLATE
+from .folders import BUNDLED_MODEL
 
+# of the authors' checkpoint
+QWEN2_VL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _IMAGE = {"type": "image"}
 # what is rendered when a model is loaded: each place where templates of broken models fail
 _PROBE: list[dict[str, Any]] = [
@@ -70,9 +83,6 @@ def check_template(template: Any, folder: Path) -> None:
 @functools.cache
 def _known() -> set[str]:
     """The templates that this package wrote."""
-    from .models import BUNDLED_MODEL
-    from .released import QWEN2_VL_TEMPLATE
-
     bundled = BUNDLED_MODEL / "chat_template.jinja"
     return {CHAT_TEMPLATE, QWEN2_VL_TEMPLATE, *([bundled.read_text(encoding="utf-8")] if bundled.exists() else [])}
 
@@ -147,4 +157,4 @@ class _Child:
 _CHILD = _Child()
 atexit.register(_CHILD.close)
 
-__all__ = ["check_template", "render_chat"]
+__all__ = ["QWEN2_VL_TEMPLATE", "check_template", "render_chat"]

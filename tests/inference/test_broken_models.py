@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.cli import app
-from ctinstruct_hf.hub.folders import file_inside, read_object, weight_files
-from ctinstruct_hf.hub.models import load_model, load_stage_one
+from ctinstruct_hf.inference.folders import file_inside, read_object, weight_files
+from ctinstruct_hf.inference.models import load_model, load_stage_one
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -222,7 +222,7 @@ def test_a_note_with_brackets_is_shown_as_it_is(folder: Path, tmp_path: Path) ->
 
 
 def test_a_template_of_others_writes_what_transformers_writes(folder: Path) -> None:
-    from ctinstruct_hf.hub.chat_templates import render_chat
+    from ctinstruct_hf.inference.chat_templates import render_chat
     from ctinstruct_hf.processing.processing_ctinstruct import CHAT_TEMPLATE
 
     _, processor = load_model(str(folder), "cpu")
@@ -230,7 +230,7 @@ def test_a_template_of_others_writes_what_transformers_writes(folder: Path) -> N
     expected = processor.apply_chat_template(messages, add_generation_prompt=True)
     (folder / "chat_template.jinja").write_text("{# another #}" + CHAT_TEMPLATE)
     load_model.cache_clear()
-    from ctinstruct_hf.hub.models import load_processor
+    from ctinstruct_hf.inference.models import load_processor
 
     load_processor.cache_clear()
     other = load_processor(str(folder), None)

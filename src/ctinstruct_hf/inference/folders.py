@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CTInstructError, first_line
 
+BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "ctinstruct-tiny"
 # what loading a model reads; nothing here is unpickled or executed
 MODEL_FILES = (
     "config.json",
@@ -277,5 +278,5 @@ def check_json_files(folder: Path) -> None:
             read_object(folder / name)
 
 
-__all__ = ["MODEL_FILES", "check_json_files", "file_inside", "identify", "read_object", "require", "some", "tensor_shapes",
+__all__ = ["BUNDLED_MODEL", "MODEL_FILES", "check_json_files", "file_inside", "identify", "read_object", "require", "some", "tensor_shapes",
            "weight_files"]  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ctinstruct_hf import CTInstructError
-from ctinstruct_hf.hub import fingerprint as module
-from ctinstruct_hf.hub.fingerprint import fingerprint
+from ctinstruct_hf.inference import fingerprint as module
+from ctinstruct_hf.inference.fingerprint import fingerprint
 
 
 def flip_last_byte(path: Path) -> None:

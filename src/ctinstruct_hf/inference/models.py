@@ -24,10 +24,10 @@ from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .chat_templates import check_template
-from .folders import MODEL_FILES, check_json_files, require, some, tensor_shapes, weight_files
+from .folders import BUNDLED_MODEL, MODEL_FILES, check_json_files, require, some, tensor_shapes, weight_files
 
 logger = logging.getLogger(__name__)
-BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "ctinstruct-tiny"
+UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
 # an adapter is fetched too, so that a sentence can say what it is
 _FETCHED = [*MODEL_FILES, "adapter_config.json"]
 _SECONDS = 8  # that the Hub has to answer which commit a name stands for
@@ -245,6 +245,28 @@ def load_stage_one(
     return network.to(target).eval().optimize_for_inference(), image_processor, tokenizer
 
 
+def first_bad(model: torch.nn.Module) -> str | None:
+    """The name of the first weight or running statistic with NaN or infinity in it."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+            return name
+    return None
+
+
+def notes_on(config: Any) -> list[str]:
+    """What must be said of a model wherever its answers are shown."""
+    return [note for note in (None if config.trained else UNTRAINED, config.note) if note]
+
+
+def model_name(config: Any) -> str:
+    """A model's name without the path of this machine, and whether it is trained."""
+    folder = Path(str(config.name_or_path or "model"))
+    name = folder.name
+    if folder.parent.name == "snapshots":  # in the cache of the Hub's client
+        name = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return name if config.trained else f"{name} (untrained)"
+
+
 def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGeneration) -> None:
     """The weights are whole, and have every tensor of the model in its shape; nothing is loaded for it.
 
@@ -375,5 +397,5 @@ def _explained(folder: Path, error: BaseException) -> CTInstructError:
     return cannot_load("model", str(folder), error)
 
 
-__all__ = ["BUNDLED_MODEL", "ResolvedModel", "check_weights", "load_model", "load_processor", "load_stage_one",
-           "resolve_model"]  # fmt: skip
+__all__ = ["ResolvedModel", "check_weights", "first_bad", "load_model", "load_processor", "load_stage_one",
+           "model_name", "notes_on", "resolve_model"]  # fmt: skip

@@ -6,8 +6,10 @@ import fnmatch
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from ..errors import CTInstructError
+from .models import resolve_model
 
 # what decides about a model's answers; notes, logs and states of training beside it do not count
 PATTERNS = (
@@ -42,8 +44,6 @@ def fingerprint(model: str | Path) -> str:
     Raises:
         CTInstructError: where there is no such model.
     """
-    from .models import resolve_model
-
     folder = resolve_model(model).folder
     try:
         files = sorted(
@@ -76,4 +76,13 @@ def hash_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
     return total.hexdigest()
 
 
-__all__ = ["PATTERNS", "fingerprint", "hash_files"]
+def model_fingerprint(config: Any) -> str | None:
+    """`fingerprint` of the folder that a model was read from; None for any other model."""
+    folder = Path(str(config.name_or_path or ""))
+    try:
+        return fingerprint(folder) if config.name_or_path and folder.is_dir() else None
+    except CTInstructError:
+        return None
+
+
+__all__ = ["PATTERNS", "fingerprint", "hash_files", "model_fingerprint"]
