@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _auto
 from ._version import __version__
 from .errors import CTInstructError
 
-# public name -> module; loaded on first use, so that importing the package costs nothing
+# public name -> module; loaded on first use, since the command line needs few of them
 _HOMES = {
     "CTVolume": "processing.volume",
     "read_volume": "processing.volume_reading",
@@ -58,4 +60,11 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_auto.register()
+def _is_command_line() -> bool:
+    """Whether `ctinstruct` or `python -m ctinstruct_hf.cli` is starting."""
+    program = Path(*sys.argv[:1]).name.removesuffix(".exe")
+    return program == "ctinstruct" or ("-m", "ctinstruct_hf.cli") in pairwise(sys.orig_argv)
+
+
+if not _is_command_line():  # `--help` needs no Transformers; whatever loads models does so by inference.models
+    from . import _auto

@@ -204,16 +204,31 @@ def test_the_bundled_folder_holds_no_code(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir()) < 20e6
 
 
-def test_the_auto_classes_know_the_package(untrained: Path) -> None:
+AUTO_CLASSES = """
+import sys
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+)
+loaders = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoImageProcessor, AutoProcessor)
+kinds = [type(auto.from_pretrained(folder)) for folder in sys.argv[1:] for auto in loaders]
+assert all(kind.__module__.startswith('ctinstruct_hf.') for kind in kinds), kinds
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import ctinstruct_hf",
+        "import transformers, ctinstruct_hf",
+        "from ctinstruct_hf.errors import CTInstructError",
+        "from transformers import AutoModel, AutoProcessor; import ctinstruct_hf.cli",
+        "import sys; sys.argv[0] = 'ctinstruct'; import ctinstruct_hf.cli, ctinstruct_hf.inference.models",
+    ],
+    ids=["package_first", "transformers_first", "only_a_module", "auto_classes_first", "as_the_command_line"],
+)
+def test_the_auto_classes_know_the_package(untrained: Path, first: str) -> None:
     """Folders with code files and, as the bundled one, without."""
-    code = (
-        "import ctinstruct_hf, sys; from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, "
-        "AutoImageProcessor, AutoProcessor; "
-        "kinds = [type(auto.from_pretrained(folder)) for folder in sys.argv[1:] for auto in (AutoConfig, AutoModel, "
-        "AutoModelForImageTextToText, AutoImageProcessor, AutoProcessor)]; "
-        "assert all(kind.__module__.startswith('ctinstruct_hf.') for kind in kinds), kinds"
-    )
-    arguments = [sys.executable, "-c", code, str(untrained), str(BUNDLED_MODEL)]
+    arguments = [sys.executable, "-c", f"{first}\n{AUTO_CLASSES}", str(untrained), str(BUNDLED_MODEL)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import _auto  # noqa: F401  # the Auto classes know ours wherever a model is loaded
 from ..errors import CTInstructError, cannot_load, first_line
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditionalGeneration
