@@ -375,7 +375,6 @@ class StageTwo:
         features = looked[0] if len(looked) == 1 else CTInstructVisionOutput(
             last_hidden_state=torch.cat([one.last_hidden_state for one in looked]),
             pooler_output=[part for one in looked for part in one.pooler_output],
-            feature_maps=tuple(torch.cat(maps) for maps in zip(*(one.feature_maps for one in looked), strict=True)),
             patch_grid=torch.cat([one.patch_grid for one in looked]),
         )  # fmt: skip
         made = self.model.generate(

@@ -117,9 +117,9 @@ def _code_files(folder: Path, settings: dict[str, dict[str, Any]]) -> set[str]:
         CTInstructError: where one is not there, or is named outside of the folder.
     """
     found: set[str] = set()
-    waiting = [(module, file) for file, values in settings.items() for module in _modules(values)]
+    waiting = [(module, file) for file, values in settings.items() for module in sorted(_modules(values))]
     while waiting:
-        module, source = waiting.pop()
+        module, source = waiting.pop(0)
         name = f"{module}.py"
         if name in found:
             continue
