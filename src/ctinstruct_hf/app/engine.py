@@ -176,7 +176,7 @@ class Engine:
             except Busy:
                 raise  # the files can be read later
             except CTInstructError as error:
-                choice = _series_of(source) if upload.files else []
+                choice = _series_of(source, allowed) if upload.files else []
                 if len(choice) > 1:
                     upload.idle = self.limits.idle_study  # somebody reads the list
                     raise SeveralSeries(str(error), name, choice) from error
@@ -503,7 +503,7 @@ def _notes(notes: Iterable[str | None]) -> list[str]:
     return [note for note in dict.fromkeys(notes) if note]
 
 
-def _series_of(source: Path) -> list[dict[str, Any]]:
+def _series_of(source: Path, max_bytes: int) -> list[dict[str, Any]]:
     """The CT series of a file, folder or zip, as JSON; [] where they cannot be listed."""
     from ..processing.volume_series import list_series
 
@@ -516,7 +516,7 @@ def _series_of(source: Path) -> list[dict[str, Any]]:
                 "slices": one.slices,
                 "spacing": None if one.spacing is None else [round(float(mm), 3) for mm in one.spacing],
             }
-            for one in list_series(source)
+            for one in list_series(source, max_bytes)
         ]
     except CTInstructError:
         return []

@@ -71,9 +71,11 @@ def predict(
     from rich.markup import escape
 
     from ..data.names import read_names
+    from ..files import remove_left_over
     from ..inference.predict import Request, find_scans
 
     hide_progress_bars()
+    remove_left_over()
     request = Request(
         report, list(ask or []), split_names(segment), diagnose, tuple(output_type or ("nifti",)), ml, keep_series_uid
     )

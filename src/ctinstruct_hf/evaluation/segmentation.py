@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import CTInstructError
+from ..processing.volume import MAX_BYTES, Limits, check_size
+from ..processing.volume_arrays import check_npz
+from ..processing.volume_files import inside, is_packed
 
 
 def volume_dice(
@@ -124,25 +127,27 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     """A predicted mask and the right one on one grid, with mm between their voxels.
 
     Args:
-        mask: {name, prediction: file, reference: file or {path, values}}; files relative to `folder`. A reference
-            may also be a made-up scan, `phantom:trunk:12`.
+        mask: {name, prediction: file, reference: file or {path, values}}; files in `folder`, relative to it. A reference
+            may also be an absolute path, or a made-up scan, `phantom:trunk:12`.
 
     Raises:
-        CTInstructError: where a file cannot be read, or the two lie on different grids.
+        CTInstructError: where a file cannot be read or lies outside of `folder`, or the two lie on different grids.
     """
     from ..data.reading import is_phantom
 
     reference = mask["reference"]
     told = reference if isinstance(reference, dict) else {"path": str(reference)}
     values = [int(value) for value in told.get("values") or []]
-    said, affine = _read_labels(str(mask["prediction"]), folder)
+    said, affine = _read_labels(inside(folder, str(mask["prediction"]), "the file of predictions"))
     path = str(told.get("path") or "")
     if not path:  # known to be absent
         truth, other = np.zeros(said.shape, bool), affine
     elif is_phantom(path):
         truth, other = _phantom_mask(path, str(mask["name"]))
     else:
-        labels, other = _read_labels(path, folder)
+        # absolute: where `evaluate` found it in the data
+        named = Path(path) if Path(path).is_absolute() else inside(folder, path, "the file of predictions")
+        labels, other = _read_labels(named)
         truth = np.isin(labels, values) if values else labels > 0
     if said.shape != truth.shape:
         raise CTInstructError(
@@ -155,19 +160,27 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     return said > 0, truth, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
 
 
-def _read_labels(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Label values in the file's own axes, and its affine where it has one."""
+def _read_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Label values in the file's own axes, and its affine where it has one; no more than a volume may unpack to."""
     import nibabel
 
-    path = folder / name
     if not path.is_file():
         raise CTInstructError(f"mask {path} does not exist.")
+    limit = Limits(MAX_BYTES)
     try:
         if path.suffix in (".npy", ".npz"):
-            loaded = np.load(path, allow_pickle=False)
-            return np.asarray(loaded if path.suffix == ".npy" else loaded[loaded.files[0]]), None
-        image = nibabel.load(path)
-        return np.asarray(image.dataobj), image.affine  # type: ignore[attr-defined]
+            if path.suffix == ".npz":
+                check_npz(path, limit)
+            loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+            array = np.asarray(loaded if path.suffix == ".npy" else loaded[loaded.files[0]])
+            check_size(path.name, array.shape, array.itemsize, limit)
+            return array, None
+        image: Any = nibabel.load(path)
+        packed = path.stat().st_size if is_packed(path) else None
+        check_size(path.name, image.shape, image.get_data_dtype().itemsize, limit, packed)
+        return np.asarray(image.dataobj), image.affine
+    except CTInstructError:
+        raise
     except Exception as error:
         raise CTInstructError(f"mask {path.name} cannot be read: {error}") from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def read_content(content: bytes, read: Callable[[Path], CTVolume]) -> CTVolume:
             f"An image of {len(content)} bytes is in no known format: NIfTI, DICOM, zip, NRRD, MHA, NumPy, PNG, JPEG, BMP "
             "and TIFF are."
         )
-    with tempfile.TemporaryDirectory(prefix="ctinstruct-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"ctinstruct-image-{os.getpid()}-") as folder:
         file = Path(folder) / f"image{suffix}"
         file.write_bytes(content)
         volume = read(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,7 @@ def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limi
             key = "ct" if "ct" in loaded.files else loaded.files[0]
             if key != "ct" and len(loaded.files) != 1:
                 raise CTInstructError(f"{path.name} holds {', '.join(loaded.files)}: name the volume 'ct'.")
-            with loaded.zip.open(key + ".npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(member)
-            check_size(path.name, shape, dtype.itemsize, limit, packed=path.stat().st_size)
+            _check_member(loaded, key, path, limit)
             loaded = loaded[key]
         check_size(path.name, loaded.shape, loaded.dtype.itemsize, limit)
         array = np.array(loaded)
@@ -51,3 +48,19 @@ def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limi
     volume = from_array(array, spacing, path.name, keep_padding=limit.keep_padding)
     volume.source.path = path
     return volume
+
+
+def check_npz(path: Path, limit: Limits) -> None:
+    """Refuse a `.npz` whose first array unpacks to more than is allowed."""
+    with np.load(path, allow_pickle=False) as loaded:
+        if not loaded.files:
+            raise CTInstructError(f"{path.name} holds no array.")
+        _check_member(loaded, loaded.files[0], path, limit)
+
+
+def _check_member(loaded: Any, key: str, path: Path, limit: Limits) -> None:
+    with loaded.zip.open(key + ".npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    check_size(path.name, shape, dtype.itemsize, limit, packed=path.stat().st_size)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import isal_zlib
 
 from .volume import CTInstructError
 
@@ -42,6 +43,7 @@ def file_beside(header: Path, name: str) -> Path:
     Raises:
         CTInstructError: where it lies elsewhere, is missing, or is no regular file.
     """
+    name = name.removeprefix("./")
     path = inside(header.parent, name, header.name)
     if "/" in name or "\\" in name:
         raise CTInstructError(f"{header.name} names '{_short(name)}': its data file must lie beside it.")
@@ -54,20 +56,13 @@ def _short(name: str) -> str:
     return name.encode("unicode_escape").decode("ascii")[:80]
 
 
-def open_gzip(stream: Any) -> Any:
-    """What a gzip stream holds."""
-    return igzip.open(stream, "rb")
-
-
-def open_inflated(path: Path) -> Any:
-    """A file's bytes, inflated where its first two say that it is gzip; for a `with`."""
-    stream = open(path, "rb")  # noqa: SIM115 -- closed by the caller's with
-    magic = stream.read(2)
-    stream.seek(0)
-    if magic == b"\x1f\x8b":
-        stream.close()
-        return igzip.open(path, "rb")
-    return stream
+@contextmanager
+def open_inflated(path: Path) -> Iterator[io.BufferedReader]:
+    """A file's bytes, inflated where its first two say that it is gzip."""
+    with open(path, "rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        yield open_gzip(stream) if packed else stream
 
 
 def is_packed(path: Path) -> bool:
@@ -101,40 +96,56 @@ def read_exactly(stream: Any, size: int, name: str, head: bytes = b"") -> np.nda
 
 
 class Inflated(io.RawIOBase):
-    """A readable stream of what a zlib or bzip2 stream holds, a few MB at a time.
+    """A readable stream of what a gzip, zlib or bzip2 stream holds, a few MB at a time.
+
+    What follows a packed stream is left unread unless it is a further one of the same format; gzip files may have zeros
+    or other bytes behind them.
 
     Args:
         stream: the packed bytes.
         start: makes the decompressor, whose `decompress` takes (bytes, most bytes to give).
+        magic: how a further packed stream begins, b"" where there is none.
     """
 
-    def __init__(self, stream: Any, start: Callable[[], Any]) -> None:
-        self.stream, self.unpacker = stream, start()
+    def __init__(self, stream: Any, start: Callable[[], Any], magic: bytes = b"") -> None:
+        self.stream, self.start, self.magic, self.unpacker = stream, start, magic, start()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.unpacker.eof:
-            packed = getattr(self.unpacker, "unconsumed_tail", b"")
-            if not packed and getattr(self.unpacker, "needs_input", True):
-                packed = self.stream.read(2**20)
-                if not packed:
-                    break
+        while True:
+            if self.unpacker.eof:
+                packed = self.unpacker.unused_data or self.stream.read(2**17)
+                if 0 < len(packed) < len(self.magic):
+                    packed += self.stream.read(len(self.magic) - len(packed))
+                if not self.magic or not packed.startswith(self.magic):
+                    return 0
+                self.unpacker = self.start()
+            else:
+                packed = getattr(self.unpacker, "unconsumed_tail", b"")
+                if not packed and getattr(self.unpacker, "needs_input", True):
+                    packed = self.stream.read(2**17)
+                    if not packed:
+                        raise EOFError("the packed stream has no end")
             piece = self.unpacker.decompress(packed, len(buffer))
             if piece:
                 buffer[: len(piece)] = piece
                 return len(piece)
-        return 0
+
+
+def open_gzip(stream: Any) -> io.BufferedReader:
+    """What a gzip stream holds."""
+    return io.BufferedReader(Inflated(stream, lambda: isal_zlib.decompressobj(wbits=31), b"\x1f\x8b"), 2**17)
 
 
 def open_zlib(stream: Any) -> io.BufferedReader:
     """What a zlib stream holds."""
-    return io.BufferedReader(Inflated(stream, isal_zlib.decompressobj))
+    return io.BufferedReader(Inflated(stream, isal_zlib.decompressobj), 2**17)
 
 
 def open_bzip2(stream: Any) -> io.BufferedReader:
     """What a bzip2 stream holds."""
     import bz2
 
-    return io.BufferedReader(Inflated(stream, bz2.BZ2Decompressor))
+    return io.BufferedReader(Inflated(stream, bz2.BZ2Decompressor, b"BZh"), 2**17)

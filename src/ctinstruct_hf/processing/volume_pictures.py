@@ -14,6 +14,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 # grey values of a picture have no unit: they are taken as this window (HU) unless the caller names another
 PICTURE_WINDOW = (-1250.0, 250.0)
 _ORIENTATION = 0x0112  # of EXIF
+_PHOTOMETRIC = 0x0106  # of TIFF
 
 
 def read_picture(
@@ -46,6 +47,10 @@ def from_picture(
     frames = getattr(picture, "n_frames", 1)
     if frames != 1:
         raise CTInstructError(f"{name} holds {frames} pages or frames: give one, or the volume as NIfTI or DICOM.")
+    if picture.format == "TIFF" and picture.mode.startswith("I;16") and picture.tag_v2.get(_PHOTOMETRIC) == 0:
+        raise CTInstructError(f"{name} stores 16 bits with white as 0: write it with black as 0.")  # Pillow ignores it
+    if window is not None and not (np.isfinite(window).all() and window[0] != window[1]):
+        raise CTInstructError(f"{name}: window is {window}, expected the HU of black and of white.")
     wide = picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG")
     notes = []
     if picture.getexif().get(_ORIENTATION, 1) != 1:

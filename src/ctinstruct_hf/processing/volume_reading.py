@@ -14,6 +14,7 @@ from .volume import MAX_BYTES, CTInstructError, CTVolume, Limits, as_numpy, from
 from .volume_arrays import read_array_file
 from .volume_dicom import read_dicom
 from .volume_files import open_inflated
+from .volume_headers import list_files, some
 from .volume_itk import ITK_SUFFIXES, from_simpleitk, read_itk
 from .volume_nifti import from_nibabel, read_nifti
 from .volume_pictures import PICTURE_SUFFIXES, from_picture, read_picture
@@ -193,18 +194,43 @@ def _inflated_start(path: Path) -> bytes:
 def _read_zip(
     path: Path, series: str | int | None, spacing: tuple[float, float, float] | None, limit: Limits
 ) -> CTVolume:
-    """The NIfTI file, or the DICOM series, of a zip."""
-    with unpacked(path, limit) as files:
-        if len(files) == 1 and format_of(files[0]) != "zip":
-            try:
-                volume = _read_path(files[0], spacing, series, None, limit)
-            except CTInstructError as error:
-                raise CTInstructError(str(error).replace(files[0].name, path.name)) from error
+    """The DICOM series of a zip, or its only other scan."""
+    with unpacked(path, limit) as folder:
+        scan = _scan_of(folder)
+        if scan is None:
+            volume = read_dicom(folder, series, spacing, limit)
         else:
-            volume = read_dicom(files[0].parent, series, spacing, limit)
+            try:
+                volume = _read_path(scan, spacing, series, None, limit)
+            except CTInstructError as error:
+                raise CTInstructError(f"{path.name}: {error}") from error
         volume.source.name, volume.source.path = path.name, path
         volume.source.dicom_files = []
         return volume
+
+
+def _scan_of(folder: Path) -> Path | None:
+    """The scan of an unpacked zip that is one file; None where it is to be read as DICOM.
+
+    Raises:
+        CTInstructError: for several, and for a zip in the zip.
+    """
+    files, _ = list_files(folder)
+    if any(_is_dicom(file) for file in files):
+        return None
+    forms = {file: format_of(file) for file in files}
+    nested = [file.name for file, form in forms.items() if form == "zip"]
+    scans = [file for file, form in forms.items() if form in ("nifti", "itk", "array") and file.suffix.lower() != ".img"]
+    if len(scans) > 1 or (nested and not scans):
+        held = f"{len(scans)} scans ({some([file.name for file in scans])})" if scans else f"a zip ({some(nested)})"
+        raise CTInstructError(f"{folder.name} holds {held}: give one scan.")
+    return scans[0] if scans else files[0] if len(files) == 1 else None
+
+
+def _is_dicom(file: Path) -> bool:
+    """Whether a file begins as DICOM does."""
+    with open(file, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 __all__ = ["read_volume"]

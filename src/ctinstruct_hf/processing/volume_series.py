@@ -84,8 +84,8 @@ def list_series(path: str | Path, max_bytes: int | None = None) -> SeriesList:
     with quiet_pydicom():
         if not (path.is_file() and zipfile.is_zipfile(path)):
             return find_series(path, limit)
-        with unpacked(path, limit) as files:
-            found = find_series(files[0].parent, limit)
+        with unpacked(path, limit) as folder:
+            found = find_series(folder, limit)
         for series in found:
             series.files, series.images = [path], []
         for skipped in found.skipped:
