@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,9 @@ import pytest
 import requests
 from app.test_server import Running
 from scans import asymmetric, dicom_series
+from typer.testing import CliRunner
 
+from ctinstruct_hf import cli
 from ctinstruct_hf.app import uploads
 from ctinstruct_hf.app.engine import Engine, Limits, remove_left_over, safe_name
 from ctinstruct_hf.app.server import listen
@@ -272,7 +276,8 @@ def test_a_small_file_may_not_become_a_large_scan(server: Running) -> None:
     assert "max_bytes" not in answer.json()["error"]
 
 
-def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun", ["app", "predict"])
+def test_folders_of_killed_processes_are_removed(begun: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a server and of a zip being read, by the process's number, which in a container is each time the same."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -282,13 +287,17 @@ def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: py
     for name in {
         *kept,
         f"ctinstruct-zip-{gone.pid}-c",
+        f"ctinstruct-image-{gone.pid}-g",
         f"ctinstruct-app-{gone.pid}-d",
         f"ctinstruct-app-{os.getpid()}-e",
     }:
         (tmp_path / name).mkdir(exist_ok=True)
     os.utime(tmp_path / f"ctinstruct-app-{os.getpid()}-e", (0, 0))
     (tmp_path / f"ctinstruct-zip-{gone.pid}-f").symlink_to(tmp_path / "elsewhere")
-    remove_left_over()
+    if begun == "app":
+        remove_left_over()
+    else:
+        assert CliRunner().invoke(cli.app, ["predict", "-i", "missing", "-o", str(tmp_path / "out")]).exit_code
     assert {one.name for one in tmp_path.iterdir() if not one.is_symlink()} == kept
 
 
@@ -339,3 +348,42 @@ def test_one_of_several_series_is_chosen(server: Running, two_series: list[Path]
         assert answer.json()["shape"][0] == depth
         server.client.delete(f"/api/studies/{answer.json()['study']}")
     assert not list(server.engine.root.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "known"),
+    [
+        ("/api/studies", {"sample": 1, "serie": "2"}, "upload, sample, series"),
+        ("/api/studies/x/jobs", {"kind": "segment", "structure": ["liver"]}, "kind, structures"),
+        ("/api/studies/x/jobs", {"kind": "report", "question": "Why?"}, "kind"),
+    ],
+)
+def test_fields_without_effect_are_refused(server: Running, path: str, words: dict[str, Any], known: str) -> None:
+    answer = server.client.post(path, json=words)
+    assert answer.status_code == 400
+    assert answer.json()["error"].endswith(f"it takes {known}.")
+
+
+def test_a_body_that_is_no_http_is_no_error_of_the_server(server: Running, capfd: pytest.CaptureFixture[str]) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"PUT /api/uploads/x?name=a HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n")  # fmt: skip
+            client.settimeout(10)
+            assert client.recv(100).startswith(b"HTTP/1.1 4")
+    assert server.client.get("/api/model").status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_listing_the_series_of_a_zip_unpacks_no_more_than_reading_it(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("scan.nii", bytes(300 * 2**20))
+    written: list[int] = []
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, size=-1: written.append(size) or b"")
+    answer = server.client.post("/api/studies", params={"name": "scan.zip"}, content=packed.getvalue())
+    assert answer.status_code == 400
+    assert "would unpack" in answer.json()["error"]
+    assert not written

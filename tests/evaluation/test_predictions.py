@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ctinstruct_hf.evaluation.challenge import write_submission
 from ctinstruct_hf.evaluation.diagnosis import best_thresholds
 from ctinstruct_hf.evaluation.predictions import Predictions, Record, read_predictions, to_json, write_predictions
 from ctinstruct_hf.evaluation.scoring import SystemScores, TaskScores, parse_thresholds, score_predictions
-from ctinstruct_hf.evaluation.segmentation import released_dice, surface_scores, volume_dice
+from ctinstruct_hf.evaluation.segmentation import read_mask_pair, released_dice, surface_scores, volume_dice
 from ctinstruct_hf.evaluation.significance import Interval
 from ctinstruct_hf.evaluation.tables import PAPER_TABLES, all_tables, paper_table
 from tests.evaluation.test_text import needs_wordnet
@@ -278,3 +279,30 @@ def test_ct_vqa_of_table_7_is_filled_from_the_questions_of_ct_rate(dataset: str)
     assert table is not None
     assert table.rows[-1][:2] == ["mine", "50.00±10.00"]
     assert table.header[1] == "CT-VQA ROUGE-1"
+
+
+@pytest.mark.parametrize("form", ["../{name}", "sub/../../{name}", "link/{name}", "{folder}/{name}"])
+def test_masks_are_read_beside_the_predictions_only(form: str, tmp_path: Path) -> None:
+    beside = tmp_path / "run"
+    (beside / "sub").mkdir(parents=True)
+    (beside / "link").symlink_to(tmp_path)
+    mask_file(tmp_path / "mask.nii.gz", cube(2, 6))
+    mask_file(beside / "mask.nii.gz", cube(2, 6))
+    name = form.format(name="mask.nii.gz", folder=tmp_path)
+    with pytest.raises(CTInstructError, match=r"outside of its folder|out of its folder"):
+        read_mask_pair({"name": "liver", "prediction": name, "reference": "mask.nii.gz"}, beside)
+    pair = {"name": "liver", "prediction": "mask.nii.gz", "reference": name}
+    if name.startswith("/"):  # as `evaluate` writes where the data lies
+        assert read_mask_pair(pair, beside)[1].sum() == cube(2, 6).sum()
+    else:
+        with pytest.raises(CTInstructError, match=r"outside of its folder|out of its folder"):
+            read_mask_pair(pair, beside)
+
+
+def test_a_mask_unpacks_to_no_more_than_a_scan_may(tmp_path: Path) -> None:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((2000, 2000, 2000))
+    header.set_data_dtype(np.uint8)
+    (tmp_path / "mask.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(1000)))
+    with pytest.raises(CTInstructError, match="would unpack"):
+        read_mask_pair({"name": "liver", "prediction": "mask.nii.gz", "reference": ""}, tmp_path)

@@ -202,3 +202,14 @@ def test_one_enhanced_frame_may_have_all_its_groups_shared(tmp_path: Path) -> No
     volume = read_volume(save(data, tmp_path / "scan"))
     assert np.array_equal(volume.hu, HU[:1])
     assert volume.warnings == []
+
+
+def test_indices_of_colours_and_of_a_table_are_no_hu(tmp_path: Path) -> None:
+    with pytest.raises(CTInstructError, match="colour image"):
+        read_volume(save(dicom_slice(HU[0], PhotometricInterpretation="PALETTE COLOR"), tmp_path / "colours"))
+    data = dicom_slice(HU[0])
+    table = pydicom.Dataset()
+    table.LUTDescriptor = [256, 0, 16]
+    data.ModalityLUTSequence = [table]
+    with pytest.raises(CTInstructError, match="table"):
+        read_volume(save(data, tmp_path / "table"))

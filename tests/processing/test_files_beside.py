@@ -201,3 +201,15 @@ def test_files_of_simpleitk_are_read_as_simpleitk_reads_them(
     assert np.allclose(ours.affine, theirs.affine, atol=1e-6)
     assert np.allclose(ours.source.affine, theirs.source.affine, atol=1e-6)
     assert ours.warnings == theirs.warnings
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+@pytest.mark.parametrize("name", ["./plain.raw", "Schnitt ü 胸.raw"])
+def test_a_plain_name_beside_the_header_is_read_however_it_is_written(
+    folders: tuple[Path, Path], suffix: str, name: str
+) -> None:
+    scans, _ = folders
+    (scans / name).write_bytes(asymmetric().tobytes())
+    (scans / f"scan{suffix}").write_text(header(suffix, name), encoding="utf-8", newline="\r\n")
+    volume = read_volume(scans / f"scan{suffix}")
+    assert np.array_equal(volume.in_file_axes(volume.hu), asymmetric().transpose(2, 1, 0))

@@ -15,9 +15,19 @@ from PIL import Image
 from scans import as_nifti, asymmetric, dicom_slice, save
 
 from ctinstruct_hf import CTInstructError, read_volume
+from ctinstruct_hf.processing import volume_zip
 from ctinstruct_hf.processing.volume_reading import format_of
 
 HU = asymmetric((4, 6, 5))
+MHD = """ObjectType = Image
+NDims = 3
+TransformMatrix = 1 0 0 0 1 0 0 0 1
+Offset = 0 0 0
+ElementSpacing = 1 1 2
+DimSize = 5 6 4
+ElementType = MET_SHORT
+ElementDataFile = a.raw
+"""
 
 
 def written(folder: Path) -> dict[str, tuple[Path, dict]]:
@@ -87,8 +97,9 @@ def test_the_command_line_takes_a_scan_of_any_name(name: str, small_scan: Path, 
     (tmp_path / "in").mkdir()
     renamed = tmp_path / "in" / name
     renamed.write_bytes(small_scan.read_bytes())
-    assert find_scans([renamed]) == [renamed]
-    assert read_volume(find_scans([renamed])[0]).shape == (24, 48, 48)
+    found = find_scans([renamed])
+    assert [scan.path for scan in found] == [renamed]
+    assert read_volume(found[0].path).shape == (24, 48, 48)
 
 
 # pictures
@@ -160,3 +171,81 @@ def test_a_cut_picture_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(data.getvalue()[:2000])
     with pytest.raises(CTInstructError, match="no readable picture"):
         read_volume(tmp_path / "cut.png")
+
+
+def test_a_tiff_of_16_bits_with_white_as_0_is_refused(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.arange(30, dtype=np.uint16).reshape(6, 5) * 2000)
+    picture.save(tmp_path / "slice.tif", tiffinfo={262: 0})
+    with pytest.raises(CTInstructError, match="white as 0"):
+        read_volume(tmp_path / "slice.tif")
+
+
+@pytest.mark.parametrize("window", [(float("nan"), 1.0), (40.0, 40.0), (0.0, float("inf"))])
+def test_a_window_of_a_picture_is_two_numbers(window: tuple[float, float], tmp_path: Path) -> None:
+    Image.fromarray(np.arange(30, dtype=np.uint8).reshape(6, 5)).save(tmp_path / "slice.png")
+    with pytest.raises(CTInstructError, match="window"):
+        read_volume(tmp_path / "slice.png", window=window)
+
+
+# packed files
+
+
+def nifti_bytes() -> bytes:
+    return nib.Nifti1Image(HU.transpose(2, 1, 0), np.diag([-1.0, -1.0, 2.0, 1.0])).to_bytes()
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"scan.nii": nifti_bytes(), "__MACOSX/._scan.nii": b"Mac", ".DS_Store": b"Mac"},
+        {"study/scan.nii.gz": gzip.compress(nifti_bytes()), "study/readme.txt": b"A study.", "LICENSE": b""},
+        {
+            "/abs/a.hdr": nifti_bytes()[:108] + bytes(4) + nifti_bytes()[112:344] + b"ni1\0",
+            "/abs/a.img": nifti_bytes()[352:],
+        },
+        {"x/a.mhd": MHD.encode(), "x/a.raw": HU.astype("<i2").tobytes(), "y/a.raw": b"another one"},
+    ],
+    ids=["of a Mac", "with a text", "two parts", "header and data"],
+)
+def test_the_only_scan_of_a_zip_is_read_whatever_lies_beside_it(members: dict[str, bytes], tmp_path: Path) -> None:
+    volume = read_volume(zipped(tmp_path / "scan.zip", members))
+    assert np.array_equal(volume.in_file_axes(volume.hu), HU.transpose(2, 1, 0))
+    assert volume.source.name == "scan.zip"
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ({"a.nii": nifti_bytes(), "b.nii": nifti_bytes()}, r"2 scans \(a.nii, b.nii\)"),
+        ({"inner.zip": b"PK\x05\x06" + bytes(18)}, r"a zip \(inner.zip\)"),
+        ({f"{number}": b"" for number in range(11)}, "11 files"),
+        ({".hidden": b"x"}, "empty"),
+    ],
+    ids=["two scans", "a zip", "many files", "hidden files"],
+)
+def test_a_zip_with_no_single_scan_says_what_it_holds(
+    members: dict[str, bytes], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volume_zip, "MOST_FILES", 10)
+    with pytest.raises(CTInstructError, match=found):
+        read_volume(zipped(tmp_path / "scan.zip", members))
+
+
+@pytest.mark.parametrize("behind", [b"\0" * 100, b"x", b"\x1f", b"signature of an archive"])
+def test_bytes_behind_the_end_of_gzip_are_left_unread(behind: bytes, tmp_path: Path) -> None:
+    whole = nifti_bytes()
+    parts = gzip.compress(whole[:400]) + gzip.compress(whole[400:])
+    for packed in (gzip.compress(whole), parts):
+        (tmp_path / "scan.nii.gz").write_bytes(packed + behind)
+        volume = read_volume(tmp_path / "scan.nii.gz")
+        assert np.array_equal(volume.in_file_axes(volume.hu), HU.transpose(2, 1, 0))
+    (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(whole)[:-30])
+    with pytest.raises(CTInstructError, match="cut short"):
+        read_volume(tmp_path / "scan.nii.gz")

@@ -147,3 +147,18 @@ def test_phantoms_are_plain(seed: int) -> None:
 
     volume = make_phantom(seed, shape=(24, 48, 48)).volume
     assert read_volume(volume.to_source(volume.hu)).warnings == []
+
+
+def test_labels_above_255_are_labels_where_neighbours_are_alike(tmp_path: Path) -> None:
+    nib.save(as_nifti((parcels(20) * 100).astype(np.int16), "RAS"), tmp_path / "labels.nii")
+    with pytest.raises(CTInstructError, match="label map"):
+        read_volume(tmp_path / "labels.nii")
+    nib.save(as_nifti((body() + 1024).clip(0) // 16 * 16, "RAS"), tmp_path / "coarse.nii")
+    assert "intercept" in read_volume(tmp_path / "coarse.nii").warnings[0]
+
+
+@pytest.mark.parametrize(("window", "cut"), [((-150, 250), True), ((-160, 240), True), ((-1000, 400), False)])
+def test_a_scan_clipped_to_a_window_without_air_is_named(window: tuple[int, int], cut: bool, tmp_path: Path) -> None:
+    nib.save(as_nifti(body().clip(*window), "RAS"), tmp_path / "scan.nii")
+    warnings = read_volume(tmp_path / "scan.nii").warnings
+    assert [f"the lowest value, {window[0]} HU" in note for note in warnings] == [True] * cut

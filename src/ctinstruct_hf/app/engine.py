@@ -27,6 +27,7 @@ from ..output.report import key_place
 from .jobs import KINDS, Cancelled, Job, Watch
 from .limits import Busy, Limits
 from .masks import Full, PackedMasks
+from .receiving import refuse_unknown
 from .uploads import Uploads, safe_name
 
 logger = logging.getLogger(__name__)
@@ -291,12 +292,13 @@ class Engine:
     def _checked(self, kind: str, words: dict[str, Any]) -> dict[str, Any]:
         if kind not in KINDS:
             raise CTInstructError(f"'{str(kind)[:40]}' cannot be asked: use {', '.join(KINDS)}.")
+        key = {"ask": "question", "segment": "structures", "diagnose": "diseases"}.get(kind)
+        refuse_unknown(words, ["kind", *([key] if key else [])])
         if kind == "ask":
             question = words.get("question")
             if not isinstance(question, str) or not 0 < len(question.strip()) <= 2000:
                 raise CTInstructError("question must be a text of 1 to 2000 characters.")
             return {"question": question.strip()}
-        key = {"segment": "structures", "diagnose": "diseases"}.get(kind)
         if key is None:
             return {}
         names = words.get(key)

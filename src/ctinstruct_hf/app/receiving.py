@@ -118,6 +118,13 @@ async def read_json(request: Request, seconds: float) -> dict[str, Any]:
     return found
 
 
+def refuse_unknown(words: dict[str, Any], known: list[str]) -> None:
+    """Raises CTInstructError for a key of a request that has no effect."""
+    unknown = [key[:40] for key in words if key not in known]
+    if unknown:
+        raise CTInstructError(f"'{unknown[0]}' is no field of this request: it takes {', '.join(known)}.")
+
+
 class _Form:
     """The parts of a multipart form as they arrive: files go to `begin(file name)`, fields are kept."""
 
@@ -212,4 +219,4 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", errors="replace")
 
 
-__all__ = ["is_form", "parts", "read_json", "receive"]
+__all__ = ["is_form", "parts", "read_json", "receive", "refuse_unknown"]

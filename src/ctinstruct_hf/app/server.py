@@ -15,6 +15,7 @@ from urllib.parse import quote, urlsplit
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from h11 import LocalProtocolError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -26,7 +27,7 @@ from .._version import __version__
 from ..errors import CTInstructError
 from ..inference.models import notes_on
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
-from .receiving import is_form, read_json, receive
+from .receiving import is_form, read_json, receive, refuse_unknown
 
 STATIC = Path(__file__).parent / "static"
 NOTICE = "Research use only. Not a diagnosis."
@@ -143,7 +144,10 @@ class _Guard:
                     headers.setdefault(name, value)
             elif head:
                 message = {**message, "body": b""}
-            await send(message)
+            try:
+                await send(message)
+            except LocalProtocolError:  # what came after the head was no HTTP: the connection is being closed
+                await asyncio.sleep(0)
 
         await self.app(scope, receive, send_on)
 
@@ -247,6 +251,7 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
             wanted: dict[str, Any] = {"upload": upload, "series": series or fields.get("series")}
         else:
             wanted = {"series": series, **await read_json(request, engine.limits.idle_upload)}
+            refuse_unknown(wanted, ["upload", "sample", "series"])
         chosen = wanted["series"]
         if chosen is not None and (not isinstance(chosen, str) or chosen == "all"):
             raise CTInstructError("series must be a text that names one series.")
@@ -260,7 +265,10 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
             )
         if await request.is_disconnected():  # nobody knows its id
             await run_in_threadpool(engine.close_study, study)
-        return {"study": study, **describe_study(engine.find(study))}
+        try:
+            return {"study": study, **describe_study(engine.find(study))}
+        except KeyError as error:  # it made room for another one before its client knew its id
+            raise Busy("Too many studies are opened at once: try again later.") from error
 
     @app.get("/api/studies/{study}")
     async def one_study(study: str) -> dict[str, Any]:

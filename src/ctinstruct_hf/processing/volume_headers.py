@@ -67,6 +67,7 @@ HEADER_TAGS = _tags(
     "RescaleIntercept",
     "RescaleSlope",
     "RescaleType",
+    "ModalityLUTSequence",
     "LossyImageCompression",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",

@@ -9,6 +9,8 @@ from .volume import CTInstructError, CTVolume
 SIZES_MM = (0.01, 100.0)  # of a voxel of any CT, micro-CT and thick slices included
 MOST_LABELS = 128  # TotalSegmentator has 117
 FEW_LABELS = 32  # a grey image has more values, however coarse
+HIGHEST_LABEL = 2**15 - 1  # FreeSurfer's go beyond 12000; above 255 only where neighbours are alike
+AIR_ABOVE = -850  # HU; noise and lung around air lie below
 
 
 def check_plausible(volume: CTVolume, refuse_labels: bool) -> None:
@@ -34,6 +36,11 @@ def check_plausible(volume: CTVolume, refuse_labels: bool) -> None:
     if low < -100 and high - low > 20:
         if np.mean(sample > 4000) > 0.25:
             volume.warnings.append("A quarter of the voxels is above 4000 HU, denser than bone: the values are not HU.")
+        lowest = float(np.mean(sample == low))
+        if low > AIR_ABOVE and lowest > 0.1 and volume.source.kind != "picture":
+            volume.warnings.append(
+                f"{lowest:.0%} of the voxels have the lowest value, {low:g} HU: air is cut off, as by a display window."
+            )
         return
     low, high = float(hu.min()), float(hu.max())
     labels = _labels(hu, low, high)
@@ -63,15 +70,20 @@ def _is_odd(mm: float) -> bool:
 
 def _labels(hu: np.ndarray, low: float, high: float) -> int:
     """How many labels a mask or label map has, its background among them; 0 where it is none."""
-    if low == high or low < -1 or high > 255 or (hu.dtype.kind == "f" and any((plane % 1).any() for plane in hu)):
+    if (
+        low == high
+        or low < -1
+        or high > HIGHEST_LABEL
+        or (hu.dtype.kind == "f" and any((plane % 1).any() for plane in hu))
+    ):
         return 0
-    counts = np.zeros(257, np.int64)
+    counts = np.zeros(int(high) + 2, np.int64)
     for plane in hu:
-        counts += np.bincount((plane.ravel().astype(np.int64) + 1), minlength=257)
+        counts += np.bincount((plane.ravel().astype(np.int64) + 1), minlength=len(counts))
     values = np.flatnonzero(counts) - 1
     if 0 not in values or len(values) > MOST_LABELS or hu.size < 8 * len(values):
         return 0
-    if len(values) > FEW_LABELS and not _piecewise_constant(hu):
+    if (len(values) > FEW_LABELS or high > 255) and not _piecewise_constant(hu):
         return 0
     return len(values)
 

@@ -220,7 +220,9 @@ def _scan_of(folder: Path) -> Path | None:
         return None
     forms = {file: format_of(file) for file in files}
     nested = [file.name for file, form in forms.items() if form == "zip"]
-    scans = [file for file, form in forms.items() if form in ("nifti", "itk", "array") and file.suffix.lower() != ".img"]
+    scans = [
+        file for file, form in forms.items() if form in ("nifti", "itk", "array") and file.suffix.lower() != ".img"
+    ]
     if len(scans) > 1 or (nested and not scans):
         held = f"{len(scans)} scans ({some([file.name for file in scans])})" if scans else f"a zip ({some(nested)})"
         raise CTInstructError(f"{folder.name} holds {held}: give one scan.")

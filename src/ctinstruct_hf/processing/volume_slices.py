@@ -42,8 +42,10 @@ class Slice:
 
 def slices_of(file: Path, header: Any) -> list[Slice]:
     """The images of one file, a frame each where it has several."""
-    if integer(header, "SamplesPerPixel", 1) != 1:
+    if integer(header, "SamplesPerPixel", 1) != 1 or text(header, "PhotometricInterpretation") == "PALETTE COLOR":
         raise CTInstructError(f"{file.name} is a colour image: expected CT in HU.")
+    if header.get("ModalityLUTSequence"):
+        raise CTInstructError(f"{file.name} has a table (Modality LUT) instead of a rescale to HU: it cannot be read.")
     if integer(header, "Rows") < 1 or integer(header, "Columns") < 1:
         raise CTInstructError(f"{file.name} has no pixels.")
     frames = integer(header, "NumberOfFrames", 1)

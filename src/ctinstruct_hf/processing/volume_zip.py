@@ -13,7 +13,6 @@ from pathlib import Path
 
 from .volume import CTInstructError, Limits, last_line
 
-
 MOST_FILES = 20_000  # in a zip; a study with all its series has a few thousand
 
 
@@ -40,7 +39,9 @@ def _unpack(path: Path, folder: Path, limit: Limits) -> None:
             if not members:
                 raise CTInstructError(f"{path.name} is an empty zip.")
             if len(members) > MOST_FILES:
-                raise CTInstructError(f"{path.name} holds {len(members)} files, more than {MOST_FILES}: give one study.")
+                raise CTInstructError(
+                    f"{path.name} holds {len(members)} files, more than {MOST_FILES}: give one study."
+                )
             if sum(member.file_size for member in members) > limit.bytes:
                 raise CTInstructError(
                     f"{path.name} would unpack to more than the {limit.bytes / 2**30:.3g} GiB allowed."
