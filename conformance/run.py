@@ -40,6 +40,7 @@ def main() -> int:
         "pytest",
         "-q",
         "-rsfE",
+        "--disable-warnings",
         "-p",
         "no:cacheprovider",
         "-c",

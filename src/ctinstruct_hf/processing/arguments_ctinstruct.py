@@ -9,7 +9,7 @@ from typing import Any
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
 
-class CTInstructImagesKwargs(ImagesKwargs, total=False):
+class CTInstructImageProcessorKwargs(ImagesKwargs, total=False):
     """Settings of `CTInstructImageProcessor`, each also an argument of a call; `spacing` is one of a call only. Those that
     every image processor of Transformers takes (`do_rescale`, …) change nothing here."""
 
@@ -28,4 +28,4 @@ class CTInstructImagesKwargs(ImagesKwargs, total=False):
 class CTInstructProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of `CTInstructProcessor`: those of Transformers' processors, with our image processor's."""
 
-    images_kwargs: CTInstructImagesKwargs  # type: ignore[misc]
+    images_kwargs: CTInstructImageProcessorKwargs  # type: ignore[misc]

@@ -19,7 +19,7 @@ from .any_resolution import (
     mask_from_canvas,
     place_on_canvas,
 )
-from .arguments_ctinstruct import CTInstructImagesKwargs
+from .arguments_ctinstruct import CTInstructImageProcessorKwargs
 from .image_fetching import content_of, read_content
 from .volume import CTInstructError, CTVolume, is_volume
 from .volume_reading import read_volume
@@ -52,7 +52,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "patch_grid", "slice_mask"]
-    valid_kwargs = CTInstructImagesKwargs
+    valid_kwargs = CTInstructImageProcessorKwargs
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         Returns:
             pixel_values float32 [N, patch height, patch width], patch_grid int64 [images, 4], slice_mask bool [N].
         """
-        unknown = sorted(set(kwargs) - set(CTInstructImagesKwargs.__annotations__))
+        unknown = sorted(set(kwargs) - set(CTInstructImageProcessorKwargs.__annotations__))
         if unknown:
             raise CTInstructError(f"{', '.join(unknown)}: the image processor has no such argument.")
         settings = self._settings(kwargs)
