@@ -81,6 +81,86 @@ def test_accumulation_learns_what_one_large_batch_learns(tiny_config, tmp_path: 
         torch.testing.assert_close(weights, found[0][1], atol=1e-5, rtol=0)
 
 
+def test_batches_of_unequal_words_and_masks_count_alike_in_a_step(tiny_config, tmp_path: Path) -> None:
+    model = still(CTInstructForConditionalGeneration(tiny_config()))
+    whole, short = sample(model.config, 0), sample(model.config, 1)
+    short["labels"][:-3] = -100
+    short["mask_labels"] = None
+    short["input_ids"] = short["input_ids"].masked_fill(short["input_ids"] == model.config.seg_token_id, 20)
+
+    def batch_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        return batch if rows[0]["mask_labels"] is not None else {**batch, "mask_labels": None}
+
+    with torch.no_grad():
+        losses = [float(model(**batch_of([row])).loss) for row in (whole, short)]
+    one = trainer(
+        model,
+        tmp_path,
+        [whole, short],
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=1,
+        data_collator=batch_of,
+    )
+    one.train()
+    assert one.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
+
+
+@torch.no_grad()
+def test_losses_divided_by_all_words_of_a_step_add_up_to_those_of_one_large_batch(tiny_config) -> None:
+    model = CTInstructForConditionalGeneration(tiny_config()).eval()
+    rows = [sample(model.config, seed) for seed in range(4)]
+    words = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    expected = model(**collate(rows))
+    parts = [model(**collate(rows[first : first + 2]), num_items_in_batch=torch.tensor(words)) for first in (0, 2)]
+    torch.testing.assert_close(sum(part.loss for part in parts), expected.loss)
+    rows[3]["labels"][:-1] = -100  # batches of unequal words
+    expected, words = model(**collate(rows)).lm_loss, words - 4
+    parts = [model(**collate(rows[first : first + 2]), num_items_in_batch=words) for first in (0, 2)]
+    torch.testing.assert_close(sum(part.lm_loss for part in parts), expected)
+
+
+@pytest.mark.parametrize("words", [-100, "vision"])
+def test_a_batch_without_a_word_to_learn_has_its_other_losses(tiny_config, words: Any) -> None:
+    model = CTInstructForConditionalGeneration(tiny_config())
+    batch = collate([sample(model.config, 0)])
+    vision = torch.arange(batch["labels"].shape[1]) < 3
+    batch["labels"] = torch.where(vision & (words == "vision"), batch["input_ids"], -100)
+    outputs = model(**batch)
+    assert float(outputs.lm_loss) == 0
+    weights = model.config.segmentation_loss_weight, model.config.disease_loss_weight
+    expected = weights[0] * outputs.segmentation_loss + weights[1] * outputs.disease_loss
+    torch.testing.assert_close(outputs.loss, expected)
+    outputs.loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_a_mask_is_never_painted_over_the_image_of_another_sample(tiny_config) -> None:
+    model = CTInstructForConditionalGeneration(tiny_config()).eval()
+    config = model.config
+    image = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+    seg, grid = config.seg_token_id, torch.tensor([[1, 1, 1, 1]])
+    samples = [
+        [*image, 20, seg, 21, 22],
+        [20, seg, *image, 21, 22],
+        [20, seg, 21, 22, 23, 24, 25],
+        [*image, seg, *image],
+    ]
+    pixels = torch.randn(4, 64, 64)
+    together = model(input_ids=torch.tensor(samples), pixel_values=pixels, patch_grid=grid.expand(4, -1)).mask_logits
+    shown = [pixels[:1], pixels[1:2], None, pixels[2:]]
+    for sample_ids, own, mask in zip(samples, shown, together, strict=True):
+        if own is None:
+            assert mask.shape == (0, 0, 0)
+            continue
+        alone = model(input_ids=torch.tensor([sample_ids]), pixel_values=own, patch_grid=grid.expand(len(own), -1))
+        torch.testing.assert_close(mask, alone.mask_logits[0], atol=1e-5, rtol=1e-5)
+    masks = [torch.zeros(1, 64, 64, dtype=torch.int8)] * 4
+    with pytest.raises(CTInstructError, match="show an image in each sample with <SEG>"):
+        model(input_ids=torch.tensor(samples), pixel_values=pixels, patch_grid=grid.expand(4, -1), mask_labels=masks)
+
+
 def test_evaluation_gives_its_loss_and_calls_the_metrics(tiny_config, tmp_path: Path) -> None:
     model = CTInstructForConditionalGeneration(tiny_config())
     rows = [sample(model.config, seed) for seed in range(3)]

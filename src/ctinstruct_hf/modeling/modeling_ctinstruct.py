@@ -5,22 +5,21 @@ Read top to bottom: encode (tower, bridger) -> place the image tokens -> languag
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining, GenerationMixin
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 
+from .answers_ctinstruct import SPECIAL_TOKENS
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstructSegmentationConfig
+from .generation_ctinstruct import CACHE_NAME, CTInstructGenerationMixin, with_names_of_generate
 from .losses_ctinstruct import label_loss, masks_loss
+from .positions_ctinstruct import TokenPositions, to_token_order
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .small_models_ctinstruct import prompt_loss
@@ -28,34 +27,6 @@ from .training_ctinstruct import needs_labels
 from .vision_attention_ctinstruct import CosineAttention
 from .vision_blocks_ctinstruct import PatchGrid, grid_rows, init_weights
 from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput
-
-logger = logging.get_logger(__name__)
-
-# Transformers 5.24 renamed the argument; both names are understood here, the library's own is passed on.
-CACHE_NAME = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
-
-
-def cache_arguments(past_key_values: Any, cache: Any) -> dict[str, Any]:
-    """What the language model takes its cache by. Before 5.24, `cache` is the paged cache of continuous batching
-    (`generate_batch`), which goes on to the attention as it is."""
-    if CACHE_NAME == "cache":
-        return {"cache": past_key_values if cache is None else cache}
-    return {"past_key_values": past_key_values} | ({} if cache is None else {"cache": cache})
-
-
-ANSWER_TOKENS = 256
-# fields of the config that hold token ids, and the tokens
-SPECIAL_TOKENS = {
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "image_token_id": "<|image_pad|>",
-    "seg_token_id": "<SEG>",
-    "disease_token_id": "<disease_confidence>",
-}
 
 
 @dataclass
@@ -89,22 +60,6 @@ class CTInstructOutput(CausalLMOutputWithPast):
     mask_logits: list[torch.Tensor] | None = None
     disease_logits: torch.Tensor | None = None
     image_hidden_states: list[torch.Tensor] | None = None
-
-
-@dataclass
-class CTInstructGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns, with the answers' masks and disease logits."""
-
-    mask_logits: list[torch.Tensor] | None = None
-    disease_logits: torch.Tensor | None = None
-
-
-@dataclass
-class CTInstructGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """The same for beam search."""
-
-    mask_logits: list[torch.Tensor] | None = None
-    disease_logits: torch.Tensor | None = None
 
 
 class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
@@ -142,27 +97,7 @@ def make_bridger(config: CTInstructConfig) -> nn.Module:
     return nn.Sequential(nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width), nn.GELU())
 
 
-def grid_coordinates(grid: tuple[int, int, int, int], order: str, device: torch.device) -> torch.Tensor:
-    """Where each image token of one image lies: [3, tokens], (slice in the grid, patch row, patch column)."""
-    z, y, x, s = grid
-    plane, row, column, place = torch.meshgrid(
-        *[torch.arange(size, device=device) for size in (z, y, x, s)], indexing="ij"
-    )
-    coordinates = torch.stack([plane * s + place, row, column])  # [3, Z, Y, X, S]
-    if order == "slices":
-        coordinates = coordinates.permute(0, 1, 4, 2, 3)
-    return coordinates.flatten(1)
-
-
-def to_token_order(rows: torch.Tensor, grid: tuple[int, int, int, int], order: str) -> torch.Tensor:
-    """Rows of one image from the order of `pixel_values` to the order in which the language model reads them."""
-    if order == "patches":
-        return rows
-    z, y, x, s = grid
-    return rows.view(z, y, x, s, -1).permute(0, 3, 1, 2, 4).reshape(z * s * y * x, -1)
-
-
-class CTInstructModel(CTInstructPreTrainedModel):
+class CTInstructModel(TokenPositions, CTInstructPreTrainedModel):
     """Vision tower, bridger and language model, without heads."""
 
     _keys_to_ignore_on_load_unexpected = [r"^segmentation_", r"^disease_head", r"^lm_head"]
@@ -236,49 +171,7 @@ class CTInstructModel(CTInstructPreTrainedModel):
         image_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
 
-    def get_rope_index(
-        self,
-        input_ids: torch.Tensor,
-        patch_grid: PatchGrid | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of Qwen2-VL's three-axis rope: words count on, an image's tokens take their place in its grid
-        (slice, patch row, patch column), and the word after an image follows its largest position.
-
-        Returns:
-            positions [3, B, L] and, per sample, what to add to a plain count for the words that follow [B, 1]. A plain
-            count [B, L] and zeros for language models whose rope has one axis.
-        """
-        if not self.config.uses_three_axis_rope:
-            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            return (kept.cumsum(-1) - 1).clamp(min=0), torch.zeros_like(input_ids[:, :1])
-        is_image = input_ids == self.config.image_token_id
-        grids = iter(grid_rows(patch_grid) if patch_grid is not None else [])
-        positions = torch.ones((3, *input_ids.shape), dtype=torch.long, device=input_ids.device)
-        deltas = torch.zeros((input_ids.shape[0], 1), dtype=torch.long, device=input_ids.device)
-        for sample in range(input_ids.shape[0]):
-            kept = torch.ones_like(is_image[sample])
-            if attention_mask is not None:
-                kept = attention_mask[sample].bool()
-            places = is_image[sample, kept]
-            parts: list[torch.Tensor] = []
-            done, next_position = 0, 0
-            while done < len(places):
-                rest = places[done:]
-                if bool(rest[0]):
-                    part = grid_coordinates(next(grids), self.config.image_token_order, places.device)
-                else:
-                    run = int(rest.int().argmax()) if bool(rest.any()) else len(rest)
-                    part = torch.arange(run, device=places.device).expand(3, -1)
-                parts.append(part + next_position)
-                done += part.shape[1]
-                next_position = int(parts[-1].max()) + 1
-            if parts:
-                positions[:, sample, kept] = torch.cat(parts, dim=1)
-            deltas[sample] = next_position - len(places)
-        return positions, deltas
-
+    @with_names_of_generate
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -290,12 +183,10 @@ class CTInstructModel(CTInstructPreTrainedModel):
         patch_grid: PatchGrid | None = None,
         slice_mask: torch.Tensor | None = None,
         vision_features: CTInstructVisionOutput | None = None,
-        mm_encoder_outputs: dict[str, CTInstructVisionOutput] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache: Any = None,
         **kwargs: Any,
     ) -> CTInstructModelOutput | tuple:
         """Hidden states of text with images in it.
@@ -303,15 +194,13 @@ class CTInstructModel(CTInstructPreTrainedModel):
         Args:
             input_ids: [B, L] with one `<|image_pad|>` per row of `pixel_values`.
             pixel_values, patch_grid, slice_mask: see `CTInstructVisionModel.forward`; or instead
-            vision_features: what `get_image_features` returned (`mm_encoder_outputs={"image": ...}` is the same, the
-                name under which `generate` passes it). Without a `pooler_output` the tower's tokens go through the
+            vision_features: what `get_image_features` returned (`generate` passes it as
+                `mm_encoder_outputs={"image": ...}`). Without a `pooler_output` the tower's tokens go through the
                 bridger here: a frozen tower needs to run once only, however long the training.
             attention_mask, position_ids, past_key_values (or `cache`), inputs_embeds, use_cache: as in Transformers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise CTInstructError("You must specify exactly one of input_ids or inputs_embeds.")
-        if vision_features is None and mm_encoder_outputs is not None:
-            vision_features = mm_encoder_outputs.get("image")
         if vision_features is None and pixel_values is not None:
             vision_features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
         images = None
@@ -319,8 +208,8 @@ class CTInstructModel(CTInstructPreTrainedModel):
             images = vision_features.pooler_output
             images = self.bridge(vision_features) if images is None else images
         if position_ids is None and self.config.uses_three_axis_rope:
-            done = cache if cache is not None else past_key_values
-            position_ids = self.positions(input_ids, inputs_embeds, attention_mask, vision_features, done)
+            cache = kwargs.get("cache", past_key_values)
+            position_ids = self.positions(input_ids, inputs_embeds, attention_mask, vision_features, cache)
         outputs = self.language_model(
             inputs_embeds=self.embed(input_ids, inputs_embeds, images),
             attention_mask=attention_mask,
@@ -331,7 +220,7 @@ class CTInstructModel(CTInstructPreTrainedModel):
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
             return_dict=True,
-            **cache_arguments(past_key_values, cache),
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
         output = CTInstructModelOutput(
@@ -344,32 +233,8 @@ class CTInstructModel(CTInstructPreTrainedModel):
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
 
-    def positions(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        vision_features: CTInstructVisionOutput | None,
-        cache: Any,
-    ) -> torch.Tensor | None:
-        """Three-axis positions where nobody gave any. While decoding from a cache the caller has to."""
-        if inputs_embeds is not None or (cache is not None and cache.get_seq_length() > 0):
-            if vision_features is None:
-                return None
-            raise CTInstructError(
-                "Pass position_ids with inputs_embeds, or when a prompt with images continues a cache."
-            )
-        grid = vision_features.patch_grid if vision_features is not None else None
-        positions, _ = self.get_rope_index(input_ids, grid, attention_mask)
-        if self.config.answer_positions == "sequential":
-            answers = (input_ids == self.config.seg_token_id) | (input_ids == self.config.disease_token_id)
-            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            plain = (kept.cumsum(-1) - 1).clamp(min=0)
-            positions = torch.where(answers.any(-1, keepdim=True), plain, positions)
-        return positions
 
-
-class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMixin):
+class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGenerationMixin):
     """The whole network: text, masks and disease probabilities for questions about scans."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -388,16 +253,6 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         self.positive_voxel_weight = 1.0  # a trainer may raise it, see `masks_loss`
         self.positive_voxel_power: float | None = None
         self.post_init()
-        self._limit_answers()
-
-    def _limit_answers(self) -> None:
-        """Answers of up to `ANSWER_TOKENS` where the generation config has no limit; the library's default is 20 tokens."""
-        if self.generation_config.max_new_tokens is None and self.generation_config.max_length is None:
-            self.generation_config.max_new_tokens = ANSWER_TOKENS
-
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers: takes the generation config of a loaded folder, which may have no limit."""
-        super().adjust_generation_fn(*args, **kwargs)
         self._limit_answers()
 
     @classmethod
@@ -492,6 +347,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         return self.model.get_image_features(pixel_values, patch_grid, slice_mask, **kwargs)
 
     @needs_labels("labels")
+    @with_names_of_generate
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -508,14 +364,12 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         disease_ids: torch.LongTensor | None = None,
         prompt_labels: torch.Tensor | None = None,
         vision_features: CTInstructVisionOutput | None = None,
-        mm_encoder_outputs: dict[str, CTInstructVisionOutput] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         answer_heads: bool = True,
-        cache: Any = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CTInstructOutput | tuple:
@@ -523,9 +377,10 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
 
         Args:
             input_ids ... inputs_embeds, patch_grid, slice_mask, vision_features: see `CTInstructModel.forward`.
-            labels: [B, L], −100 where no loss is wanted. Those at image and vision tokens never count.
+            labels: [B, L], −100 where no loss is wanted. Those at image and vision tokens never count. With
+                `num_items_in_batch` (words of all batches of a step) their loss is a sum divided by it.
             mask_labels: one int8 [D, H, W] on the canvas per `<SEG>` of `input_ids`; −1 is padding. A `<SEG>` speaks of
-                the image last shown before it.
+                the image last shown before it in its sample.
             disease_labels: float, one per `<disease_confidence>` of `input_ids`; −1 is unknown.
             disease_ids: int64, which of `config.disease_names` each `<disease_confidence>` stands for. Without it: the
                 list whose length is the sample's number of these tokens.
@@ -541,8 +396,6 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         self.check_labels(
             input_ids, mask_labels=mask_labels, prompt_labels=prompt_labels, disease_labels=disease_labels
         )
-        if vision_features is None and mm_encoder_outputs is not None:
-            vision_features = mm_encoder_outputs.get("image")
         if vision_features is None and pixel_values is not None:
             vision_features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
         outputs = self.model(
@@ -550,7 +403,6 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            cache=cache,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             use_cache=use_cache,
@@ -564,21 +416,25 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         logits = self.lm_head(states[:, kept])
 
         lm_loss = segmentation_loss = disease_loss = query_loss = mask_logits = disease_logits = None
+        share = self.share_of_words(labels, kwargs.get("num_items_in_batch"))
         if labels is not None:
             labels = self.word_labels(labels, input_ids)
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        if cache is not None and CACHE_NAME != "cache":  # many prompts in one row
+            if not bool((labels[:, 1:] != -100).any()):  # masks or diagnoses alone
+                lm_loss = logits.sum() * 0.0
+        if kwargs.get("cache") is not None:  # a paged cache: many prompts in one row
             answer_heads = False
         if input_ids is not None and (answer_heads or mask_labels is not None or disease_labels is not None):
             mask_logits = self.answer_masks(input_ids, states, vision_features)
             names = self.disease_rows(input_ids, disease_ids)
             disease_logits = self.answer_diseases(input_ids, states, names)
         if mask_labels is not None and len(mask_labels):
-            if mask_logits is None:
+            if mask_logits is None or any(mask.numel() == 0 for mask in mask_logits):
                 raise CTInstructError(
-                    "mask_labels need images: pass pixel_values, or vision_features with feature_maps."
+                    "mask_labels need images: pass pixel_values, or vision_features with feature_maps, and show an image "
+                    "in each sample with <SEG>."
                 )
             segmentation_loss = masks_loss(
                 mask_logits, mask_labels, self.positive_voxel_weight, positive_power=self.positive_voxel_power
@@ -591,7 +447,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
                 self.segmentation_query(states[input_ids == self.config.seg_token_id]), prompt_labels
             )
         output = CTInstructOutput(
-            loss=self.total_loss(lm_loss, segmentation_loss, disease_loss, query_loss),
+            loss=self.total_loss(lm_loss, segmentation_loss, disease_loss, query_loss, share),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -606,231 +462,6 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, GenerationMi
         )
         use_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if use_dict else output.to_tuple()
-
-    def check_labels(self, input_ids: torch.Tensor | None, **labels: Any) -> None:
-        """Raises CTInstructError where labels of masks or diseases are not as many as the tokens that they belong to."""
-        for name, given in labels.items():
-            if given is None:
-                continue
-            field = "disease_token_id" if name == "disease_labels" else "seg_token_id"
-            token = SPECIAL_TOKENS[field]
-            if input_ids is None:
-                raise CTInstructError(f"{name} need input_ids: in inputs_embeds no {token} can be found.")
-            count = int((input_ids == getattr(self.config, field)).sum())
-            if len(given) != count:
-                raise CTInstructError(
-                    f"{name} has {len(given)} entries for {count} {token} in input_ids: give one each (was the text cut?)."
-                )
-
-    def word_labels(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """`labels` [B, L] without those at image and vision tokens, whoever made them: nobody writes these tokens."""
-        names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = torch.tensor([getattr(self.config, name) for name in names], device=labels.device)
-        seen = torch.isin(labels, ids)
-        if input_ids is not None:
-            seen |= torch.isin(input_ids.to(labels.device), ids)
-        return labels.masked_fill(seen, -100)
-
-    def total_loss(
-        self,
-        lm_loss: torch.Tensor | None,
-        segmentation_loss: torch.Tensor | None,
-        disease_loss: torch.Tensor | None,
-        query_loss: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """The weighted sum of the losses there are."""
-        parts = [
-            (1.0, lm_loss),
-            (self.config.segmentation_loss_weight, segmentation_loss),
-            (self.config.disease_loss_weight, disease_loss),
-            (self.config.segmentation_loss_weight, query_loss),
-        ]
-        weighted = [weight * loss for weight, loss in parts if loss is not None]
-        return sum(weighted[1:], weighted[0]) if weighted else None
-
-    def answer_masks(
-        self,
-        input_ids: torch.Tensor,
-        states: torch.Tensor,
-        vision_features: CTInstructVisionOutput | None,
-        seen_before: int = 0,
-    ) -> list[torch.Tensor] | None:
-        """Mask logits [D, H, W] of each `<SEG>`, on the canvas of the image last shown before it.
-
-        `seen_before` counts the image tokens before `input_ids`, where these continue a cached prompt.
-        """
-        asked = input_ids == self.config.seg_token_id
-        if vision_features is None or vision_features.feature_maps is None or not bool(asked.any()):
-            return None
-        grids = grid_rows(vision_features.patch_grid)
-        ends = torch.tensor(list(accumulate(z * y * x * s for z, y, x, s in grids)), device=input_ids.device)
-        seen = (input_ids == self.config.image_token_id).flatten().cumsum(0).view_as(input_ids)
-        seen = seen + seen_before
-        owners = torch.searchsorted(ends, seen[asked])  # the image whose last token came at or after this count
-        queries = self.segmentation_query(states[asked])
-        return self.segmentation_decoder.paint_owned(
-            queries, owners.tolist(), vision_features.feature_maps, vision_features.last_hidden_state, grids
-        )
-
-    def disease_rows(self, input_ids: torch.Tensor, disease_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Which row of the disease head answers each `<disease_confidence>`; all 0 with a shared head."""
-        counts = (input_ids == self.config.disease_token_id).sum(-1).tolist()
-        total = sum(counts)
-        if total == 0:
-            return None
-        if disease_ids is not None and len(disease_ids) != total:
-            raise CTInstructError(
-                f"disease_ids has {len(disease_ids)} entries for {total} <disease_confidence> tokens."
-            )
-        if self.config.disease_head == "shared":
-            return torch.zeros(total, dtype=torch.long, device=input_ids.device)
-        if disease_ids is not None:
-            return disease_ids.to(input_ids.device)
-        starts: dict[str, int] = {}
-        start = 0
-        for name, diseases in self.config.disease_lists.items():
-            starts[name] = start
-            start += len(diseases)
-        rows: list[int] = []
-        for count in counts:
-            fitting = [name for name, diseases in self.config.disease_lists.items() if len(diseases) == count]
-            if count and len(fitting) != 1:
-                raise CTInstructError(
-                    f"{count} <disease_confidence> tokens in a sample fit "
-                    f"{'no list' if not fitting else 'several lists (' + ', '.join(fitting) + ')'} of "
-                    "config.disease_lists: pass disease_ids."
-                )
-            if count:
-                rows.extend(range(starts[fitting[0]], starts[fitting[0]] + count))
-        return torch.tensor(rows, device=input_ids.device)
-
-    def answer_diseases(
-        self, input_ids: torch.Tensor, states: torch.Tensor, rows: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """One logit per `<disease_confidence>`, in reading order."""
-        if rows is None:
-            return None
-        scores = self.disease_head(states[input_ids == self.config.disease_token_id])  # [tokens, heads]
-        return scores.gather(1, rows.to(scores.device)[:, None])[:, 0]
-
-    def positive_weights(self, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """`config.disease_positive_weights` of the given rows; 1 where a list has none."""
-        weights = self.config.disease_positive_weights
-        if not weights or rows is None or self.config.disease_head == "shared":
-            return None
-        flat = [
-            weight
-            for name, diseases in self.config.disease_lists.items()
-            for weight in weights.get(name, [1.0] * len(diseases))
-        ]
-        return torch.tensor(flat, device=rows.device)[rows]
-
-    def _prepare_position_ids_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        """Positions on three axes for language models that have them; the words' own for the rest."""
-        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if not self.config.uses_three_axis_rope:
-            return positions
-        cache = model_kwargs.get(CACHE_NAME)
-        if features is None or (cache is not None and cache.get_seq_length() > 0):
-            return positions[None].expand(3, -1, -1)
-        input_ids = model_kwargs.get("input_ids")
-        input_ids = inputs_tensor if input_ids is None or input_ids.shape[1] == 0 else input_ids
-        return self.model.get_rope_index(input_ids, features.patch_grid, model_kwargs.get("attention_mask"))[0]
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: Any = None,
-        pixel_values: torch.Tensor | None = None,
-        patch_grid: PatchGrid | None = None,
-        slice_mask: torch.Tensor | None = None,
-        vision_features: CTInstructVisionOutput | None = None,
-        disease_ids: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`generate` of Transformers, with the images encoded once and, if `return_dict_in_generate`, the masks and
-        disease logits of the whole sequences: equal to those of a forward pass over them.
-
-        Args:
-            inputs, generation_config, kwargs: as in Transformers.
-            pixel_values, patch_grid, slice_mask, or vision_features: as in `forward`.
-            disease_ids: which diseases the answer's `<disease_confidence>` stand for, one after the other.
-
-        Raises:
-            ValueError: for an `assistant_model`, which cannot see the images.
-        """
-        given = [kwargs.get("max_length"), getattr(generation_config, "max_length", None)]
-        asked = [kwargs.get("max_new_tokens"), getattr(generation_config, "max_new_tokens", None)]
-        if any(length is not None for length in given) and all(length is None for length in asked):
-            kwargs["max_new_tokens"] = (
-                None  # a length of the caller's counts before that of the model's generation config
-            )
-        if kwargs.get("assistant_model") is not None:
-            raise CTInstructError("assistant_model is not supported: the assistant cannot see the images.")
-        if vision_features is None and pixel_values is not None:
-            vision_features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
-        if vision_features is not None:
-            # a copy, since beams repeat the entries in place
-            kwargs["mm_encoder_outputs"] = {"image": CTInstructVisionOutput(**vision_features)}
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        mask = kwargs.get("attention_mask")
-        outputs = super().generate(inputs, generation_config, answer_heads=False, **kwargs)
-        if isinstance(outputs, torch.Tensor) or input_ids is None:
-            return outputs
-        masks, diseases = self.answers_of(outputs.sequences, input_ids, mask, vision_features, disease_ids)
-        kind = CTInstructGenerateBeamOutput if "beam_indices" in outputs else CTInstructGenerateOutput
-        return kind(**outputs, mask_logits=masks, disease_logits=diseases)
-
-    def answers_of(
-        self,
-        sequences: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        vision_features: CTInstructVisionOutput | None,
-        disease_ids: torch.Tensor | None,
-    ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
-        """Masks and disease logits of generated sequences [B * returned, L], in reading order.
-
-        One pass of the language model over the finished sequences; the tower does not run again.
-        """
-        asks_masks = bool((sequences == self.config.seg_token_id).any())
-        disease_counts = (sequences == self.config.disease_token_id).sum(-1)
-        if not asks_masks and not bool(disease_counts.any()):
-            return None, None
-        returned = sequences.shape[0] // input_ids.shape[0]
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        masks: list[list[torch.Tensor]] = [[] for _ in sequences]
-        diseases: list[torch.Tensor] = [sequences.new_zeros(0, dtype=torch.float) for _ in sequences]
-        for turn in range(returned):
-            rows = sequences[turn::returned]
-            new = torch.ones_like(rows[:, input_ids.shape[1] :])
-            states = self.model(
-                input_ids=rows,
-                attention_mask=torch.cat([attention_mask, new], dim=1),
-                vision_features=vision_features,
-                use_cache=False,
-                return_dict=True,
-            ).last_hidden_state
-            found = iter(self.answer_masks(rows, states, vision_features) or [])
-            counts = disease_counts[turn::returned].tolist()
-            try:
-                scores = self.answer_diseases(rows, states, self.disease_rows(rows, disease_ids))
-            except CTInstructError as error:
-                logger.warning(f"The answer's <disease_confidence> tokens cannot be told apart: {error}")
-                scores = None
-            seg_counts = (rows == self.config.seg_token_id).sum(-1).tolist() if vision_features is not None else []
-            for sample, count in enumerate(seg_counts):
-                masks[sample * returned + turn] = [next(found) for _ in range(count)]
-            for sample, part in enumerate(scores.split(counts) if scores is not None else []):
-                diseases[sample * returned + turn] = part
-        all_masks = [mask for sample in masks for mask in sample]
-        all_diseases = torch.cat([part.to(self.device) for part in diseases])
-        return all_masks or None, all_diseases if len(all_diseases) else None
 
 
 __all__ = ["CTInstructForConditionalGeneration", "CTInstructModel"]

@@ -1,0 +1,104 @@
+"""Where tokens lie: the order of an image's tokens, and positions for language models with a rope of three axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .configuration_ctinstruct import CTInstructConfig, CTInstructError
+from .vision_blocks_ctinstruct import PatchGrid, grid_rows
+from .vision_ctinstruct import CTInstructVisionOutput
+
+
+def grid_coordinates(grid: tuple[int, int, int, int], order: str, device: torch.device) -> torch.Tensor:
+    """Where each image token of one image lies: [3, tokens], (slice in the grid, patch row, patch column)."""
+    z, y, x, s = grid
+    plane, row, column, place = torch.meshgrid(
+        *[torch.arange(size, device=device) for size in (z, y, x, s)], indexing="ij"
+    )
+    coordinates = torch.stack([plane * s + place, row, column])  # [3, Z, Y, X, S]
+    if order == "slices":
+        coordinates = coordinates.permute(0, 1, 4, 2, 3)
+    return coordinates.flatten(1)
+
+
+def to_token_order(rows: torch.Tensor, grid: tuple[int, int, int, int], order: str) -> torch.Tensor:
+    """Rows of one image from the order of `pixel_values` to the order in which the language model reads them."""
+    if order == "patches":
+        return rows
+    z, y, x, s = grid
+    return rows.view(z, y, x, s, -1).permute(0, 3, 1, 2, 4).reshape(z * s * y * x, -1)
+
+
+class TokenPositions:
+    """Mixin for the model without heads: positions of words and image tokens."""
+
+    config: CTInstructConfig
+
+    def get_rope_index(
+        self,
+        input_ids: torch.Tensor,
+        patch_grid: PatchGrid | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of Qwen2-VL's three-axis rope: words count on, an image's tokens take their place in its grid
+        (slice, patch row, patch column), and the word after an image follows its largest position.
+
+        Returns:
+            positions [3, B, L] and, per sample, what to add to a plain count for the words that follow [B, 1]. A plain
+            count [B, L] and zeros for language models whose rope has one axis.
+        """
+        if not self.config.uses_three_axis_rope:
+            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            return (kept.cumsum(-1) - 1).clamp(min=0), torch.zeros_like(input_ids[:, :1])
+        is_image = input_ids == self.config.image_token_id
+        grids = iter(grid_rows(patch_grid) if patch_grid is not None else [])
+        positions = torch.ones((3, *input_ids.shape), dtype=torch.long, device=input_ids.device)
+        deltas = torch.zeros((input_ids.shape[0], 1), dtype=torch.long, device=input_ids.device)
+        for sample in range(input_ids.shape[0]):
+            kept = torch.ones_like(is_image[sample])
+            if attention_mask is not None:
+                kept = attention_mask[sample].bool()
+            places = is_image[sample, kept]
+            parts: list[torch.Tensor] = []
+            done, next_position = 0, 0
+            while done < len(places):
+                rest = places[done:]
+                if bool(rest[0]):
+                    part = grid_coordinates(next(grids), self.config.image_token_order, places.device)
+                else:
+                    run = int(rest.int().argmax()) if bool(rest.any()) else len(rest)
+                    part = torch.arange(run, device=places.device).expand(3, -1)
+                parts.append(part + next_position)
+                done += part.shape[1]
+                next_position = int(parts[-1].max()) + 1
+            if parts:
+                positions[:, sample, kept] = torch.cat(parts, dim=1)
+            deltas[sample] = next_position - len(places)
+        return positions, deltas
+
+    def positions(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        vision_features: CTInstructVisionOutput | None,
+        cache: Any,
+    ) -> torch.Tensor | None:
+        """Three-axis positions where nobody gave any. While decoding from a cache the caller has to."""
+        if inputs_embeds is not None or (cache is not None and cache.get_seq_length() > 0):
+            if vision_features is None:
+                return None
+            raise CTInstructError(
+                "Pass position_ids with inputs_embeds, or when a prompt with images continues a cache."
+            )
+        grid = vision_features.patch_grid if vision_features is not None else None
+        positions, _ = self.get_rope_index(input_ids, grid, attention_mask)
+        if self.config.answer_positions == "sequential":
+            answers = (input_ids == self.config.seg_token_id) | (input_ids == self.config.disease_token_id)
+            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            plain = (kept.cumsum(-1) - 1).clamp(min=0)
+            positions = torch.where(answers.any(-1, keepdim=True), plain, positions)
+        return positions
