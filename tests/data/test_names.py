@@ -12,6 +12,7 @@ import pytest
 from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.data.names import Names, canonical, read_names, read_table
 from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
+from ctinstruct_hf.data.prepared import import_jsonl, load_rows
 from ctinstruct_hf.inference.study import load_model
 
 TAUGHT = [*ORGANS, *UNIONS, *FINDINGS]
@@ -123,6 +124,31 @@ def test_a_question_is_asked_with_the_names_that_the_model_knows(taught: Names, 
     assert taught.question(written) == (asked, [])
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "segment: LIVER",
+        "I'd like you to segment the Liver",
+        "I would like a segmentation of the liver",
+        "Provide the segmentation mask for the liver.",
+        "Perform segmentation of the Liver",
+        "Show the location of the liver",
+        "Point out the liver",
+        "Where is the liver located?",
+        "Where does the Liver lie?",
+        "Where can I find the liver in this CT scan?",
+        "Let's trace the liver",
+    ],
+)
+def test_a_request_is_understood_in_other_phrasings(taught: Names, written: str) -> None:
+    assert taught.question(written) == ("Where is the liver?", [])
+
+
+@pytest.mark.parametrize("written", ["Can you see a Pleural Effusion?", "Can you identify any Pleural effusion?"])
+def test_a_question_about_presence_is_no_request_for_a_mask(taught: Names, written: str) -> None:
+    assert taught.question(written) == (written.replace("Pleural ", "pleural ").replace("Effusion", "effusion"), [])
+
+
 def test_an_unknown_name_in_a_request_is_noted(taught: Names) -> None:
     text, notes = taught.question("Segment the livr and the spleen")
     assert text == "Segment the livr and the spleen"
@@ -176,6 +202,60 @@ def test_users_extend_the_table_by_a_file(study: Study, tmp_path: Path) -> None:
     assert other.structures.find("lk").names == ("left kidney",)
     assert other.structures.find("ren_sinister").names == ("left kidney",)
     assert other.structures.question("Segment the LEBER")[0] == "Where is the liver?"
+
+
+@pytest.mark.parametrize(
+    ("table", "written", "asked"),
+    [
+        ({"Liver": ["Leber"]}, ["Leber", "LEBER", "Liver", "liver"], ("liver",)),
+        ({"Leber": ["liver"]}, ["Leber", "leber", "LIVER"], ("liver",)),
+        ({"left_kidney": ["linke Niere"]}, ["Linke_Niere", "left_kidney"], ("left kidney",)),
+        ({"Rundherd": ["pulmonary nodules"]}, ["Rundherd", "pulmonary nodule"], ("lung nodule",)),
+        ({"both femurs": ["Femora"]}, ["Femora", "both femurs"], ("left femur", "right femur")),
+        ({"gizzard": ["Muskelmagen"]}, ["gizzard", "MUSKELMAGEN"], ("gizzard",)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_names_of_users_stand_for_what_the_model_was_taught(
+    table: dict[str, list[str]], written: list[str], asked: tuple[str, ...]
+) -> None:
+    names = Names([*TAUGHT, "left femur", "right femur"], table)
+    assert [names.find(name).names for name in written] == [asked] * len(written)
+
+
+def test_names_of_users_reach_diseases_in_any_wording(study: Study) -> None:
+    other = anew(study, names={"Pulmonary Nodule": ["Rundherd"], "Leber": ["liver"]})
+    assert other.diagnose(["rundherd"]) == {"rundherd": study.diagnose(["lung nodule"])["lung nodule"]}
+    with pytest.raises(CTInstructError, match=r"no head for Leber.*It can mark Leber: ask for a mask"):
+        other.diagnose(["Leber"])
+
+
+@pytest.mark.parametrize("names", [[], "", " ", ["liver", "..."], [None]])
+def test_no_name_and_an_empty_one_are_refused(study: Study, names: Any) -> None:
+    with pytest.raises(CTInstructError, match=r"^names (is empty|has ).*give"):
+        study.segment(names)
+    with pytest.raises(CTInstructError, match=r"^diseases (is empty|has ).*give"):
+        study.diagnose(names)
+
+
+def test_names_of_other_data_sets_are_imported_in_the_wording_of_the_package(tmp_path: Path) -> None:
+    def sample(name: str) -> dict[str, Any]:
+        return {
+            "id": name, "task": "segmentation", "split": "train", "source": "mine", "images": [{"path": "phantom:trunk/1"}],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Where is the {name}?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"Sure, {name} <SEG>."}]},
+            ],
+            "masks": [{"name": name}],
+        }  # fmt: skip
+
+    written = {"Kidney_Left": "left kidney", "LIVER": "liver", "my_own_label": "my_own_label", "lung": "lung"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(sample(name)) for name in written))
+    import_jsonl(tmp_path / "rows.jsonl", tmp_path / "set")
+    rows = list(load_rows(tmp_path / "set", "instructions", "train"))
+    assert [row["masks"][0]["name"] for row in rows] == list(written.values())
+    texts = [[part["text"] for turn in row["messages"] for part in turn["content"] if part["text"]] for row in rows]
+    assert texts == [[f"Where is the {name}?", f"Sure, {name} <SEG>."] for name in written.values()]
 
 
 @pytest.mark.parametrize(

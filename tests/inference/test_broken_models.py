@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.inference.folders import file_inside, read_object, weight_files
-from ctinstruct_hf.inference.models import load_model, load_stage_one
+from ctinstruct_hf.inference.models import load_model, load_stage_one, resolve_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -136,6 +136,30 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "an index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), INDEX, "only plain names"),
     "an index of pickles": (write(INDEX, '{"weight_map": {"a": "pytorch_model.bin"}}'), INDEX, "only safetensors"),
     "weights that are a link": (linked, WEIGHTS, "link out of"),
+    "shards without an index": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors") and None,
+        "model-00001-of-00002.safetensors", "no model.safetensors.index.json",
+    ),
+    "weights of another name": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "weights.safetensors") and None, "weights.safetensors", "does not look for",
+    ),
+    "weights that are a folder": (
+        lambda folder: (folder / WEIGHTS).unlink() or (folder / WEIGHTS).mkdir(), WEIGHTS, "that is a folder",
+    ),
+    "an index that is a folder": (lambda folder: (folder / INDEX).mkdir(), INDEX, "Is a directory"),
+    "an adapter's weights alone": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.safetensors") and (folder / "config.json").unlink(),
+        "model", "an adapter of another model (adapter_config.json",
+    ),
+    "config of 50 MB": (
+        lambda folder: (folder / "config.json").write_text('{"a": "' + "b" * 50_000_000 + '"}') and None, "config.json", "more than 8 MiB",
+    ),
+    "config with a mark of its encoding": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes()) and None,
+        "config.json", "no JSON",
+    ),
+    "config of several types": (change("config.json", "model_type", to=["ctinstruct"]), "model", "give a CTInstruct model"),
+    "structures of numbers": (change("config.json", "structures", to=[1]), "config.json", "structures"),
     "no config": (remove("config.json"), "model", "lacks config.json"),
     "config is no JSON": (write("config.json", "{"), "config.json", "no JSON"),
     "config is a list": (write("config.json", "[1]"), "config.json", "expected a JSON object"),
@@ -219,6 +243,15 @@ def test_a_note_with_brackets_is_shown_as_it_is(folder: Path, tmp_path: Path) ->
     assert done.exception is None, done.exception
     assert "Only for [/x] and [red]" in " ".join(done.output.split())
     assert "[b] scan [red].nii.gz" in " ".join(done.output.split())
+
+
+def test_a_folder_is_found_by_its_place_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    spaced = folder.rename(folder.parent / "my model")
+    for name in ("~/my model", f"{spaced}/"):
+        assert resolve_model(name).folder == spaced
+    with pytest.raises(CTInstructError, match="neither a folder nor a name on the Hub"):
+        resolve_model("~/none")
 
 
 def test_a_template_of_others_writes_what_transformers_writes(folder: Path) -> None:

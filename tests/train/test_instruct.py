@@ -22,7 +22,7 @@ from ctinstruct_hf import (  # fmt: skip
     CTInstructImageProcessor,
     Study,
 )
-from ctinstruct_hf.data.phantoms import FINDINGS
+from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS
 from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, to_row
 from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
@@ -211,6 +211,13 @@ def test_every_part_learns_under_both_trainers(recipe: dict[str, Any], tmp_path:
     assert {name for one in told for name in one} >= {"lm_loss", "segmentation_loss", "disease_loss"}
     study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
     assert set(study.diagnose("phantom")) == set(FINDINGS)
+    taught = set(after.config.structures)  # what its data had masks of
+    assert {"body", "liver"} <= taught <= {*ORGANS, *UNIONS, *FINDINGS}
+    assert study.structures.find("LIVER").names == ("liver",)
+    assert (
+        study.structures.find("gizzard").note
+        == "'gizzard' is asked as written: it is no name that the model was taught."
+    )
     assert study.segment("body").shape == study.volume.shape
 
 

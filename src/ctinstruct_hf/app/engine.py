@@ -124,8 +124,9 @@ class Engine:
         dtype: str | None = None,
         limits: Limits | None = None,
         revision: str | None = None,
+        names: dict[str, list[str]] | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits, self.names = limits or Limits(), names
         self.model, self.processor = load_model(model, device, dtype, revision)
         remove_left_over()
         self.root = temporary_folder("app")
@@ -204,7 +205,7 @@ class Engine:
         try:
             self._make_room()
             limits = {"max_bytes": self.limits.volume_bytes}
-            study = Study.open(source, (self.model, self.processor), **{**limits, **reading})
+            study = Study.open(source, (self.model, self.processor), names=self.names, **{**limits, **reading})
             study.results.masks = PackedMasks(self.limits)  # type: ignore[assignment]
             folder.mkdir(mode=0o700)
             volume = study.volume

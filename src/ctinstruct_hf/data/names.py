@@ -29,14 +29,19 @@ _FILLERS = frozenset(
     )
 )
 _SIDES = {"l": "left", "lt": "left", "lft": "left", "r": "right", "rt": "right", "rgt": "right"}
+_MASK = r"(?:binary\s+|segmentation\s+)?(?:mask|segmentation|outline|contour|location|position)s?\s+(?:of|for)"
 _VERBS = (
-    r"(?:(?:auto)?segment|outline|delineate|contour|highlight|mark|label|show|display|draw|find|locate|locali[sz]e|mask)(?:\s+me)?(?:\s+out)?"
-    r"|(?:give|get|make|create|generate|show|draw|i\s+(?:want|need))(?:\s+me)?\s+(?:an?\s+|the\s+)?(?:mask|segmentation|outline|contour)s?\s+(?:of|for)"
-    r"|(?:mask|segmentation|outline|contour)s?\s+(?:of|for)|where(?:'s|\s+is|\s+are)"
+    r"(?:give|get|make|create|generate|provide|produce|return|perform|do|have|show|see|find|draw|i(?:'d|\s+would)\s+like|"
+    rf"i\s+(?:want|need))(?:\s+me)?\s+(?:an?\s+|the\s+)?{_MASK}"
+    rf"|{_MASK}|where(?:'s|\s+is|\s+are|\s+can\s+i\s+(?:find|see)|\s+do(?:es)?)"
+    r"|(?:(?:auto)?segment|outline|delineate|contour|highlight|mark|label|show|display|draw|find|locate|locali[sz]e|mask|extract|"
+    r"trace|isolate|point)(?:\s+me)?(?:\s+out)?\s*:?"
 )
 _REQUEST = re.compile(
-    rf"(?:(?:hi|hello|hey|ok|now|please|kindly|(?:can|could|would|will)\s+you(?:\s+please)?|i\s+want\s+(?:you\s+)?to)[\s,]+)*"
+    rf"(?:(?:hi|hello|hey|ok|now|please|kindly|let(?:'s|\s+us|\s+me)|(?:can|could|would|will)\s+(?:you|i|we)(?:\s+please)?|"
+    rf"i(?:'d|\s+would)?\s+(?:want|need|like)\s+(?:you\s+)?to)[\s,]+)*"
     rf"(?:{_VERBS})\s+(?P<names>.+?)"
+    r"(?:\s+(?:located|lie|lying|situated|seen|visible))?"
     r"(?:\s+(?:in|on|of|for|from|within)\s+(?:this|the|that|my)\s+(?:\w+\s+)?(?:scan|image|ct|volume|study|picture|patient))?"
     r"(?:[\s,]+(?:for\s+me|please|now|here))*\s*[.?!]*",
     re.IGNORECASE,
@@ -67,7 +72,8 @@ class Names:
 
     Args:
         known: names as the model was taught them.
-        more: {name: other names} of the user, which come before those of the table; its keys count as known.
+        more: {name: other names} of the user, which come before those of the table. Each line is about the known name that
+            its key, or else one of the others, stands for; where none does, the key counts as known.
         listed: whether `known` is all that the model was taught. Where it is not, a name in plain words is left as written.
         table: {name: other names}; `names.yaml` by default.
     """
@@ -79,16 +85,24 @@ class Names:
         listed: bool = True,
         table: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        more = more or {}
-        self.known = list(dict.fromkeys([*known, *more]))
+        self.known = list(dict.fromkeys(known))
         self.listed = listed
         self._cased: dict[str, str] = {}
         self._index: dict[str, str] = {}
+        self._pairs: dict[str, tuple[str, ...]] = {}  # a name of the user -> both sides
+        taught = Names(self.known, None, listed, table) if more else self
+        for name, others in (more or {}).items():
+            found = [taught._resolved(word) for word in (name, *others)]
+            names = next((each for each in found if each), (name,))
+            if len(names) > 1:
+                self._pairs[name] = names
+            target = names[0] if len(names) == 1 else name
+            if target == name:
+                self.known.append(name)
+            self._add(target, [word for word in (name, *others) if word not in self.known])
+        self.known = list(dict.fromkeys(self.known))
         for name in self.known:
             self._cased.setdefault(name.casefold(), name)
-        for name, others in more.items():
-            self._add(name, others)
-        for name in self.known:
             self._add(name, [name])
         for name, others in (read_table() if table is None else table).items():
             group = [name, *others]
@@ -103,7 +117,7 @@ class Names:
 
     def find(self, name: str) -> Found:
         """The known name, or names, that a name stands for."""
-        if name in self.known:
+        if name in self.known and name not in self._pairs:
             return Found(name, (name,))
         text = " ".join(name.split())
         if not self.listed and _is_plain(text):
@@ -111,16 +125,23 @@ class Names:
                 return Found(name, (text,))
             nearest = self.nearest(text)
             return Found(name, (text,), False, nearest, _note(name, nearest, self.listed))
-        same = self._cased.get(text.casefold()) or self._lookup(text)
-        if same is not None:
-            return Found(name, (same,))
-        words = _words(text)
-        if not {"left", "right"} & set(words):
-            halves = [self._lookup(f"{side} {text}") for side in ("left", "right")]
-            if None not in halves:
-                return Found(name, tuple(half for half in halves if half is not None))
+        names = self._resolved(text)
+        if names:
+            return Found(name, names)
         nearest = self.nearest(text)
         return Found(name, (text or name,), False, nearest, _note(name, nearest, self.listed))
+
+    def _resolved(self, text: str) -> tuple[str, ...]:
+        """The known name that a text stands for, both sides of a pair that has no name, or nothing."""
+        text = " ".join(text.split())
+        same = self._cased.get(text.casefold()) or self._lookup(text)
+        if same is not None:
+            return self._pairs.get(same, (same,))
+        if not {"left", "right"} & set(_words(text)):
+            halves = [self._lookup(f"{side} {text}") for side in ("left", "right")]
+            if None not in halves:
+                return tuple(half for half in halves if half is not None)
+        return ()
 
     def _lookup(self, text: str) -> str | None:
         return next((self._index[key] for key in _keys(text) if key in self._index), None)
@@ -194,7 +215,7 @@ def structure_names(model: Any, processor: Any, more: Mapping[str, Sequence[str]
     """
     config = model.config
     findings = [*(processor.image_processor.mask_floors or {}), *config.disease_names]
-    listed = getattr(config, "structures", None)
+    listed = config.structures
     if listed is None and "phantom" in config.disease_lists:
         listed = [*ORGANS, *UNIONS, *FINDINGS]
     known = read_table() if listed is None else listed
@@ -205,7 +226,12 @@ def disease_names(model: Any, more: Mapping[str, Sequence[str]] | None = None) -
     """The diseases that a model gives probabilities of: those of its lists, any other too where it has one head for all."""
     known = model.config.disease_names
     shared = model.config.disease_head == "shared"
-    kept = more if shared else {name: others for name, others in (more or {}).items() if name in known}
+    plain = Names(known)
+    kept = {
+        name: others
+        for name, others in (more or {}).items()
+        if shared or any(plain.find(word).known for word in (name, *others))
+    }
     return Names(known, kept, listed=not shared)
 
 
@@ -250,6 +276,19 @@ def canonical(name: str) -> str:
     return found.names[0] if found.known and len(found.names) == 1 else " ".join(name.replace("_", " ").split())
 
 
+def in_known_words(names: Iterable[str]) -> dict[str, str]:
+    """{name: the package's name} of those that are written in another way: "Kidney_Left"; plain words stay."""
+    return {name: canonical(name) for name in names if not _is_plain(name) and _canonical().find(name).known}
+
+
+def spell(text: str, names: Mapping[str, str]) -> str:
+    """A text with names {as written: known name}; case, blanks, underscores and hyphens do not matter."""
+    for given, name in names.items():
+        pattern = r"[\s_-]+".join(re.escape(word) for word in re.split(r"[\s_-]+", given.strip()))
+        text = re.sub(rf"(?<![^\W_]){pattern}(?![^\W_])", lambda _, name=name: name, text, flags=re.I)  # type: ignore[misc]
+    return text
+
+
 @functools.lru_cache(maxsize=1)
 def _canonical() -> Names:
     return Names(read_table())
@@ -268,7 +307,8 @@ def _is_plain(text: str) -> bool:
 
 def _words(text: str) -> list[str]:
     """Its words without case, articles, plural and the like; sides written out."""
-    text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", unicodedata.normalize("NFKC", text)).casefold()
+    text = re.sub(r"(?<=[a-z])(?=[A-Z](?:[a-z]|$|[\s_]))", " ", unicodedata.normalize("NFKC", text)).casefold()
+    text = re.sub(r"\.nii(?:\.gz)?\s*$", "", text)
     words = [re.sub(r"^(\d+)(?:st|nd|rd|th)$", r"\1", word) for word in re.findall(r"[^\W_]+", text)]
     words = [word for word in words if word not in _FILLERS] or words
     if len(words) > 1:
@@ -296,4 +336,4 @@ def _keys(text: str) -> list[str]:
     return list(dict.fromkeys([" ".join(sorted(words)), *together])) if words else []
 
 
-__all__ = ["Found", "Names", "canonical", "disease_names", "read_names", "structure_names"]
+__all__ = ["Found", "Names", "canonical", "disease_names", "in_known_words", "read_names", "spell", "structure_names"]

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import CTInstructError
 from ..files import whole_file, write_whole
 from ..processing.volume_files import inside
+from .names import in_known_words, spell
 from .samples import KINDS, SPLITS, features, from_row, read_jsonl, to_row
 
 ROWS_A_FILE = 20_000
@@ -94,6 +95,8 @@ def export_jsonl(folder: Path, target: Path, kind: str = "instructions") -> int:
 def import_jsonl(path: Path, folder: Path, kind: str = "instructions", root: Path | None = None) -> int:
     """A JSONL file as a prepared data set; how many rows. Errors give file and line.
 
+    Masks get the names of `names.yaml` where they are written as in other data sets ("Kidney_Left"), in the texts too.
+
     Args:
         path: the JSONL file.
         folder: where the data set is written.
@@ -107,7 +110,7 @@ def import_jsonl(path: Path, folder: Path, kind: str = "instructions", root: Pat
         raise CTInstructError(f"{path} does not exist.")
     rows = []
     for number, sample in enumerate(read_jsonl(path, kind), start=1):
-        row = to_row(sample)
+        row = _in_known_words(to_row(sample))
         for one in named_files(row):
             one["path"] = _inside(one["path"], root or path.parent, f"{path.name}, sample {number}")
         rows.append(row)
@@ -116,6 +119,16 @@ def import_jsonl(path: Path, folder: Path, kind: str = "instructions", root: Pat
     write_rows(folder, kind, rows)
     describe(folder, {"source": path.name, "rows": {kind: len(rows)}})
     return len(rows)
+
+
+def _in_known_words(row: dict[str, Any]) -> dict[str, Any]:
+    known = in_known_words(mask["name"] for mask in row["masks"])
+    for mask in row["masks"]:
+        mask["name"] = known.get(mask["name"], mask["name"])
+    for part in [part for turn in row.get("messages", ()) for part in turn["content"]]:
+        if part["type"] == "text":
+            part["text"] = spell(part["text"], known)
+    return row
 
 
 def named_files(row: dict[str, Any]) -> list[dict[str, Any]]:

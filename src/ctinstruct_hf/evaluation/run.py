@@ -27,6 +27,7 @@ from ..data.templates import DISEASE_TOKEN
 from ..errors import CTInstructError
 from ..files import whole_folder, write_whole
 from ..inference.chat_templates import render_chat
+from ..inference.fingerprint import fingerprint
 from ..inference.folders import require
 from ..inference.models import load_model, load_stage_one, resolve_model
 from .alignment import questions_of
@@ -118,7 +119,7 @@ def run_model(
     options = replace(options, split=options.split or split_of_data(data, speaker.kind))
     settings = {
         "model": Path(model).name if Path(model).exists() else model,
-        "weights": _fingerprint(resolved.folder),
+        "weights": fingerprint(resolved.folder),
         "data": data,
         "tasks": list(options.tasks),
         "split": options.split,
@@ -186,13 +187,6 @@ def _read_parts(parts: Path) -> dict[tuple[str, str], Record]:
                 continue
             found[record.task, record.id] = record
     return found
-
-
-def _fingerprint(folder: Path) -> str:
-    """Names, sizes and times of the weights: another training in the same folder is another model."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12] if told else ""
 
 
 def _same_run(output: Path, settings: dict[str, Any], writes: bool) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..data.choices import chosen_option, options_of
-from ..data.names import Names
+from ..data.names import Names, spell
 from ..data.samples import InstructionSample, Label, MaskRef, parts_of, text_of
 from ..data.tasks import with_names
 from ..data.templates import DISEASE_TOKEN, SEG_TOKEN
@@ -87,22 +86,12 @@ def _resolve(names: Names, given: Iterable[str]) -> tuple[dict[str, str], list[s
 
 def _renamed(sample: InstructionSample, known: Mapping[str, str], structures: Names) -> InstructionSample:
     """The sample with known names in its texts and masks; phrasings stay, unless a mask's name is written otherwise."""
-    patterns = {
-        r"[\s_-]+".join(re.escape(word) for word in re.split(r"[\s_-]+", given.strip())): name
-        for given, name in known.items()
-    }
-
-    def spelled(text: str) -> str:
-        for pattern, name in patterns.items():
-            text = re.sub(rf"(?<![^\W_]){pattern}(?![^\W_])", lambda _, name=name: name, text, flags=re.I)  # type: ignore[misc]
-        return text
-
     masks = [replace(mask, name=known.get(mask.name, mask.name)) for mask in sample.masks]
     wanted = iter(mask.name for mask in masks)
     messages = []
     for index, turn in enumerate(sample.messages):
         parts = [
-            {**part, "text": spelled(part.get("text") or "")} if part["type"] == "text" else part
+            {**part, "text": spell(part.get("text") or "", known)} if part["type"] == "text" else part
             for part in parts_of(turn)
         ]
         if turn["role"] == "user" and index + 1 < len(sample.messages):

@@ -34,7 +34,14 @@ MODEL_FILES = (
     "model.safetensors.index.json",
 )
 INDEX = "model.safetensors.index.json"
-_MOST_BYTES, _MOST_DEPTH = 2**28, 64  # of a JSON file
+_MOST_BYTES, _MOST_DEPTH = 2**23, 64  # of a JSON file
+_LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**28, INDEX: 2**28}  # of those that list words or tensors
+# weights that are there instead -> why they are not read
+_OTHERS = {
+    "model-*-of-*.safetensors": f"a part, but no {INDEX} that lists the parts: download the folder again",
+    "*.safetensors": "a name that loading does not look for",
+    "pytorch_model*.bin": "which is not read since it may run code",
+}
 # what a folder is -> (what to call it, what to do with it)
 _USES = {
     "stage two": (
@@ -81,8 +88,9 @@ def read_object(path: Path) -> dict[str, Any]:
         CTInstructError: where the file is none, and why.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise CTInstructError(f"{path} has more than {_MOST_BYTES >> 20} MiB: it is no file of a model.")
+        most = _LARGE.get(path.name, _MOST_BYTES)
+        if path.stat().st_size > most:
+            raise CTInstructError(f"{path} has more than {most >> 20} MiB: it is no file of a model.")
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
     except OSError as error:
@@ -108,6 +116,14 @@ def read_object(path: Path) -> dict[str, Any]:
         if not level:
             return value
     raise CTInstructError(f"{path} is nested deeper than {_MOST_DEPTH} levels: it is no file of a model.")
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(23) == b"version https://git-lfs"
+    except OSError:
+        return False
 
 
 def _pointer(path: Path) -> CTInstructError:
@@ -151,10 +167,13 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """
     index = folder / INDEX
     if not index.exists():
-        if (folder / "model.safetensors").exists():
-            return [file_inside(folder, "model.safetensors", str(folder))], {}
-        others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-        found = f"it has {others[0]}, which is not read since it may run code" if others else "none is there"
+        whole = folder / "model.safetensors"
+        if whole.is_file():
+            return [file_inside(folder, whole.name, str(folder))], {}
+        found = "that is a folder" if whole.is_dir() else "none is there"
+        for pattern, why in _OTHERS.items():
+            others = sorted(path.name for path in folder.glob(pattern) if path.is_file())
+            found = f"it has {others[0]}, {why}" if others and found == "none is there" else found
         raise CTInstructError(f"{folder} lacks model.safetensors ({found}): save the model with save_pretrained.")
     listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -189,9 +208,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 for name in list(shard.keys()):
                     shapes[name] = tuple(shard.get_slice(name).get_shape())
         except Exception as error:
-            with file.open("rb") as stream:
-                if stream.read(23) == b"version https://git-lfs":
-                    raise _pointer(file) from error
+            if _is_pointer(file):
+                raise _pointer(file) from error
             raise CTInstructError(
                 f"{file} is cut short or no safetensors file ({first_line(error)}): download or save it again."
             ) from error
@@ -219,6 +237,8 @@ def identify(folder: Path) -> tuple[str, str]:
     if not (folder / "config.json").exists():
         if (folder / "model" / "config.json").exists():
             return "run", ""
+        if any(folder.glob("adapter_model.*")):
+            return "adapter", "another model (adapter_config.json, which says of which, is missing)"
         return ("release", "") if _is_release(folder) else ("nothing", "")
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
@@ -239,7 +259,8 @@ def identify(folder: Path) -> tuple[str, str]:
 
     if model_type == "qwen2_vl":
         return "Qwen2-VL", ""
-    return ("language model" if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "other"), str(model_type)[:40]
+    writes = isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "language model" if writes else "other", str(model_type)[:40]
 
 
 def _is_release(folder: Path) -> bool:

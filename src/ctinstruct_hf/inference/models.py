@@ -71,7 +71,7 @@ def resolve_model(
         if not (BUNDLED_MODEL / "config.json").exists():
             raise CTInstructError("The bundled model is missing: install the package again, or name a model.")
         return ResolvedModel(BUNDLED_MODEL, BUNDLED_MODEL.name)
-    name = str(model)
+    name = os.path.expanduser(str(model))
     if os.path.isdir(name):
         if revision is not None:
             raise CTInstructError(
@@ -318,6 +318,9 @@ def _check_config(config: Any) -> None:
     for name, kind in (("note", str | None), ("trained", bool), ("names_masks", bool)):
         if not isinstance(getattr(config, name), kind):  # type: ignore[arg-type]
             raise CTInstructError(f"{name} is {getattr(config, name)!r}, a {type(getattr(config, name)).__name__}")
+    taught = config.structures
+    if taught is not None and not (isinstance(taught, list) and all(isinstance(name, str) for name in taught)):
+        raise CTInstructError("structures must be a list of names")
     vocabulary = config.text_config.vocab_size
     for name in SPECIAL_TOKENS:
         value = getattr(config, name)

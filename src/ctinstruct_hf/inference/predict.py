@@ -42,15 +42,14 @@ class Request:
 
 def settings_of(scan: Scan, request: Request, reading: dict[str, Any]) -> dict[str, Any]:
     """What was asked about which scan by which model, for `findings.json`: the same again need not be computed."""
-    model = reading.get("model")
-    folder = Path(model) if model else None
-    name = folder.name if folder is not None and folder.is_dir() else model
+    resolved = resolve_model(reading.get("model"), reading.get("revision"))
+    name = resolved.folder.resolve().name if resolved.commit is None else resolved.name
     kept = {key: value for key, value in reading.items() if key != "model" and value is not None}
     return {
         **asdict(request),
         **kept,
-        "model": name or "the bundled model",
-        "model_fingerprint": fingerprint(resolve_model(model, reading.get("revision")).folder),
+        "model": name if reading.get("model") else "the bundled model",
+        "model_fingerprint": fingerprint(resolved.folder),
         "scan_fingerprint": scan.fingerprint(),
         "package_version": __version__,
     }

@@ -56,6 +56,15 @@ class Answer(str):
         return answer
 
 
+def _check_names(argument: str, names: Sequence[str]) -> None:
+    """Raises CTInstructError for no name, or for one without a letter or digit."""
+    if not names:
+        raise CTInstructError(f"{argument} is empty: give a name at least.")
+    for name in names:
+        if not isinstance(name, str) or not any(letter.isalnum() for letter in name):
+            raise CTInstructError(f"{argument} has {name!r}: give names of letters or digits.")
+
+
 class Study:
     """One scan, or several of one patient in the order given, and a model that answers about it.
 
@@ -375,8 +384,12 @@ class Study:
         Returns:
             bool (depth, height, width) for one name, {name: mask} for several, by the names given; `volume.to_source` puts
             them on the file's grid.
+
+        Raises:
+            CTInstructError: for no name, or an empty one.
         """
         wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        _check_names("names", wanted)
         found = [self.structures.find(name) for name in wanted]
         self._note(one.note for one in found)
         asked = list(dict.fromkeys(name for one in found for name in one.names))
@@ -423,10 +436,12 @@ class Study:
             {name: probability}, by the names given.
 
         Raises:
-            CTInstructError: for a disease that the model has no head for.
+            CTInstructError: for a disease that the model has no head for, for no name, or an empty one.
         """
         lists = self.model.config.disease_lists
         asked_for = self.diseases_asked(diseases) if isinstance(diseases, str) else diseases
+        if asked_for is not None:
+            _check_names("diseases", asked_for)
         groups = list(lists.values()) if asked_for is None else [list(asked_for)]
         found: dict[str, float] = {}
         for group in groups:
@@ -473,7 +488,9 @@ class Study:
             hint = f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
             lists = ", ".join(self.model.config.disease_lists)
             unknown = ", ".join(one.given for one in missing)
-            raise CTInstructError(f"The model has no head for {unknown}{hint}: its lists are {lists}.")
+            marked = [one.given for one in missing if self.structures.find(one.given).known]
+            advice = f" It can mark {', '.join(marked)}: ask for a mask." if marked else ""
+            raise CTInstructError(f"The model has no head for {unknown}{hint}: its lists are {lists}.{advice}")
         wanted = [one.names[0] for one in found]
         start = 0
         for diseases in self.model.config.disease_lists.values():

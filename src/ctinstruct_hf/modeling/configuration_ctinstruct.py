@@ -239,6 +239,8 @@ class CTInstructConfig(PreTrainedConfig):
     names_masks: bool = False
     """True: the answer to a request for one mask repeats its name before `<SEG>`, which small language models learn sooner;
     the paper's "Sure, it is `<SEG>`." does not."""
+    structures: list[str] | None = None
+    """Names of the structures that it was taught to mark, which training writes; None where they are not known."""
     trained: bool = True
     """False marks a checkpoint with random weights; every output of it says so."""
     note: str | None = None

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 
 from ..data.mixture import Item, Mixture, MixtureBatches, MixtureEntry
+from ..data.names import Names, structure_names
 from ..data.parts import check_part, load_part
 from ..data.samples import TASKS, ImageRef, text_of
 from ..data.store import PatchStore
@@ -351,6 +352,8 @@ def instruct(
     set_seed(args.seed)
     with built_whole(args):
         model, processor = build_model(settings)
+    known = structure_names(base_of(model), processor)
+    goes_on = settings.model is not None or base_of(model).config.structures is not None
     store = PatchStore(processor.image_processor, settings.cache)
     with args.main_process_first(desc="data"):
         entries = [load_part(part, "instructions", store) for part in settings.mixture]
@@ -403,6 +406,7 @@ def instruct(
             trained = _in_full(trained)
         if hasattr(trained, "merge_and_unload"):  # adapters go into the weights
             trained = trained.merge_and_unload()
+        trained.config.structures = taught_structures(entries, known if goes_on else None)
         save_trained(folder / "model", trained, processor)
         write_whole(folder / "scores.json", json.dumps(metrics, indent=1))
     trainer.accelerator.wait_for_everyone()
@@ -426,6 +430,18 @@ def _in_full(model: Any) -> Any:
         if hasattr(one, "quantization_config"):
             del one.quantization_config
     return model
+
+
+def taught_structures(entries: Sequence[MixtureEntry], before: Names | None = None) -> list[str] | None:
+    """The structures that a model was taught to mark, by name; None where that is not known: of streamed parts, and of a model
+    without a list that training went on from (`before`)."""
+    if (before is not None and not before.listed) or not all(hasattr(entry.rows, "__len__") for entry in entries):
+        return None
+    names = set(before.known) if before is not None else set()
+    for rows in (entry.rows for entry in entries if entry.weight > 0):
+        light = rows.select_columns(["masks"]) if hasattr(rows, "select_columns") else rows
+        names |= {mask["name"] for row in light for mask in row["masks"]}
+    return sorted(names)
 
 
 def check_rows(entry: MixtureEntry) -> None:
