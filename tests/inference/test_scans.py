@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
+import zipfile
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from pydicom.uid import MRImageStorage
 from scans import asymmetric, dicom_series
 
@@ -58,6 +62,42 @@ def test_volume_files_and_series_are_found_at_any_depth(study: Path) -> None:
     assert len(reasons) == 2
     for scan in scans:
         assert read_volume(scan.path, series=scan.series, spacing=(2, 1, 1)).hu.shape[1:] == HU.shape[1:]
+
+
+def test_volume_files_are_found_by_their_first_bytes_whatever_their_names(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    image = nib.Nifti1Image(HU, np.diag([1.0, 1.0, 2.0, 1.0]))
+    nib.save(image, folder / "a.nii.gz")
+    for name in ("scan.nii (1).gz", "b.download"):
+        shutil.copy(folder / "a.nii.gz", folder / name)
+    nib.save(image, tmp_path / "plain.nii")
+    shutil.copy(tmp_path / "plain.nii", folder / "plain")
+    nib.save(nib.Nifti1Pair(HU, image.affine), folder / "pair.img")
+    stored = sitk.GetImageFromArray(HU)
+    for suffix in ("mha", "nrrd"):
+        sitk.WriteImage(stored, str(tmp_path / f"x.{suffix}"))
+        shutil.copy(tmp_path / f"x.{suffix}", folder / f"{suffix}.bin")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", study / "thin")
+    shutil.move(tmp_path / "packed.zip", folder / "packed.part")
+    with zipfile.ZipFile(folder / "slides.pptx", "w") as archive:
+        archive.writestr("slide.xml", "<a/>")
+    with gzip.open(folder / "mha.gz", "wb") as packed:
+        packed.write((tmp_path / "x.mha").read_bytes())
+    (folder / "notes.txt").write_text("ObjectType is written here, too")
+    scans = find_scans([folder])
+    names = {"a.nii.gz", "scan.nii (1).gz", "b.download", "plain", "pair.hdr", "mha.bin", "nrrd.bin", "packed.part"}
+    assert {scan.path.name for scan in scans} == names
+    assert {file.name for scan in scans if scan.path.name == "pair.hdr" for file in scan.files} == {
+        "pair.hdr",
+        "pair.img",
+    }
+    assert left_out(scans) == {
+        "slides.pptx": "no scan in a format that can be read",
+        "notes.txt": "no scan in a format that can be read",
+        "mha.gz": "packed by gzip: unpack it first",
+    }
+    assert all(read_volume(scan.path).hu.size == HU.size for scan in scans)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class Scans(list[Scan]):
 def scan_name(scan: Path) -> str:
     """A scan's file name without its endings."""
     name = scan.name or scan.resolve().name
-    for suffix in sorted(SCAN_SUFFIXES, key=len, reverse=True):
+    for suffix in sorted((*SCAN_SUFFIXES, ".hdr", ".hdr.gz"), key=len, reverse=True):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
@@ -141,7 +141,7 @@ def _walk(root: Path, series: str | None, found: Scans) -> None:
             file = Path(base, name)
             if name.startswith(".") or (file.is_symlink() and not file.resolve().is_relative_to(root.resolve())):
                 found.skipped.append((file, "a hidden file" if name.startswith(".") else "a link out of the folder"))
-            elif name.lower().endswith(VOLUME_SUFFIXES):
+            elif _is_volume(file):
                 volumes.append(file)
             else:
                 others.setdefault(_branch(file, root), []).append(file)
@@ -156,6 +156,25 @@ def _walk(root: Path, series: str | None, found: Scans) -> None:
         listed += _series_of(branch, rest, found) if rest else []
     _add_series(listed, root, series, found)
     found.sort(key=lambda scan: str(scan.path))
+
+
+def _is_volume(file: Path) -> bool:
+    """Whether a file holds a volume by itself: by its ending, so that a broken one fails by name, or by its first bytes."""
+    from .processing.volume_reading import format_of_contents
+    from .processing.volume_series import list_series
+
+    name = file.name.lower()
+    if name.endswith(VOLUME_SUFFIXES):
+        return True
+    if name.removesuffix(".gz").endswith((".hdr", ".img")):  # a pair: the header stands for both
+        return ".hdr" in name and any(other.suffix == ".img" or ".img." in other.name for other in files_of(file))
+    try:
+        form, packed = format_of_contents(file)
+        if form == "zip":  # also what office programs write
+            return bool(list_series(file))
+    except (OSError, CTInstructError):
+        return False
+    return form == "nifti" or (form in ("itk", "array") and not packed)
 
 
 def _branch(file: Path, root: Path) -> Path:
@@ -264,6 +283,8 @@ def _study_of(file: Path) -> str:
 
 def _why_not(file: Path) -> str:
     name = file.name.lower()
+    if name.endswith(".gz"):
+        return "packed by gzip: unpack it first"
     if name == "dicomdir":
         return "the index of a DICOM folder"
     if name.endswith(PICTURE_SUFFIXES):

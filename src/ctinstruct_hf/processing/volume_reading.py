@@ -139,14 +139,9 @@ def format_of(path: Path) -> str:
         return "dicom"
     name = path.name.lower()
     pair = name.removesuffix(".gz").endswith((".hdr", ".img"))
-    with open(path, "rb") as file:
-        start = file.read(_HEAD)
-    if start.startswith(b"PK"):
-        return "array" if _is_npz(path) else "zip"
-    packed = start.startswith(b"\x1f\x8b")
-    if packed:
-        start = _inflated_start(path)
-    found = "nifti" if pair else _format_of_bytes(start)
+    found, packed = format_of_contents(path)
+    if pair and found != "zip":
+        found = "nifti"
     if packed and found in ("array", "itk", "picture"):
         raise CTInstructError(f"{path.name} is packed by gzip: unpack it first (only NIfTI is read packed).")
     if found:
@@ -155,6 +150,16 @@ def format_of(path: Path) -> str:
         if name.endswith(endings):
             return form
     return "dicom"
+
+
+def format_of_contents(path: Path) -> tuple[str, bool]:
+    """The format that a file's first bytes say, "" where they say none, and whether it is packed by gzip."""
+    with open(path, "rb") as file:
+        start = file.read(_HEAD)
+    if start.startswith(b"PK"):
+        return "array" if _is_npz(path) else "zip", False
+    packed = start.startswith(b"\x1f\x8b")
+    return _format_of_bytes(_inflated_start(path) if packed else start), packed
 
 
 def _format_of_bytes(start: bytes) -> str:
@@ -235,4 +240,4 @@ def _is_dicom(file: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
-__all__ = ["read_volume"]
+__all__ = ["format_of", "format_of_contents", "read_volume"]
