@@ -34,7 +34,8 @@ class Running:
     """A server in a thread, with its engine and a client."""
 
     def __init__(self, model: str, page: bool = True, **limits: Any) -> None:
-        self.engine = Engine(model, "cpu", limits=Limits(**{"new_tokens": 12, **limits}))
+        names = limits.pop("names", None)
+        self.engine = Engine(model, "cpu", limits=Limits(**{"new_tokens": 12, **limits}), names=names)
         self.server = uvicorn.Server(uvicorn.Config(create_app(self.engine, page=page), log_level="error"))
         listener = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -70,6 +71,14 @@ def start(untrained: Path) -> Iterator[Any]:
     for one in servers:
         one.close()
         assert not one.engine.root.exists()
+
+
+def test_names_of_the_user_are_known_on_the_page(start: Any, small_scan: Path) -> None:
+    server = start(names={"liver": ["Leber"]})
+    study = server.open(small_scan)
+    told = server.ask(study, kind="segment", structures=["LEBER", "Lebr"]).json()["result"]
+    assert list(told["masks"]) == ["LEBER", "Lebr"]
+    assert told["warnings"] == ["'Lebr' is asked as written: did you mean liver?"]
 
 
 def test_a_study_is_opened_asked_and_taken_away(start: Any, small_scan: Path, untrained: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -180,6 +181,11 @@ def test_a_fingerprint_follows_the_contents_not_the_times(study: Path, tmp_path:
     file.write_bytes(data)
     assert copy.fingerprint() != before
     assert Scan(study, "1.2.9.1").fingerprint() != Scan(study, "1.2.9.2").fingerprint()
+    before, times = copy.fingerprint(), file.stat()
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert copy.fingerprint() != before
 
 
 @pytest.mark.parametrize(

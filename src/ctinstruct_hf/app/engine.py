@@ -115,6 +115,7 @@ class Engine:
     Args:
         model, device, dtype, revision: see `inference.models.load_model`.
         limits: what it takes on.
+        names: {name: other names} of the user, see `data.names.read_names`.
     """
 
     def __init__(

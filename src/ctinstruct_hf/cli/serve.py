@@ -12,6 +12,7 @@ from .shared import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    NamesOption,
     RevisionOption,
     hide_progress_bars,
 )
@@ -27,6 +28,7 @@ def serve(
     max_upload: Annotated[float, typer.Option("--max-upload", help="GiB of the files of one study.")] = 2.0,
     studies: Annotated[int, typer.Option("--studies", help="Open at once.")] = 4,
     waiting: Annotated[int, typer.Option("--waiting", help="Questions in the line before more are refused.")] = 16,
+    names: NamesOption = None,
     model: ModelOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -39,9 +41,11 @@ def serve(
     except ModuleNotFoundError as error:
         raise CTInstructError(f"The page needs {error.name}: pip install 'ctinstruct-hf[app]'.") from error
 
+    from ..data.names import read_names
+
     hide_progress_bars()
     limits = Limits(upload_bytes=int(max_upload * 2**30), studies=studies, waiting=waiting)
-    engine = Engine(model, device, dtype, limits, revision)
+    engine = Engine(model, device, dtype, limits, revision, None if names is None else read_names(names))
 
     def announce(address: str) -> None:
         typer.echo(f"Research use only. The page is at {address}" if not api else f"Research use only. {address}/api")

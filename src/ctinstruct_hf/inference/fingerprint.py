@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def fingerprint(model: str | Path) -> str:
     folder = resolve_model(model).folder
     try:
         files = sorted(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            (path.name, path.stat().st_size, last_change(path.stat()))
             for path in folder.iterdir()
             if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS)
         )
@@ -56,6 +57,11 @@ def fingerprint(model: str | Path) -> str:
         return hash_files(folder.resolve(), tuple(files))
     except OSError as error:
         raise CTInstructError(f"{folder} cannot be read: {error.strerror or error}.") from error
+
+
+def last_change(state: os.stat_result) -> int:
+    """When a file was last written, in ns; a time that a copy was given (`cp -p`) does not hide that it was."""
+    return max(state.st_mtime_ns, state.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=32)
@@ -85,4 +91,4 @@ def model_fingerprint(config: Any) -> str | None:
         return None
 
 
-__all__ = ["PATTERNS", "fingerprint", "hash_files", "model_fingerprint"]
+__all__ = ["PATTERNS", "fingerprint", "hash_files", "last_change", "model_fingerprint"]

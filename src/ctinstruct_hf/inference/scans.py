@@ -47,12 +47,12 @@ class Scan:
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of its files and the series; "" where they cannot be read."""
-        from .fingerprint import hash_files
+        from .fingerprint import hash_files, last_change
 
         try:
             folder = Path(os.path.commonpath([file.resolve().parent for file in self.files]))
             listed = [(file.resolve().relative_to(folder), file.stat()) for file in self.files]
-            states = sorted((name.as_posix(), state.st_size, state.st_mtime_ns) for name, state in listed)
+            states = sorted((name.as_posix(), state.st_size, last_change(state)) for name, state in listed)
             return hashlib.sha256(f"{self.series}\0{hash_files(folder, tuple(states))}".encode()).hexdigest()
         except (OSError, ValueError):
             return ""
@@ -160,8 +160,8 @@ def _walk(root: Path, series: str | None, found: Scans) -> None:
 
 def _is_volume(file: Path) -> bool:
     """Whether a file holds a volume by itself: by its ending, so that a broken one fails by name, or by its first bytes."""
-    from .processing.volume_reading import format_of_contents
-    from .processing.volume_series import list_series
+    from ..processing.volume_reading import format_of_contents
+    from ..processing.volume_series import list_series
 
     name = file.name.lower()
     if name.endswith(VOLUME_SUFFIXES):
