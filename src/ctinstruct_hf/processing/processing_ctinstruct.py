@@ -160,12 +160,12 @@ class CTInstructProcessor(ProcessorMixin):
             return
         if not isinstance(text, list) or not all(isinstance(one, str) for one in text):
             raise CTInstructError("text is neither a string nor a list of strings.")
+        self._check_places(text, 0 if images is None else len(flatten_images(images)))
         if isinstance(images, list | tuple) and all(isinstance(part, list | tuple) for part in images):
             if len(images) != len(text):
                 raise CTInstructError(f"images has {len(images)} lists for {len(text)} texts: give one per text.")
             for one, part in zip(text, images, strict=True):
                 self._check_places([one], len(flatten_images(part)))
-        self._check_places(text, 0 if images is None else len(flatten_images(images)))
 
     def _merge_kwargs(self, *args: Any, tokenizer_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         settings = {name: value for name, value in (tokenizer_init_kwargs or {}).items() if name in _TOKENIZER_OPTIONS}
