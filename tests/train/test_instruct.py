@@ -660,14 +660,16 @@ def test_a_language_model_of_another_width_is_bridged_and_a_wrong_one_refused(re
 
 
 @pytest.mark.parametrize("name", recipe_names(INSTRUCT))
-def test_bundled_recipes_are_whole(name: str, stage_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_recipes_are_whole(
+    name: str, stage_one: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     told = read_recipe(name, [], INSTRUCT)
     for part in told["mixture"]:
         if "dataset" in part:
             (tmp_path / part["dataset"] / "instructions").mkdir(parents=True, exist_ok=True)
     if "model" in told:  # a second pass goes on from the model of a first
-        told["model"] = str(stage_one)
+        told["model"] = str(untrained)
     told |= {"vision": str(stage_one), "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     settings, arguments = parse_recipe({**told, "trainer": "transformers"}, InstructSettings)
     assert arguments.max_steps > 0
