@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from ctinstruct_hf import CTInstructError, CTInstructForConditionalGeneration, CTInstructProcessor, Study
 from ctinstruct_hf.data.templates import answer_diagnosis, answer_segmentation, ask_diagnosis, ask_segmentation
 from ctinstruct_hf.data.tiny import tiny_config, tiny_processor
+from ctinstruct_hf.inference.predict import Request, predict_study
 from ctinstruct_hf.inference.study import load_model
 
 
@@ -170,3 +172,12 @@ def test_a_2d_image_a_small_and_a_large_volume_answer_in_a_batch_as_alone(model)
 
 def test_models_are_loaded_once(untrained: Path) -> None:
     assert load_model(str(untrained))[0] is load_model(str(untrained))[0]
+
+
+def test_a_request_for_a_mask_among_the_questions_is_written_too(small_scan: Path, tmp_path: Path) -> None:
+    predict_study(small_scan, tmp_path / "out", Request(questions=["Segment the LIVER"], structures=["liver"]))
+    findings = json.loads((tmp_path / "out" / "findings.json").read_text())
+    asked, named = findings["segmentation"]["Segment the LIVER"], findings["segmentation"]["liver"]
+    assert asked["voxels"] == named["voxels"]
+    assert (tmp_path / "out" / asked["file"]).exists()
+    assert asked["file"] != named["file"]

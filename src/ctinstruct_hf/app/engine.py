@@ -22,7 +22,7 @@ from transformers import StoppingCriteriaList
 from ..errors import CTInstructError
 from ..files import remove_left_over, temporary_folder
 from ..inference.models import load_model
-from ..inference.study import Study
+from ..inference.study import Study, mask_names
 from ..output.report import key_place
 from .jobs import KINDS, Cancelled, Job, Watch
 from .limits import Busy, Limits
@@ -422,8 +422,8 @@ class Engine:
         for asked, answer in zip(jobs, answers, strict=True):
             masks = {}
             warnings = _notes(study.structures.question(asked.words["question"])[1])
-            for number, mask in enumerate(answer.masks, start=1):
-                name = asked.words["question"][:60] + (f" ({number})" if len(answer.masks) > 1 else "")
+            names = mask_names(asked.words["question"], len(answer.masks))
+            for name, mask in zip(names, answer.masks, strict=True):
                 try:
                     study.results.masks[name] = mask
                 except Full as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # in the order of the help
-VERBS = {
+VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo.demo,
     "predict": predict.predict,
     "app": serve.serve,

@@ -12,7 +12,7 @@ from ..output.folder import check_output
 from .fingerprint import fingerprint
 from .models import resolve_model
 from .scans import Scan, find_scans
-from .study import Study
+from .study import Study, mask_names
 
 
 @dataclass
@@ -102,7 +102,8 @@ def predict_study(
         study.report()
     for question in request.questions:
         tell("question")
-        study.ask(question)
+        answer = study.ask(question)
+        study.results.masks.update(zip(mask_names(question, len(answer.masks)), answer.masks, strict=True))
     if request.structures:
         tell("masks")
         study.segment(request.structures)

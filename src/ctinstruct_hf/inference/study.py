@@ -65,6 +65,11 @@ def _check_names(argument: str, names: Sequence[str]) -> None:
             raise CTInstructError(f"{argument} has {name!r}: give names of letters or digits.")
 
 
+def mask_names(question: str, count: int) -> list[str]:
+    """Names for the masks of an answer: what was asked, numbered where there are several."""
+    return [question[:60] + (f" ({number})" if count > 1 else "") for number in range(1, count + 1)]
+
+
 class Study:
     """One scan, or several of one patient in the order given, and a model that answers about it.
 
