@@ -25,7 +25,7 @@ def ask_what_changed(model: str, before: str, today: str) -> str:
             ],
         }
     ]
-    return answer(text=messages, max_new_tokens=200, do_sample=False, return_full_text=False)[0]["generated_text"]
+    return answer(text=messages, max_new_tokens=200, return_full_text=False)[0]["generated_text"]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from tests.evaluation.test_text import has_wordnet
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["data", "evaluation", "model", "scale", "study", "volumes"])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("data", "evaluation", "scale", "study")]
+
+
+@pytest.mark.parametrize("name", ["model", "volumes", *LONG])
 def test_a_quick_run_prints_its_table(name: str) -> None:
     if name == "evaluation":
         pytest.importorskip("nltk", reason="the `eval` extra is not installed")

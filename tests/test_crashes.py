@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -97,6 +98,8 @@ def contents(folder: Path) -> dict[str, str]:
         if "checkpoint-" in name or "runs/" in name or path.name.endswith(CHANGING):
             continue
         text = path.read_bytes().replace(str(folder).encode(), b"OUT")
+        if path.name == "findings.json":
+            text = re.sub(rb'"date": "[^"]*"', b'"date": ""', text)
         found[name] = hashlib.sha256(text).hexdigest()
     return found
 

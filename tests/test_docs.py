@@ -67,6 +67,7 @@ def test_commands_in_the_pages_have_their_options() -> None:
                     assert word in known or word == "--help" or passes_on, f"{page.name}: {word} in ctinstruct {line}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_notebook_teaches_the_model(tmp_path: Path) -> None:
     import nbformat

@@ -162,6 +162,7 @@ np.savez(sys.argv[2], answer=answer, drawn=drawn, told=list(told.values()), mask
 """
 
 
+@pytest.mark.slow
 def test_the_same_in_two_processes_and_nearly_so_with_two_threads(tmp_path: Path) -> None:
     nib.save(scan(3), tmp_path / "phantom.nii.gz")
     found = []

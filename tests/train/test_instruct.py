@@ -238,6 +238,7 @@ def test_held_out_losses_are_told_on_the_way(recipe: dict[str, Any], tmp_path: P
     assert told[-1] == pytest.approx(scores["eval_lm_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +319,7 @@ def test_the_bridger_starts_with_what_the_category_grain_reads(
     assert sizes[13] < 1e-3 * sizes[0]
 
 
+@pytest.mark.slow
 def test_the_fresh_language_model_learns_to_read_first(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Words alone make it answer in words; what it learned is where stage two begins, and is not learned twice."""
     from ctinstruct_hf.data.imagined import imagined_conversation
@@ -408,6 +410,7 @@ def test_qlora_trains_four_bits_and_saves_what_loads_without_them(
         assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.98
 
 
+@pytest.mark.slow
 def test_a_run_with_a_started_bridger_trains(recipe: dict[str, Any], tmp_path: Path) -> None:
     frozen = {"freeze": ["vision_tower"], "keep_tokens": True, "max_steps": 2, "save_steps": 2}
     instruct({**recipe, **frozen, "start_bridger": True})
@@ -513,7 +516,7 @@ def check_equal(one: Path, two: Path) -> None:
         assert torch.allclose(first, second, atol=1e-5), name
 
 
-@pytest.mark.parametrize("task", ["diagnosis", "report"])
+@pytest.mark.parametrize("task", ["diagnosis", pytest.param("report", marks=pytest.mark.slow)])
 def test_two_processes_move_the_weights_like_one_with_the_joined_batch(
     recipe: dict[str, Any], tmp_path: Path, task: str
 ) -> None:
@@ -527,7 +530,7 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(
     check_equal(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     recipe: dict[str, Any], tmp_path: Path, before: int, after: int
 ) -> None:
@@ -551,6 +554,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fsdp_trains_as_ddp_does_saves_and_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Two processes of which each holds half of the weights, by the FSDP2 configuration among the recipes."""
     recipe |= {
@@ -567,6 +571,7 @@ def test_fsdp_trains_as_ddp_does_saves_and_resumes(recipe: dict[str, Any], tmp_p
     fsdp_on_cpu.train_both_ways(recipe, tmp_path, check)
 
 
+@pytest.mark.slow
 def test_adapters_are_refused_under_fsdp(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="lora does not go with FSDP"):
         fsdp_on_cpu.launch({**recipe, "lora": {"r": 4}}, tmp_path / "lora", sharded=True)

@@ -464,6 +464,7 @@ def test_bundled_recipes_are_whole(name: str, tmp_path: Path, monkeypatch: pytes
             (tmp_path / "alignment").mkdir(exist_ok=True)
     if settings.get("model"):  # goes on from another recipe's
         settings["model"] = str(tmp_path)
+        CTInstructConfig.preset("tiny", architectures=["CTInstructForPretraining"]).save_pretrained(tmp_path)
     _, args = parse_recipe(settings, PretrainSettings)
     if args.bf16 and not torch.accelerator.is_available():
         assert args.use_cpu  # else only a GPU's bfloat16 is meant

@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
 
 from .arguments_ctinstruct import CTInstructProcessorKwargs
 from .image_fetching import from_base64
 from .image_processing_ctinstruct import as_auto_class, flatten_images, settings_of
 from .labels_ctinstruct import CTInstructBatch
 from .volume import CTInstructError, CTVolume, is_volume
+
+logger = logging.get_logger(__name__)
 
 SEG_TOKEN = "<SEG>"
 DISEASE_TOKEN = "<disease_confidence>"
@@ -118,7 +122,7 @@ class CTInstructProcessor(ProcessorMixin):
         """
         if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
             raise CTInstructError("CTInstruct reads images and text: videos and audio cannot be given.")
-        self._check_arguments(kwargs)
+        kwargs = self._check_arguments(kwargs)
         if text is not None and isinstance(images, list | tuple) and not flatten_images(images):
             images = None  # a batch of texts alone
         try:
@@ -140,8 +144,14 @@ class CTInstructProcessor(ProcessorMixin):
             )
         return batch
 
-    def _check_arguments(self, options: Mapping[str, Any]) -> None:
-        """Raises CTInstructError for an argument that nothing here takes."""
+    def _check_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that the processor takes.
+
+        Those of `generate`, which pipelines of Transformers hand on to the processor, are left out with a warning.
+
+        Raises:
+            CTInstructError: for an argument that nothing here takes.
+        """
         groups = self.valid_processor_kwargs.__annotations__
         known = {name: set(groups[name].__annotations__) for name in ("images_kwargs", "text_kwargs")}
         flat = {*groups, *known["images_kwargs"], *known["text_kwargs"], "common_kwargs", "return_metadata"}
@@ -149,8 +159,13 @@ class CTInstructProcessor(ProcessorMixin):
         unknown = set(options) - (flat - {"videos_kwargs", "audio_kwargs"})
         unknown |= {name for group, names in known.items() for name in set(options.get(group) or {}) - names}
         unknown |= set(options.get("common_kwargs") or {}) - flat
-        if unknown:
-            raise CTInstructError(f"{', '.join(sorted(unknown))}: the processor has no such argument.")
+        of_generate = {name for name in unknown if hasattr(GenerationConfig(), name)}
+        if of_generate:
+            names = ", ".join(sorted(of_generate))
+            logger.warning(f"{names}: no effect here; give it to `generate`, in a pipeline as `generate_kwargs`.")
+        if unknown - of_generate:
+            raise CTInstructError(f"{', '.join(sorted(unknown - of_generate))}: the processor has no such argument.")
+        return {name: value for name, value in options.items() if name not in of_generate}
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Raises CTInstructError where texts and images do not fit each other."""
