@@ -9,7 +9,7 @@ import atexit
 import functools
 import json
 import os
-import subprocess
+import subprocess  # nosec B404
 import sys
 import threading
 from collections.abc import Sequence
@@ -133,7 +133,7 @@ class _Child:
 
     def _start(self) -> None:
         command = [sys.executable, "-I", str(Path(__file__).with_name("render_chat.py"))]
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # nosec B603: this interpreter and a file of this package, no shell
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
