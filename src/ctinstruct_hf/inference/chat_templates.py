@@ -132,8 +132,9 @@ class _Child:
             return answer or None
 
     def _start(self) -> None:
+        # no shell: this interpreter and a file of this package
         command = [sys.executable, "-I", str(Path(__file__).with_name("render_chat.py"))]
-        self.process = subprocess.Popen(  # nosec B603: this interpreter and a file of this package, no shell
+        self.process = subprocess.Popen(  # nosec B603
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
