@@ -115,6 +115,7 @@ def test_a_slice_goes_through_a_finding(finding: str) -> None:
         make_phantom(0, through=finding)
 
 
+@pytest.mark.slow
 def test_focused_slices_show_every_finding_often() -> None:
     slices = [PhantomRef("focus", seed).make() for seed in range(320)]
     shares = {name: np.mean([one.labels[name] for one in slices]) for name in FINDINGS}
@@ -192,6 +193,7 @@ def test_sides_are_those_of_what_is_seen() -> None:
             assert told == {side for side in ("right", "left") if phantom.sides[f"{name} on the {side}"]}
 
 
+@pytest.mark.slow
 def test_a_slice_tells_of_no_side_that_its_neighbour_shows() -> None:
     """A slice is painted with its neighbours; a finding of one of them alone is not told of."""
     canvas = _Canvas(np.random.default_rng(0), (3, 16, 16), (5.0, 6.0, 6.0))

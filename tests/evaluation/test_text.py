@@ -105,6 +105,7 @@ def test_meteor_is_nltks_own() -> None:
     assert ours[4]["meteor"] > 0.4  # a doctor is a physician, "examined" and "examining" share a stem
 
 
+@pytest.mark.slow
 @needs_wordnet
 def test_several_processes_and_several_references_give_the_same() -> None:
     alone = score_texts(SAID * 3, RIGHT * 3, workers=1)

@@ -263,6 +263,7 @@ def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
         assert torch.equal(b.state_dict()[name], first[own])
 
 
+@pytest.mark.slow
 def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_one: Path, tmp_path: Path) -> None:
     """No mask is painted and the decoder stays as it is, yet the prompts come nearer to stage one's."""
     part = {"name": "masks", "phantoms": {"kind": "slice", "seeds": [0, 8]}, "tasks": ["segmentation"]}
@@ -292,6 +293,7 @@ def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_on
     assert not torch.allclose(prompts[0], prompts[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bridger", ["linear", "mlp"])
 def test_the_bridger_starts_with_what_the_category_grain_reads(
     recipe: dict[str, Any], stage_one: Path, cache: Path, bridger: str

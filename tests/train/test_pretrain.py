@@ -363,6 +363,7 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
         )
 
 
+@pytest.mark.slow
 def test_fsdp_trains_as_ddp_does_saves_scores_and_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Two processes of which each holds half of the weights, by the FSDP2 configuration among the recipes."""
     recipe |= {
