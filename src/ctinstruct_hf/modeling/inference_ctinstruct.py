@@ -59,7 +59,7 @@ def has_plain_weights(module: nn.Module) -> bool:
 
 
 def fold_norm(block: ConvNorm) -> None:
-    """One convolution that equals convolution and norm in `eval` mode; the activation works in place."""
+    """One convolution that equals convolution and norm in `eval` mode."""
     conv, norm = block.conv, block.norm
     scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
     weight = conv.weight.float() * scale.view(-1, *[1] * (conv.weight.ndim - 1))
@@ -71,7 +71,9 @@ def fold_norm(block: ConvNorm) -> None:
 
 
 def folded_forward(block: ConvNorm, images: torch.Tensor) -> torch.Tensor:
-    """`ConvNorm.forward` with its norm folded into the convolution."""
+    """`ConvNorm.forward` with its norm folded into the convolution, in the memory order in which 2D convolutions are fastest."""
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
     return block.activate(block.conv(images))
 
 
