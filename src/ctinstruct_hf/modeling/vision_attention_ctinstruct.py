@@ -261,23 +261,22 @@ class SliceAttention(nn.Module):
         """
         z, y, x, _ = grid
         h, w = last_map.shape[2:]
-        layout, patches, slices = (
-            VolumeLayout(grid, (h, w)),
-            *(Grouping(grid, (h, w), over) for over in ("patches", "slices")),
-        )
+        layout = VolumeLayout(grid, (h, w))
+        patches, slices = Grouping(grid, (h, w), "patches"), Grouping(grid, (h, w), "slices")
         volume = layout.volume(last_map.flatten(2).transpose(1, 2))  # [B, Z*S, Y*h, X*w, D]
         kept = layout.volume(kept.reshape(-1, 1, 1).expand(-1, h * w, 1))
 
-        bias = self.position_bias((z, y * h, x * w), like=volume)
+        bias, keys = self.position_bias((z, y * h, x * w), like=volume), patches.split(kept)[..., 0]
         for layer in self.patch_layers:
             volume = trace.state(volume, layout) if trace else volume
-            volume, weights = layer(volume, patches, bias, patches.split(kept)[..., 0])
+            volume, weights = layer(volume, patches, bias, keys)
             if trace:
                 trace.attentions.append(weights)
         volume = self.patch_norm(volume)
+        keys = slices.split(kept)[..., 0]
         for layer in self.slice_layers:
             volume = trace.state(volume, layout) if trace else volume
-            volume, weights = layer(volume, slices, None, slices.split(kept)[..., 0])
+            volume, weights = layer(volume, slices, None, keys)
             if trace:
                 trace.attentions.append(weights)
         volume = self.slice_norm(volume)
