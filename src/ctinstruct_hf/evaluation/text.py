@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data.labeller import FINDINGS, find_mentions, label_report
 from ..errors import CTInstructError
 from .choices import choice_accuracy, chosen_option
-from .labeller import FINDINGS, find_mentions, label_report
 from .tokens import TOKENIZERS, UnicodeTokenizer, needs_unicode, spaced
 
 TEXT_METRICS = ("bleu1", "rouge1", "meteor")

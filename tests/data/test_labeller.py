@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ctinstruct_hf.data.labeller import FINDINGS, find_mentions, label_report
 from ctinstruct_hf.errors import CTInstructError
-from ctinstruct_hf.evaluation.labeller import FINDINGS, find_mentions, label_report
 
 NORMAL = (
     "Trachea, both main bronchi are open. Mediastinal main vascular structures, heart contour, size are normal. "
