@@ -8,7 +8,7 @@ each is then present, absent or uncertain by the words around it: "no … was ob
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -30,7 +30,7 @@ _GAP = r"[^.;:]{0,70}?"
 _THICK = r"(?:thick\w*|increase\w* in (?:wall )?thickness|cuffing|sheathing)"
 
 # what names a finding; the alternatives of one finding are tried in turn
-_PATTERNS: dict[str, tuple[str, ...]] = {
+PATTERNS: dict[str, tuple[str, ...]] = {
     "medical material": (
         r"pace-?makers?|\bpacer\b|defibrillators?|\bICD\b|cardiac (?:battery|device)|cardiac implantable|electrodes?\b",
         r"(?<!conventional )catheters?\b|port-?a-?cath|chemo-?port|\bports?\b(?= (?:catheter|chamber|in|is|at|with|tip|seen|on))",
@@ -139,6 +139,7 @@ _LUNG = r"lung|(?:upper|middle|lower) lobe|pulmon|pleur|parenchym|apic|apex|bron
 _SENTENCE = re.compile(
     r"(?<=[.!?;])(?<!\d\.)(?<!\bDr\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bapprox\.)(?<!\bcf\.)\s+(?=\S)|(?<=\d\.)\s+(?=[A-Z])|[\r\n]+|(?<=[a-z]{2}\.)(?=[A-Z])|;"
 )
+_HEADING = re.compile(r"\s*(?:technique|findings?|impression|conclusion|opinion|summary|result)s?\s*:\s*(?=\S)", re.I)
 _PREDICATE = (
     r"\b(?:is|are|was|were|has|have|had|shows?|showed|demonstrates?|demonstrated|reveals?|revealed|contains?|appears?|remains?"
     r"|persists?|attracted|draws?|there)\b"
@@ -197,11 +198,18 @@ _SIZE = re.compile(r"\d+(?:[.,]\d+)?")
 
 @dataclass(frozen=True)
 class Mention:
-    """One place where a report names a finding."""
+    """One place where a report names a finding.
+
+    Attributes:
+        finding, status: which, and what is said of it.
+        clause: the part of the sentence that says so.
+        span: characters of its sentence in the report, start and end.
+    """
 
     finding: str
     status: Status
     clause: str
+    span: tuple[int, int] = (0, 0)
 
 
 class ReportLabels(dict[str, bool]):
@@ -240,19 +248,37 @@ def label_report(text: str, uncertain: bool = True) -> ReportLabels:
     return ReportLabels({name: bool(found.get(name, set()) & accepted) for name in FINDINGS})
 
 
-def find_mentions(text: str) -> list[Mention]:
-    """Every mention of the 18 findings in the order of the text, with what is said of it."""
+def find_mentions(text: str, patterns: Mapping[str, Sequence[str]] | None = None) -> list[Mention]:
+    """Every mention of findings in the order of the text, with what is said of it.
+
+    Args:
+        text: of a report.
+        patterns: {finding: regular expressions that name it}; the 18 of CT-RATE by default.
+
+    Raises:
+        CTInstructError: where the report is no text.
+    """
     if not isinstance(text, str):
         raise CTInstructError(f"a report must be text, not {type(text).__name__}.")
-    return [mention for sentence in _sentences(text) for clause in _clauses(sentence) for mention in _read(clause)]
+    return [
+        Mention(finding, status, clause, span)
+        for sentence, span in _sentences(text)
+        for clause in _clauses(sentence)
+        for finding, status in _read(clause, PATTERNS if patterns is None else patterns)
+    ]
 
 
-def _sentences(text: str) -> Iterator[str]:
-    text = re.sub(r"[‐-―]", "-", text)
-    text = re.sub(r"(\d)\s+(?=(?:mm|cm)\b)", r"\1 ", text)
-    for sentence in _SENTENCE.split(text):
-        if sentence and sentence.strip():
-            yield _spell_out(" ".join(sentence.split()))
+def _sentences(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Each sentence in plain form, and its characters in the text without a heading in front."""
+    plain = re.sub(r"[‐-―]", "-", text)  # as long as the text
+    plain = re.sub(r"(?<=\d)\s+(?=(?:mm|cm)\b)", lambda match: " " * len(match[0]), plain)
+    cuts = [(match.start(), match.end()) for match in _SENTENCE.finditer(plain)]
+    for (_, start), (stop, _) in pairwise([(0, 0), *cuts, (len(plain), len(plain))]):
+        sentence = plain[start:stop]
+        if sentence.strip():
+            heading = _HEADING.match(sentence)
+            first = start + (heading.end() if heading else len(sentence) - len(sentence.lstrip()))
+            yield _spell_out(" ".join(sentence.split())), (first, start + len(sentence.rstrip()))
 
 
 def _spell_out(sentence: str) -> str:
@@ -300,23 +326,26 @@ def _relative(part: str, place: int) -> bool:
     return bool(re.search(r"\b(?:which|that|who|whose)\s*$", part[:place]))
 
 
-def _read(clause: str) -> Iterator[Mention]:
+def _read(clause: str, patterns: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Status]]:
+    """(finding, what is said of it) of a clause."""
     if not clause:
         return
     shadow = _NO_CHANGE.sub(lambda match: "~" * len(match[0]), clause)
-    for finding, patterns in _PATTERNS.items():
+    for finding, names in patterns.items():
         spans: list[tuple[int, int]] = []
-        for pattern in patterns:
+        for pattern in names:
             for match in re.finditer(pattern, clause, re.I):
                 if any(start <= match.start() and match.end() <= stop for start, stop in spans):
                     continue
                 if _means_something_else(finding, clause, match):
                     continue
                 spans.append(match.span())
-                yield Mention(finding, _status(finding, clause, shadow, match), clause)
+                yield finding, _status(finding, clause, shadow, match)
 
 
 def _means_something_else(finding: str, clause: str, match: re.Match[str]) -> bool:
+    if match[0].lower() == finding:  # in its own words, whatever is listed beside it
+        return False
     elsewhere = _ELSEWHERE.get(finding)
     if finding == "lymphadenopathy":
         size = match.groupdict().get("size") or match.groupdict().get("size2")
@@ -407,4 +436,4 @@ def _negated_inside(inside: str) -> bool:
     return bool(re.search(r"\b(?:no|not|without|n't|free (?:of|from)|devoid of)\b", inside, re.I))
 
 
-__all__ = ["FINDINGS", "Mention", "ReportLabels", "find_mentions", "label_report"]
+__all__ = ["FINDINGS", "PATTERNS", "Mention", "ReportLabels", "find_mentions", "label_report"]

@@ -106,13 +106,13 @@ class Names:
             self._add(name, [name])
         for name, others in (read_table() if table is None else table).items():
             group = [name, *others]
-            taught = next((self._index[key] for word in group for key in _keys(word) if key in self._index), None)
+            taught = next((self._index[key] for word in group for key in keys_of(word) if key in self._index), None)
             if taught is not None:
                 self._add(taught, group)
 
     def _add(self, name: str, others: Iterable[str]) -> None:
         for other in others:
-            for key in _keys(other):
+            for key in keys_of(other):
                 self._index.setdefault(key, name)
 
     def find(self, name: str) -> Found:
@@ -137,18 +137,18 @@ class Names:
         same = self._cased.get(text.casefold()) or self._lookup(text)
         if same is not None:
             return self._pairs.get(same, (same,))
-        if not {"left", "right"} & set(_words(text)):
+        if not {"left", "right"} & set(words_of(text)):
             halves = [self._lookup(f"{side} {text}") for side in ("left", "right")]
             if None not in halves:
                 return tuple(half for half in halves if half is not None)
         return ()
 
     def _lookup(self, text: str) -> str | None:
-        return next((self._index[key] for key in _keys(text) if key in self._index), None)
+        return next((self._index[key] for key in keys_of(text) if key in self._index), None)
 
     def nearest(self, text: str) -> tuple[str, ...]:
         """Up to three known names that look like a text or share a word with it, best first."""
-        words = _words(text)
+        words = words_of(text)
         scores: dict[str, float] = {}
         written = " ".join(sorted(words))
         for key, name in self._index.items():
@@ -186,7 +186,7 @@ class Names:
             while words:  # the longest that is one name: "left and right kidneys"
                 for stop in range(len(words), 0, -1):
                     found = self.find(" and ".join(words[:stop]))
-                    if found.known and _words(found.given):
+                    if found.known and words_of(found.given):
                         names += found.names
                         words = words[stop:]
                         break
@@ -305,7 +305,7 @@ def _is_plain(text: str) -> bool:
     return re.fullmatch(r"[^\W\d_A-Z]+(?: [^\W_A-Z]+)*", text) is not None and text.split()[0] not in _FILLERS
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Its words without case, articles, plural and the like; sides written out."""
     text = re.sub(r"(?<=[a-z])(?=[A-Z](?:[a-z]|$|[\s_]))", " ", unicodedata.normalize("NFKC", text)).casefold()
     text = re.sub(r"\.nii(?:\.gz)?\s*$", "", text)
@@ -327,13 +327,25 @@ def _singular(word: str) -> str:
     return word
 
 
-def _keys(text: str) -> list[str]:
+def keys_of(text: str) -> list[str]:
     """What names that mean the same share: their words in any order, or written together."""
-    words = _words(text)
+    words = words_of(text)
     sides = [word for word in words if word in ("left", "right")]
     rest = [word for word in words if word not in sides]
     together = ["".join(words), "".join(sides + rest), "".join(rest + sides)]
     return list(dict.fromkeys([" ".join(sorted(words)), *together])) if words else []
 
 
-__all__ = ["Found", "Names", "canonical", "disease_names", "in_known_words", "read_names", "spell", "structure_names"]
+__all__ = [
+    "Found",
+    "Names",
+    "canonical",
+    "disease_names",
+    "in_known_words",
+    "keys_of",
+    "read_names",
+    "read_table",
+    "spell",
+    "structure_names",
+    "words_of",
+]
