@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CTInstructError
+from ..output.types import OUTPUT_TYPES, output_type
 from ..threads import choose_threads
 from . import data, demo, doctor, evaluate, hub, predict, serve, train
 
@@ -52,12 +53,12 @@ def spread(arguments: list[str]) -> list[str]:
     spread_out: list[str] = []
     option = ""
     for argument in arguments:
-        if option and argument in ("nifti", "dicom-seg") and spread_out[-1] != option:
+        if option and output_type(argument) in OUTPUT_TYPES and spread_out[-1] != option:
             spread_out.append(option)
         spread_out.append(argument)
         if argument in ("--output-type", "-ot"):
             option = argument
-        elif argument not in ("nifti", "dicom-seg"):
+        elif output_type(argument) not in OUTPUT_TYPES:
             option = ""
     return spread_out
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CTInstructError
+from ..output.types import OUTPUT_TYPES
 from .shared import (
     DeviceOption,
     DtypeOption,
@@ -38,7 +39,7 @@ def predict(
         str | None, typer.Option("--diagnose", help="A list of the model (ct_rate …), names with commas, or all.")
     ] = None,
     output_type: Annotated[
-        list[str] | None, typer.Option("--output-type", "-ot", help="nifti, dicom-seg, or both.")
+        list[str] | None, typer.Option("--output-type", "-ot", help=f"{', '.join(OUTPUT_TYPES)}; repeatable.")
     ] = None,
     ml: Annotated[
         bool, typer.Option("--ml", help="All structures in one label file, but those that overlap others.")

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import CTInstructError
 from ..files import whole_file
+from ..output.writers import WRITERS
 from ..threads import choose_threads
 from .predict import Request, predict_study, settings_of
 from .scans import Scan
@@ -182,7 +183,8 @@ def what_changed(task: Task) -> str | None:
 
 def _remove_results(folder: Path) -> None:
     """The results of another scan, model or request: what is not written again must not be taken for the new ones."""
-    old = [*folder.glob("masks/*.nii.gz"), *folder.glob("masks/*.json"), folder / "masks.dcm"]
+    old = [*folder.glob("masks/*.nii.gz"), *folder.glob("masks/*.json")]
+    old += [folder / place for output_type, (_, place) in WRITERS.items() if output_type != "nifti"]
     for file in [*old, folder / "findings.json", folder / "report.txt", folder / "report.html"]:
         file.unlink(missing_ok=True)
 

@@ -133,6 +133,47 @@ class CTVolume:
             nib.save(image, path)
         return image
 
+    def to_sitk(self, array: Any = None) -> Any:
+        """The volume, or a mask of it, as a SimpleITK image with its place in the patient.
+
+        Args:
+            array: numbers or bool (depth, height, width), the shape of `hu`; `hu` by default.
+
+        Raises:
+            CTInstructError: if the shape is another.
+        """
+        import SimpleITK
+
+        image = SimpleITK.GetImageFromArray(as_stored(self._same_shape(array)))
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine
+        lengths = np.linalg.norm(lps[:3, :3], axis=0)
+        image.SetSpacing(lengths.tolist())
+        image.SetDirection((lps[:3, :3] / lengths).ravel().tolist())
+        image.SetOrigin(lps[:3, 3].tolist())
+        return image
+
+    def to_monai(self, array: Any = None) -> Any:
+        """The volume, or a mask of it, as a MONAI `MetaTensor` [1, width, height, depth] with its affine to RAS mm.
+
+        Args:
+            array: numbers or bool (depth, height, width), the shape of `hu`; `hu` by default.
+
+        Raises:
+            CTInstructError: if the shape is another, or MONAI is not installed.
+        """
+        try:
+            from monai.data import MetaTensor
+        except ImportError as error:
+            raise CTInstructError("to_monai needs MONAI: pip install monai.") from error
+        stored = np.ascontiguousarray(as_stored(self._same_shape(array)).transpose(2, 1, 0))
+        return MetaTensor(stored[None], affine=self.affine.copy(), meta={"space": "RAS"})
+
+    def _same_shape(self, array: Any) -> np.ndarray:
+        found = self.hu if array is None else as_numpy(array)
+        if found.shape != self.hu.shape:
+            raise CTInstructError(f"The array has shape {found.shape}, the volume {self.hu.shape}: they must be equal.")
+        return found
+
 
 def is_volume(image: Any) -> bool:
     """Whether it is a `CTVolume`, of this module or of another copy of it: code that a saved folder brings has its own."""
