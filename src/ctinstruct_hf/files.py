@@ -91,6 +91,11 @@ def _remove_leftovers(place: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it unpacks and converts: `CTINSTRUCT_CACHE`, or `~/.cache/ctinstruct_hf`."""
+    return Path(os.environ.get("CTINSTRUCT_CACHE") or Path.home() / ".cache" / "ctinstruct_hf")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to beside `path`, whose file takes that name only if everything went well."""

@@ -28,6 +28,8 @@ class Hub(ThreadingHTTPServer):
         self.answers: dict[
             str, tuple[int, str, str]
         ] = {}  # name -> status, X-Error-Code and sentence instead of a model
+        self.refused: set[str] = set()  # files that are not given out
+        self.cut: set[str] = set()  # files whose connection breaks halfway, once each
 
     @property
     def address(self) -> str:
@@ -123,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.server.asked.append(f"{self.command} {self.path}")
+        start = self.headers.get("Range")
+        self.server.asked.append(f"{self.command} {self.path}" + (f" {start}" if start else ""))
         parts = unquote(self.path.split("?")[0]).strip("/").split("/")
         if parts[:2] in (["api", "models"], ["api", "datasets"]):
             name = ("datasets/" if parts[1] == "datasets" else "") + "/".join(parts[2:4])
@@ -162,8 +165,22 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(
                     {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
                 )
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            return self._answer(content, 200, {"ETag": etag, "X-Repo-Commit": COMMIT})
+            if path in self.server.refused and self.command == "GET":
+                return self._answer({"error": f"{path} is not given out today"}, 403)
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+            if start:
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            if path in self.server.cut and self.command == "GET":
+                self.server.cut.remove(path)
+                self.send_response(200)
+                for header, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(header, value)
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+                return None
+            return self._answer(content[start:], 206 if start else 200, headers)
         return self._answer({"error": "unknown"}, 404)
 
 

@@ -13,6 +13,8 @@ import torch
 from conftest import shared
 from safetensors.torch import save_file
 
+from tests.hub.released_folders import QWEN2_VL, write_tokenizer
+
 LANGUAGE = {
     "model.embed_tokens.weight": [152064, 3584],
     "model.norm.weight": [3584],
@@ -41,7 +43,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
-def test_the_full_width_converts_in_the_memory_of_a_shard_and_a_tensor(tmp_path: Path) -> None:
+def test_the_full_width_converts_in_the_memory_of_a_tensor(tmp_path: Path) -> None:
     shapes = {**json.loads(shared("reference/released_full_tensors.json").read_text()), **LANGUAGE}
     source = tmp_path / "release"
     source.mkdir()
@@ -69,6 +71,7 @@ def test_the_full_width_converts_in_the_memory_of_a_shard_and_a_tensor(tmp_path:
         if sum(one.nbytes for one in shard.values()) > 1.2e9:
             flush()
     flush()
+    write_tokenizer(source, QWEN2_VL, 151657)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "out")],
@@ -77,7 +80,7 @@ def test_the_full_width_converts_in_the_memory_of_a_shard_and_a_tensor(tmp_path:
     assert done.returncode == 0, done.stderr[-2000:]
     peak = int(done.stdout.strip().splitlines()[-1])
     print(f"peak {peak / 1e9:.2f} GB; largest shard {max(sizes) / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
-    assert peak < max(sizes) + largest + 2e8
+    assert peak < 2 * largest + 4e8  # whatever the shards' sizes
 
     from ctinstruct_hf import CTInstructForConditionalGeneration
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CTInstructError
-from .shared import DryRunOption, show_steps, split_names
+from .shared import DryRunOption, RevisionOption, as_note, show_steps, split_names
 
 ScoresOption = Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")]
 DatasetsOption = Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")]
@@ -92,18 +92,39 @@ def publish(
 
 
 def convert(
-    kind: Annotated[str, typer.Argument(help="What to convert: released (the authors' checkpoint).")],
-    source: Annotated[Path, typer.Option("-i", "--input", help="Folder with the safetensors shards.")],
+    layout: Annotated[str, typer.Argument(help="What to convert: released (the authors' checkpoint).")],
+    source: Annotated[str, typer.Option("-i", "--input", help="Folder or file of the weights, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Folder of the tokenizer, if elsewhere.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="Folder or name of the tokenizer; beside the weights, or Qwen2-VL's."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Folder or name of the model that an adapter (LoRA) changes.")
+    ] = None,
+    text_encoder: Annotated[
+        str,
+        typer.Option("--text-encoder", help="Of a stage-one file: biolord-2023 (the release's), all-minilm-l6-v2 …"),
+    ] = "biolord-2023",
+    revision: RevisionOption = None,
 ) -> None:
-    """Bring the authors' released weights into this format."""
+    """Bring the authors' released weights into this format: the whole model, or their stage one (vision_encoder.pth)."""
     from rich.console import Console
 
-    if kind != "released":
-        raise CTInstructError(f"'{kind}' cannot be converted: use released.")
-    from ..hub.released import convert_released
+    if layout != "released":
+        raise CTInstructError(f"'{layout}' cannot be converted: use released.")
+    from ..hub.released import convert_released, convert_stage_one, is_stage_one, stage_one_beside
 
-    with Console(stderr=True).status("reading") as status:
-        convert_released(source, output, tokenizer, tell=show_steps(status))
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        progress = show_steps(status)
+        if is_stage_one(Path(source)):
+            from ..train.text_encoders import load_text_encoder
+
+            convert_stage_one(Path(source), output, lambda: load_text_encoder(text_encoder), progress)
+        else:
+            convert_released(source, output, tokenizer, progress, base=base, revision=revision)
+            beside = stage_one_beside(Path(source))
+            if beside is not None:
+                console.print(as_note(f"{beside} is stage one: ctinstruct convert released -i {beside} converts it."))
     typer.echo(str(output))

@@ -17,6 +17,7 @@ from .shared import (
     NamesOption,
     RevisionOption,
     as_note,
+    fetch_model,
     hide_progress_bars,
     show_steps,
     split_names,
@@ -135,6 +136,7 @@ def _predict_scans(console: Console, scans: Scans, output: Path, request: Reques
 
     from ..inference.batch import predict_studies
 
+    fetch_model(console, options["model"], options["revision"])
     with Progress(console=console) as bar:
         task = bar.add_task("scans", total=len(scans))
 

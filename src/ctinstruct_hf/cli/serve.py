@@ -14,6 +14,7 @@ from .shared import (
     ModelOption,
     NamesOption,
     RevisionOption,
+    fetch_model,
     hide_progress_bars,
 )
 
@@ -41,9 +42,12 @@ def serve(
     except ModuleNotFoundError as error:
         raise CTInstructError(f"The page needs {error.name}: pip install 'ctinstruct-hf[app]'.") from error
 
+    from rich.console import Console
+
     from ..data.names import read_names
 
     hide_progress_bars()
+    fetch_model(Console(stderr=True), model, revision)
     limits = Limits(upload_bytes=int(max_upload * 2**30), studies=studies, waiting=waiting)
     engine = Engine(model, device, dtype, limits, revision, None if names is None else read_names(names))
 

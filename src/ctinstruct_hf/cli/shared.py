@@ -38,6 +38,14 @@ def show_steps(status: Any, before: str = "") -> Callable[[str], None]:
     return lambda step: status.update(Text(before + step))
 
 
+def fetch_model(console: Any, model: str | None, revision: str | None) -> None:
+    """A model of the Hub into the cache, with the way shown: downloaded, and converted where it is the authors'."""
+    from ..inference.models import resolve_model
+
+    with console.status("looking for the model") as status:
+        resolve_model(model, revision, progress=show_steps(status))
+
+
 def as_note(text: str) -> Any:
     """A line that begins with a coloured "Note:"."""
     from rich.text import Text

@@ -111,7 +111,7 @@ def run_model(
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if device is None and state.num_processes > 1 and state.device.type == "cuda":
         device = str(state.device)
-    resolved = resolve_model(model, revision)
+    resolved = resolve_model(model, revision, progress=tell)
     speaker: Any = _load(model, resolved.folder, device, dtype, revision)
     unknown = sorted(set(options.tasks) - set(speaker.tasks))
     if unknown:

@@ -11,12 +11,8 @@ from typing import Any
 from ..errors import CTInstructError, first_line
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "ctinstruct-tiny"
-# what loading a model reads; nothing here is unpickled or executed
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
+ADAPTER = "adapter_config.json"
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -29,11 +25,18 @@ MODEL_FILES = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
 )
 INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
+# what loading a model reads; nothing here is unpickled or executed
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    *TOKENIZER_FILES,
+    *WEIGHT_FILES,
+)
 _MOST_BYTES, _MOST_DEPTH = 2**23, 64  # of a JSON file
 _LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**28, INDEX: 2**28}  # of those that list words or tensors
 # weights that are there instead -> why they are not read
@@ -152,8 +155,7 @@ def file_inside(folder: Path, name: Any, source: str) -> Path:
         raise CTInstructError(f"{source} names the file {str(name)[:80]!r}: only plain names beside it are read.")
     path = folder / name
     home = folder.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
+    home = next((one.parents[1] for one in (home, *home.parents) if one.parent.name == "snapshots"), home)
     if not path.resolve().is_relative_to(home):
         raise CTInstructError(f"{source} names {name}, which is a link out of {folder}: put the file itself there.")
     return path
@@ -231,8 +233,8 @@ def identify(folder: Path) -> tuple[str, str]:
     Raises:
         CTInstructError: where its config.json cannot be read.
     """
-    if (folder / "adapter_config.json").exists():
-        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if (folder / ADAPTER).exists():
+        base = read_object(folder / ADAPTER).get("base_model_name_or_path")
         return "adapter", f"'{base}'" if isinstance(base, str) and base else "another model"
     if not (folder / "config.json").exists():
         if (folder / "model" / "config.json").exists():
@@ -270,9 +272,14 @@ def _is_release(folder: Path) -> bool:
             names: Iterable[str] = read_object(folder / INDEX).get("weight_map") or ()
         else:
             names = tensor_shapes(folder) if (folder / "model.safetensors").exists() else ()
-        return any(str(name).startswith(("visual.encoder.", "ctrate_class_heads.")) for name in names)
+        return is_released_names(names)
     except CTInstructError:
         return False
+
+
+def is_released_names(names: Iterable[Any]) -> bool:
+    """Whether tensors have the names of the authors' release."""
+    return any(str(name).startswith(("visual.encoder.", "ctrate_class_heads.")) for name in names)
 
 
 def require(folder: Path, *wanted: str, argument: str = "model") -> str:

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,23 @@ from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .chat_templates import check_template
-from .folders import BUNDLED_MODEL, MODEL_FILES, check_json_files, require, some, tensor_shapes, weight_files
+from .folders import (
+    ADAPTER,
+    BUNDLED_MODEL,
+    MODEL_FILES,
+    WEIGHT_FILES,
+    check_json_files,
+    require,
+    some,
+    tensor_shapes,
+    weight_files,
+)
+from .released.cache import LAYOUT_FILES, converted, is_converted, is_released, layout_file
 
 logger = logging.getLogger(__name__)
 UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
 # an adapter is fetched too, so that a sentence can say what it is
-_FETCHED = [*MODEL_FILES, "adapter_config.json"]
+_FETCHED = [*MODEL_FILES, ADAPTER]
 _SECONDS = 8  # that the Hub has to answer which commit a name stands for
 
 
@@ -50,17 +61,21 @@ class ResolvedModel:
 
 
 def resolve_model(
-    model: str | Path | None = None, revision: str | None = None, argument: str = "model"
+    model: str | Path | None = None,
+    revision: str | None = None,
+    argument: str = "model",
+    progress: Callable[[str], None] | None = None,
 ) -> ResolvedModel:
     """Find a model's files, and fetch them where they are not in the cache.
 
     The Hub is asked once which commit the name stands for. Where it does not answer within seconds, or refuses, the copy
-    in the cache is used.
+    in the cache is used. A `model` in the authors' layout is converted once, see `released.cache.converted`.
 
     Args:
         model: a folder or a name on the Hub; the bundled model by default.
         revision: a branch, tag or commit of a name on the Hub.
         argument: what the name was given as, for messages.
+        progress: called with lines on how far a download and a conversion are.
 
     Raises:
         CTInstructError: where there is no such model; what the Hub says about it.
@@ -80,13 +95,16 @@ def resolve_model(
         return ResolvedModel(Path(name), name)
     if os.path.exists(name):
         raise CTInstructError(f"{argument} '{name}' is a file: give the folder that it is in.")
-    return _snapshot(name, revision, argument)
+    found = _snapshot(name, revision, argument)
+    if argument == "model" and found.commit and is_released(found.folder):
+        return replace(found, folder=converted(name, found.commit, progress))
+    return found
 
 
 @functools.lru_cache(maxsize=16)
 def _snapshot(name: str, revision: str | None, argument: str) -> ResolvedModel:
     """A name on the Hub, the same commit for the whole life of the process."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -95,14 +113,21 @@ def _snapshot(name: str, revision: str | None, argument: str) -> ResolvedModel:
     except HFValidationError as error:
         raise cannot_load(argument, name, error, " Name a revision by --revision." if "@" in name else "") from error
     found = _cached(name, revision)
-    if found is not None and re.fullmatch(r"[0-9a-f]{40}", revision or "") and _has_weights(found):
+    whole = found is not None and (_has_weights(found) or (is_released(found) and is_converted(name, found.name)))
+    if found is not None and whole and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return ResolvedModel(found, name, found.name)  # a commit never changes
     try:
         latest = _within(_SECONDS, lambda: HfApi().model_info(name, revision=revision, timeout=_SECONDS))
         files = [entry.rfilename for entry in latest.siblings or []]
-        wanted = [file for file in files if any(fnmatchcase(file, pattern) for pattern in _FETCHED)]
+        patterns = list(_FETCHED)
+        index = layout_file(files)
+        if index is not None:
+            layout = Path(hf_hub_download(name, index, revision=latest.sha))
+            if is_released(layout.parents[index.count("/")]):  # its weights come where they are wanted
+                patterns = [pattern for pattern in (*_FETCHED, *LAYOUT_FILES) if pattern not in WEIGHT_FILES[:2]]
+        wanted = [file for file in files if any(fnmatchcase(file, pattern) for pattern in patterns)]
         if found is None or found.name != latest.sha or not all((found / file).exists() for file in wanted):
-            found = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # of the client, of its HTTP library, of the network
         if found is None:
             hint = " It is no folder here and not in the cache." if not hasattr(error, "response") else ""
@@ -123,10 +148,10 @@ def _cached(name: str, revision: str | None) -> Path | None:
     """The snapshot of a revision in the cache of the Hub's client."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", "adapter_config.json"):
+    for file in ("config.json", ADAPTER, *LAYOUT_FILES):
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
-            return Path(found).parent
+            return Path(found).parents[file.count("/")]
     return None
 
 

@@ -86,6 +86,7 @@ def predict_study(
         CTInstructError: nothing is written then. What could not be written beside other results is in
             `results.failures` of the study.
     """
+    resolve_model(model, revision, progress=tell)
     tell("reading")
     scan = scan if isinstance(scan, Scan) else Scan(scan)
     chosen = scan.series or series

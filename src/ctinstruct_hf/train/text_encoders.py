@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError, cannot_load
+from ..files import cache_folder
 from ..inference.models import resolve_model
 
 HUB_NAMES = {"biolord-2023": "FremyCompany/BioLORD-2023"}
 PACKAGED = "all-minilm-l6-v2"
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it unpacks: `CTINSTRUCT_CACHE`, or `~/.cache/ctinstruct_hf`."""
-    return Path(os.environ.get("CTINSTRUCT_CACHE") or Path.home() / ".cache" / "ctinstruct_hf")
 
 
 def find_text_encoder(name: str) -> str:

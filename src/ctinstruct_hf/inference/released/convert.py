@@ -1,0 +1,262 @@
+"""The authors' checkpoint -> a folder that `from_pretrained` loads, tensor by tensor."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ...errors import CTInstructError, cannot_load, first_line
+from ...files import whole_folder
+from ...modeling.configuration_ctinstruct import CTInstructConfig
+from ...modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
+from ...modeling.saving_ctinstruct import MODEL_AUTO_MAP, add_auto_map, copy_code
+from ...processing.image_processing_ctinstruct import CTInstructImageProcessor
+from ...processing.processing_ctinstruct import CTInstructProcessor
+from ..chat_templates import QWEN2_VL_TEMPLATE
+from ..folders import ADAPTER, INDEX, TOKENIZER_FILES, WEIGHT_FILES, check_json_files, identify, read_object, require
+from .checkpoint import Entry, find_checkpoint, read_entries
+from .download import check_space, download
+from .rules import HEAD, convert_tensor
+from .settings import ADDED_TOKENS, HEADS, check_names, config_of
+from .shards import CODES, Layout, ShardWriter, bytes_of
+
+LANGUAGE_MODEL = "Qwen/Qwen2-VL-7B-Instruct"  # of the release, whose tokenizer it uses
+_QWEN_WORDS = 151657  # before the release's own tokens
+_SHARD_BYTES = 4 * 10**9
+_SMALL_FILES = ("config.json", "generation_config.json", ADAPTER, "*.index.json", *TOKENIZER_FILES)
+RELEASE_FILES = tuple(
+    prefix + name
+    for prefix in ("", "ctinstruct/")
+    for name in (*_SMALL_FILES, *WEIGHT_FILES, "trained_params.safetensors", "pytorch_model*.bin")
+)
+
+
+def _silent(step: str) -> None:
+    return
+
+
+def convert_released(
+    source: str | Path,
+    output: Path,
+    tokenizer: str | Path | None = None,
+    progress: Callable[[str], None] = _silent,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    origin: str | None = None,
+) -> Path:
+    """The release's weights -> a folder that `from_pretrained` loads.
+
+    Shard by shard and tensor by tensor: one tensor is in memory at a time.
+
+    Args:
+        source: folder or file of the weights as `checkpoint.find_checkpoint` takes them, or a name on the Hub.
+        output: the folder to write.
+        tokenizer: folder or name on the Hub of the tokenizer; where it is None and none lies beside the weights, Qwen2-VL's.
+        progress: called with the name of each step.
+        base: of an adapter, the folder or name of the model that it changes; by default what adapter_config.json names.
+        revision: of a name on the Hub.
+        origin: name and commit that the weights are of, kept in the config.
+
+    Raises:
+        CTInstructError: where tensors are unknown or missing, all of them by name, and where the disk has no room; nothing is
+            written then.
+    """
+    source, origin = _local(source, revision, progress, origin)
+    weights = find_checkpoint(source)
+    folder = weights.parent if weights.is_file() else weights
+    entries = read_entries(weights, _base_of(folder, base, progress))
+    if not any(name.startswith("visual.encoder.") for name in entries) and identify(folder)[0] != "nothing":
+        require(folder, "release", "other", "adapter", argument="input")
+    settings_file = folder / "config.json"
+    settings = read_object(settings_file) if settings_file.exists() else {}
+    try:
+        config = config_of(entries, settings)
+    except CTInstructError:
+        raise
+    except Exception as error:  # values of any type are in it
+        raise CTInstructError(f"{settings_file} cannot be used: {first_line(error)}.") from error
+    check_names(entries, config)
+    words = _find_tokenizer(tokenizer, (folder, source), entries["model.embed_tokens.weight"].shape[0], progress)
+    check_space({output: sum(bytes_of(entry.dtype, entry.shape) for entry in entries.values())}, f"'{output}'")
+    with whole_folder(output) as draft:
+        write_shards(entries, config, draft, progress)
+        config.architectures = ["CTInstructForConditionalGeneration"]
+        config.dtype = entries["model.embed_tokens.weight"].meta.dtype
+        config.converted_from = origin
+        config.save_pretrained(draft)
+        add_auto_map(draft / "config.json", MODEL_AUTO_MAP["CTInstructForConditionalGeneration"])
+        copy_code(Path(inspect.getfile(CTInstructForConditionalGeneration)), draft)
+        progress("processor")
+        write_processor(words, config, draft)
+    return output
+
+
+def _local(
+    source: str | Path, revision: str | None, progress: Callable[[str], None], origin: str | None
+) -> tuple[Path, str | None]:
+    """The folder or file of the weights, and name and commit of one on the Hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, origin
+    found = download(str(source), revision, RELEASE_FILES, progress, argument="input")
+    return found, f"{source}@{found.name}"
+
+
+def _base_of(folder: Path, base: str | Path | None, progress: Callable[[str], None]) -> Path | None:
+    """The folder of what an adapter changes; None where there is none or nothing names it."""
+    if not (folder / ADAPTER).exists() and base is None:
+        return None
+    name = base or read_object(folder / ADAPTER).get("base_model_name_or_path")
+    if not name:
+        return None
+    path = Path(str(name)).expanduser()
+    if path.exists():
+        return path
+    patterns = ("config.json", *WEIGHT_FILES)
+    return download(str(name), None, patterns, progress, argument="base")
+
+
+def _find_tokenizer(
+    given: str | Path | None, folders: Sequence[Path], vocabulary: int, progress: Callable[[str], None]
+) -> Path | None:
+    """The folder of the tokenizer; None for a checkpoint of another vocabulary than Qwen2-VL's, which no known one fits.
+
+    Raises:
+        CTInstructError: where it is not to be had: a model without it could not speak.
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        return path if path.exists() else download(str(given), None, TOKENIZER_FILES, progress, argument="tokenizer")
+    for folder in folders:
+        if has_tokenizer(folder):
+            return folder
+    try:
+        return download(LANGUAGE_MODEL, None, TOKENIZER_FILES, progress, argument="tokenizer")
+    except CTInstructError as error:
+        if vocabulary < _QWEN_WORDS:
+            return None
+        raise CTInstructError(
+            f"{folders[0]} holds no tokenizer, and {first_line(error)}. Name a folder that has one by --tokenizer."
+        ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
+
+
+def write_shards(
+    entries: dict[str, Entry], config: CTInstructConfig, folder: Path, progress: Callable[[str], None]
+) -> None:
+    """All tensors under our names, in shards of at most 4 GB and one for the diagnosis heads, which the release spreads."""
+    shards: list[list[tuple[str, Layout]]] = [[]]
+    size = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].file), item[0])):
+        if HEAD.fullmatch(name):
+            continue
+        layout: Layout = {
+            target: (CODES[part.dtype], tuple(part.shape)) for target, part in convert_tensor(name, entry.meta)
+        }
+        added = sum(bytes_of(*part) for part in layout.values())
+        if size + added > _SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, layout))
+        size += added
+    writer = Writer(folder, len(shards) + 1)
+    for number, shard in enumerate(shards, start=1):
+        progress(f"shard {number} of {len(shards)}")
+        writer.write(
+            {target: part for _, layout in shard for target, part in layout.items()},
+            (pair for name, _ in shard for pair in convert_tensor(name, entries[name].read())),
+        )
+    heads = gather_heads(entries, config)
+    layout = {name: (CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in heads.items()}
+    writer.write(layout, heads.items())
+    writer.close()
+
+
+class Writer:
+    """The shards of a folder, one after the other, and their index."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.number = self.size = 0
+        self.weight_map: dict[str, str] = {}
+
+    def write(self, layout: Layout, tensors: Any) -> None:
+        """A shard of tensors (name, tensor) in the order of its layout."""
+        self.number += 1
+        path = self.folder / f"model-{self.number:05d}-of-{self.count:05d}.safetensors"
+        shard = ShardWriter(path, layout)
+        for name, tensor in tensors:
+            shard.write(name, tensor)
+            del tensor
+        shard.close()
+        self.size += shard.size
+        self.weight_map.update(dict.fromkeys(layout, path.name))
+
+    def close(self) -> None:
+        index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def gather_heads(entries: dict[str, Entry], config: CTInstructConfig) -> dict[str, torch.Tensor]:
+    """The release's linear layer per disease as rows of one."""
+    lists = config.disease_lists or {}
+
+    def rows(part: str) -> Iterator[torch.Tensor]:
+        for released, ours in sorted(HEADS.items(), key=lambda item: item[1]):
+            for index in range(len(lists[ours])):
+                yield entries[f"{released}_class_heads.{index}.{part}"].read()
+
+    return {f"disease_head.{part}": torch.cat(list(rows(part))) for part in ("weight", "bias")}
+
+
+def write_processor(source: Path | None, config: CTInstructConfig, folder: Path) -> None:
+    """The release's preparation, tokens and chat template.
+
+    Args:
+        source: folder of the tokenizer; without one the image processor alone is written.
+        config: of the model.
+        folder: to write to.
+    """
+    image_processor = CTInstructImageProcessor(fit="released", axes="file", intensity="zscore", max_patches=6)
+    if source is None:
+        image_processor.save_pretrained(folder)
+        warnings.warn(
+            "There is no tokenizer: only the image processor is written. Name one to get the whole processor.",
+            stacklevel=2,
+        )
+        return
+    check_json_files(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("tokenizer", str(source), error) from error
+    tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_TOKENS)}, replace_extra_special_tokens=False)
+    ids = {
+        "<SEG>": config.seg_token_id,
+        "<disease_confidence>": config.disease_token_id,
+        "<|image_pad|>": config.image_token_id,
+    }
+    for token, expected in ids.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise CTInstructError(
+                f"The tokenizer in {source.name} gives {token} the id {found}, the model uses {expected}."
+            )
+    tokenizer.padding_side = "left"
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "vision_start" not in template:
+        template = QWEN2_VL_TEMPLATE
+    CTInstructProcessor(
+        image_processor, tokenizer, chat_template=template, disease_lists=config.disease_lists
+    ).save_pretrained(folder)

@@ -1,0 +1,131 @@
+"""Files of a name on the Hub, with the space that they need known before, and the way shown while they come."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ...errors import CTInstructError, cannot_load, first_line
+
+_MARGIN = 2**28
+_SECONDS = 8  # that the Hub has to answer
+
+
+def check_space(needed: Mapping[Path, int], purpose: str) -> None:
+    """Whether the disks have room.
+
+    Args:
+        needed: bytes for each folder; folders of one disk are added up.
+        purpose: what it is for.
+
+    Raises:
+        CTInstructError: with the numbers.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needed.items():
+        if not size:
+            continue
+        home = folder.absolute()
+        while not home.exists():
+            home = home.parent
+        device = home.stat().st_dev
+        disks[device] = (folder, disks.get(device, (folder, 0))[1] + size)
+    for folder, size in disks.values():
+        home = folder.absolute()
+        while not home.exists():
+            home = home.parent
+        free = shutil.disk_usage(home).free
+        if free < size + _MARGIN:
+            raise CTInstructError(
+                f"{purpose} needs {gigabytes(size + _MARGIN)} on the disk of {folder}, which has {gigabytes(free)} free: make room, "
+                "or set HF_HUB_CACHE (downloads) and CTINSTRUCT_CACHE (converted models) to folders of another disk."
+            )
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _bar(progress: Callable[[str], None]) -> type[tqdm]:
+    class Bar(tqdm):
+        """Bytes as a line of the caller's."""
+
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **{**options, "file": io.StringIO(), "disable": False, "mininterval": 0.5})
+
+        def display(self, *arguments: object, **options: object) -> bool:
+            if self.unit == "B" and self.total and self.n:
+                progress(f"downloading, {gigabytes(self.n)} of {gigabytes(self.total)}")
+            return True
+
+    return Bar
+
+
+def missing_bytes(name: str, revision: str | None, patterns: Sequence[str]) -> tuple[int, int]:
+    """Bytes of a name's files: those that are not in the cache, and all."""
+    from huggingface_hub import snapshot_download
+
+    plan = snapshot_download(name, revision=revision, allow_patterns=list(patterns), dry_run=True)
+    sizes = [(one.file_size or 0, one.will_download) for one in plan]
+    return sum(size for size, missing in sizes if missing), sum(size for size, _ in sizes)
+
+
+def download(
+    name: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    progress: Callable[[str], None],
+    *,
+    argument: str = "model",
+    beside: Callable[[int], Mapping[Path, int]] = lambda size: {},
+) -> Path:
+    """Files of a name on the Hub, from its cache where they are in it; an interrupted download goes on.
+
+    Args:
+        name, revision: on the Hub.
+        patterns: of the files.
+        progress: called with lines on how far it is.
+        argument: what the name was given as, for messages.
+        beside: from the bytes of all files, what else is going to be written: {folder: bytes}.
+
+    Returns:
+        the folder of the snapshot.
+
+    Raises:
+        CTInstructError: for a wrong name or revision, a gated repository, no network, a disk without room, and a download that
+            stopped.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": list(patterns)}
+    unfinished = False
+    try:  # a commit never changes
+        if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+            return Path(snapshot_download(name, local_files_only=True, **options))
+    except OSError as error:
+        unfinished = type(error).__name__ == "IncompleteSnapshotError"
+    try:
+        HfApi().model_info(name, revision=revision, timeout=_SECONDS)  # which says at once why not
+        missing, size = missing_bytes(name, revision, patterns)
+    except Exception as error:  # of the client, of its HTTP library, of the network
+        hint = "" if hasattr(error, "response") else " It is no folder here, and not or not whole in the cache."
+        if unfinished:
+            hint += " Its download is not finished and goes on where it stopped."
+        raise cannot_load(argument, name, error, hint) from error
+    cache = Path(constants.HF_HUB_CACHE)
+    needed: dict[Path, int] = {cache: missing}
+    for folder, more in beside(size).items():
+        needed[folder] = needed.get(folder, 0) + more
+    check_space(needed, f"'{name}' ({gigabytes(missing)} to download)")
+    try:
+        return Path(snapshot_download(name, tqdm_class=_bar(progress), **options))
+    except Exception as error:
+        raise CTInstructError(
+            f"{argument} '{name}': the download stopped ({first_line(error)}): start it again, it goes on where it stopped."
+        ) from error
