@@ -1,12 +1,7 @@
-"""Encode once, ask many: a scan opened with a model, and every question about it.
-
-The vision tower and the language model's reading of the image run once per study; each question then costs its own words.
-"""
+"""Encode once, ask many: a scan opened with a model, and every question about it by name."""
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +22,15 @@ from ..data.templates import (
     ask_segmentation,
 )
 from ..errors import CTInstructError
-from ..modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
+from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ..output.folder import save_results
 from ..output.results import Origin, Results
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from ..processing.volume import CTVolume
-from .chat_templates import render_chat
+from .encoded import EncodedScans, Reply
 from .fingerprint import model_fingerprint
 from .folders import BUNDLED_MODEL
-from .models import first_bad, load_model, load_processor, model_name, notes_on
+from .models import load_model, load_processor, model_name, notes_on
 
 
 class Answer(str):
@@ -70,7 +65,7 @@ def mask_names(question: str, count: int) -> list[str]:
     return [question[:60] + (f" ({number})" if count > 1 else "") for number in range(1, count + 1)]
 
 
-class Study:
+class Study(EncodedScans):
     """One scan, or several of one patient in the order given, and a model that answers about it.
 
     Args:
@@ -86,17 +81,11 @@ class Study:
         processor: CTInstructProcessor,
         names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.volumes = [volumes] if isinstance(volumes, CTVolume) else list(volumes)
-        if not self.volumes:
-            raise CTInstructError("A study needs at least one volume.")
-        self.model = model
-        self.processor = processor
+        super().__init__(volumes, model, processor)
         self.results = Results()
         self.structures: Names = structure_names(model, processor, names)
         self.diseases: Names = disease_names(model, names)
         self.notes: list[str] = []
-        self._prefixes: dict[bool, Any] = {}
-        self._memory: dict[str, torch.Tensor] = {}
 
     @classmethod
     def open(
@@ -133,11 +122,6 @@ class Study:
         return cls(volumes, network, processor, names)
 
     @property
-    def volume(self) -> CTVolume:
-        """The scan; the last one where there are several."""
-        return self.volumes[-1]
-
-    @property
     def warnings(self) -> list[str]:
         """What was odd about the scan, which names were not known, what saving had to say, and whether the model is
         trained."""
@@ -149,81 +133,6 @@ class Study:
 
     def _note(self, notes: Iterable[str | None]) -> None:
         self.notes += [note for note in dict.fromkeys(notes) if note and note not in self.notes]
-
-    # the three things that are computed once
-
-    @functools.cached_property
-    def batch(self) -> dict[str, torch.Tensor]:
-        """`pixel_values`, `patch_grid` and `slice_mask` of the scans."""
-        return dict(self.processor.image_processor(self.volumes, return_tensors="pt").to(self.model.device))
-
-    @functools.cached_property
-    def features(self) -> Any:
-        """The tower's features and image tokens."""
-        with torch.inference_mode():
-            features = self.model.get_image_features(**self.batch, return_dict=True)
-        self._check(features.last_hidden_state, "The vision tower")
-        return features
-
-    def _check(self, numbers: torch.Tensor, part: str) -> None:
-        """Raises CTInstructError where a part of the model gives NaN or infinity, and names the weight that does."""
-        if bool(torch.isfinite(numbers).all()):
-            return
-        bad = first_bad(self.model)
-        why = f"the weight {bad} does" if bad else f"its weights do not; in {self.model.dtype} it overflows"
-        raise CTInstructError(f"{part} gives NaN or infinity: {why}.")
-
-    def _ids(self, question: str, answer: str | None = None) -> torch.Tensor:
-        """Token ids [1, L] of the images, a question, and the beginning of an answer."""
-        content = [*({"type": "image"} for _ in self.volumes), {"type": "text", "text": question}]
-        text = render_chat(self.processor, [{"role": "user", "content": content}], add_generation_prompt=True)
-        rows = [int(np.prod(row)) for row in self.batch["patch_grid"].tolist()]
-        text = self.processor.expand([text], rows)[0] + (answer or "")
-        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return ids.to(self.model.device)
-
-    def _positions(self, input_ids: torch.Tensor, plain: bool) -> torch.Tensor | None:
-        """Positions for language models with three axes; None where the model counts by itself."""
-        if not self.model.config.uses_three_axis_rope:
-            return None
-        if plain:
-            return torch.arange(input_ids.shape[1], device=input_ids.device)[None, None].expand(3, 1, -1)
-        return self.model.model.get_rope_index(input_ids, self.batch["patch_grid"])[0]
-
-    def _prefix(self, input_ids: torch.Tensor, plain: bool) -> tuple[int, Any]:
-        """Length and a copy of the key-value cache of everything up to the end of the last image.
-
-        With `answer_positions="sequential"` an answer with special tokens reads the image at other positions, so there
-        may be two of them (`plain` or not).
-        """
-        length = int((input_ids[0] == self.model.config.vision_end_token_id).nonzero()[-1]) + 1
-        if plain not in self._prefixes:
-            positions = self._positions(input_ids[:, :length], plain)
-            outputs = self.model.model(
-                input_ids=input_ids[:, :length], vision_features=self.features, position_ids=positions, use_cache=True
-            )
-            self._check(outputs.last_hidden_state, "The language model")
-            self._prefixes[plain] = outputs[CACHE_NAME]
-        return length, copy.deepcopy(self._prefixes[plain])
-
-    def _states(self, question: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and hidden states of a question and a given answer: ([1, L], [1, L, D])."""
-        input_ids = self._ids(question, answer)
-        special = (input_ids == self.model.config.seg_token_id) | (input_ids == self.model.config.disease_token_id)
-        plain = self.model.config.answer_positions == "sequential" and bool(special.any())
-        length, cache = self._prefix(input_ids, plain)
-        positions = self._positions(input_ids, plain)
-        outputs = self.model.model(
-            input_ids=input_ids[:, length:],
-            attention_mask=torch.ones_like(input_ids),
-            position_ids=None if positions is None else positions[..., length:],
-            use_cache=True,
-            **{CACHE_NAME: cache},
-        )
-        return input_ids[:, length:], outputs.last_hidden_state
-
-    def _image_tokens(self) -> int:
-        return len(self.batch["slice_mask"])
 
     # the questions
 
@@ -247,108 +156,25 @@ class Study:
         asked = [self.structures.question(question) for question in questions]
         self._note(note for _, notes in asked for note in notes)
         answers = []
-        for question, (text, masks, probabilities) in zip(
-            questions, self._generate([text for text, _ in asked], max_new_tokens, generation), strict=True
-        ):
-            answers.append(Answer(self.processor.write_out(text, probabilities), masks, probabilities))
+        replies = self.reply([text for text, _ in asked], max_new_tokens, **generation)
+        for question, (text, _), reply in zip(questions, asked, replies, strict=True):
+            masks, probabilities = self._masks(text, reply), reply.probabilities
+            answers.append(Answer(self.processor.write_out(reply.text, probabilities), masks, probabilities))
             self.results.answers.append((question, str(answers[-1])))
         return answers
 
     @torch.inference_mode()
     def report(self, *, max_new_tokens: int = 512, **generation: Any) -> str:
         """A radiology report."""
-        ((text, _, probabilities),) = self._generate([REPORT[0]], max_new_tokens, generation)
-        self.results.report = self.processor.write_out(text, probabilities)
+        (reply,) = self.reply([REPORT[0]], max_new_tokens, **generation)
+        self.results.report = self.processor.write_out(reply.text, reply.probabilities)
         return self.results.report
 
-    def _generate(
-        self, questions: Sequence[str], max_new_tokens: int, generation: dict[str, Any]
-    ) -> list[tuple[str, list[np.ndarray], list[float]]]:
-        """Text, masks and probabilities of each question."""
-        rows = [self._ids(question) for question in questions]
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
-        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
-            sequences = [
-                self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), vision_features=self.features, **options
-                )[0, ids.shape[1] :]
-                for ids in rows
-            ]
-        else:
-            batch, start = self._beside_each_other(rows)
-            sequences = list(self.model.generate(**batch, **options)[:, start:])
-        answers = [self._read_answer(question, new) for question, new in zip(questions, sequences, strict=True)]
-        named = [
-            self.processor.structures_named(question, text)
-            for question, (text, _, _) in zip(questions, answers, strict=True)
-        ]
-        masks = self._paint([read for _, read, _ in answers], named)
-        return [(text, painted, scores) for (text, _, scores), painted in zip(answers, masks, strict=True)]
-
-    def _beside_each_other(self, rows: Sequence[torch.Tensor]) -> tuple[dict[str, Any], int]:
-        """What `generate` needs for prompts [1, L] about the same images, and where its new tokens begin.
-
-        The images' keys and values are repeated; the questions are padded on the left, behind the images.
-        """
-        length, cache = self._prefix(rows[0], plain=False)
-        if len(rows) > 1:
-            cache.batch_repeat_interleave(len(rows))
-        longest = max(ids.shape[1] for ids in rows)
-        filler = self.processor.tokenizer.pad_token_id or 0
-        positions = [self._positions(ids, plain=False) for ids in rows]
-        batch: dict[str, Any] = {CACHE_NAME: cache}
-
-        def pad(values: torch.Tensor, value: int) -> torch.Tensor:
-            missing = longest - values.shape[-1]
-            between = values.new_full((*values.shape[:-1], missing), value)
-            return torch.cat([values[..., :length], between, values[..., length:]], dim=-1)
-
-        batch["input_ids"] = torch.cat([pad(ids, filler) for ids in rows])
-        batch["attention_mask"] = torch.cat([pad(torch.ones_like(ids), 0) for ids in rows])
-        if positions[0] is not None:
-            batch["position_ids"] = torch.cat([pad(one, 0) for one in positions if one is not None], dim=1)
-        return batch, longest
-
-    def _paint(
-        self, answers: Sequence[tuple[torch.Tensor, torch.Tensor] | None], named: Sequence[Sequence[str | None]]
-    ) -> list[list[np.ndarray]]:
-        """The masks of several answers, given by ids and states and the names of what they show, in one pass of the
-        decoder over the scan."""
-        read = [one for one in answers if one is not None]
-        if not read:
-            return [[] for _ in answers]
-        ids, states = torch.cat([one[0] for one in read], dim=1), torch.cat([one[1] for one in read], dim=1)
-        painted = iter(self.model.answer_masks(ids, states, self.features, self._image_tokens()) or [])
-        return [
-            [
-                self.processor.image_processor.mask_from_canvas(next(painted), self.volume, name=name)
-                for name in ([] if one is None else names)
-            ]
-            for one, names in zip(answers, named, strict=True)
-        ]
-
-    def _read_answer(
-        self, question: str, new: torch.Tensor
-    ) -> tuple[str, tuple[torch.Tensor, torch.Tensor] | None, list[float]]:
-        """The text of new tokens; ids and states of the answer where it has special tokens; its probabilities."""
-        closing = self.model.generation_config.eos_token_id
-        closing = closing if isinstance(closing, list) else [closing]
-        closing = [*(one for one in closing if one is not None), self.processor.tokenizer.eos_token_id]
-        ends = torch.isin(new, torch.tensor(closing, device=new.device)).nonzero()
-        if len(ends):  # what follows fills the batch
-            new = new[: int(ends[0]) + 1]
-        text = self.processor.tokenizer.decode(new)
-        specials = (self.model.config.seg_token_id, self.model.config.disease_token_id)
-        if not any(int(token) in specials for token in new):
-            return text, None, []
-        ids, states = self._states(question, text)
-        named = self.processor.named_diseases(question)
-        try:
-            rows = self.model.disease_rows(ids, None if named is None else torch.tensor(named))
-        except CTInstructError:  # the answer has another number of tokens than any list: they stay as they are
-            rows = None
-        scores = self.model.answer_diseases(ids, states, rows)
-        return text, (ids, states), [] if scores is None else scores.float().sigmoid().tolist()
+    def _masks(self, question: str, reply: Reply) -> list[np.ndarray]:
+        """The masks of an answer on the volume's grid."""
+        named = self.processor.structures_named(question, reply.text)
+        to_grid = self.processor.image_processor.mask_from_canvas
+        return [to_grid(mask, self.volume, name=name) for mask, name in zip(reply.masks, named, strict=True)]
 
     @torch.inference_mode()
     def choose(self, question: str, options: Sequence[str]) -> str:
@@ -360,9 +186,9 @@ class Study:
         if not 2 <= len(options) <= len(LETTERS):
             raise CTInstructError(f"options has {len(options)} entries: give 2 to {len(LETTERS)}.")
         asked = ask_choice(question, options)
-        ((said, _, _),) = self._generate([asked], 128, {})
-        place = chosen_option(self.processor.write_out(said, []), options)
-        chosen = str(options[self._likeliest(asked, options) if place is None else place])
+        (reply,) = self.reply([asked], 128)
+        named = chosen_option(self.processor.write_out(reply.text), options)
+        chosen = str(options[self._likeliest(asked, options) if named is None else named])
         self.results.answers.append((asked, chosen))
         return chosen
 
