@@ -1,0 +1,68 @@
+"""One record to be made: which answer of which sample, and what is right."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.samples import AnySample, ImageRef, Label, MaskRef
+from ..files import whole_folder
+from .predictions import Record
+
+
+@dataclass
+class Job:
+    """One record to be made.
+
+    Attributes:
+        id, task: of the record.
+        sample: of the data.
+        images: that the answer can see; jobs with the same ones are answered together.
+        turn: index of the answer in `messages`.
+        messages: the whole conversation, with names as the model knows them.
+        masks, labels: that are right, named as in the data.
+        known: {name in the data: name of the model} where they differ.
+        notes: on names that the model may not know.
+    """
+
+    id: str
+    task: str
+    sample: AnySample
+    images: list[ImageRef]
+    turn: int = 0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    masks: list[MaskRef] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    known: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def record(self, **values: Any) -> Record:
+        """The record of this job."""
+        sample = self.sample
+        return Record(self.id, self.task, sample.source, sample.split, meta=dict(sample.meta), **values)
+
+    def write_masks(
+        self, logits: Sequence[torch.Tensor], image_processor: Any, volume: Any, output: Path
+    ) -> list[dict[str, Any]]:
+        """The record's masks from logits on the canvas: each is written on the scan's own grid and named relative to
+        `output`."""
+        from ..output.nifti import save_mask
+
+        name = hashlib.sha256(f"{self.task}/{self.id}".encode()).hexdigest()[:16]
+        masks = []
+        with whole_folder(output / "masks") as draft:
+            for number, (mask, canvas) in enumerate(zip(self.masks, logits, strict=True)):
+                file = f"{name}-{number}.nii.gz"
+                asked = self.known.get(mask.name, mask.name)
+                save_mask(volume, image_processor.mask_from_canvas(canvas, volume, name=asked), draft / file)
+                reference = {"path": mask.path, "values": list(mask.values)}
+                masks.append({"name": mask.name, "prediction": f"masks/{file}", "reference": reference})
+        return masks
+
+
+__all__ = ["Job"]
