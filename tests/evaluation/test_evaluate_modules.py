@@ -59,7 +59,13 @@ def test_retrieval() -> None:
     assert told == {"ir@1": 1.0, "tr@1": 1.0}
 
 
+def test_emission() -> None:
+    assert load("emission_rate").compute(predictions=[True, True, False, False]) == {"emitted": 0.5}
+
+
 def test_every_module_is_named() -> None:
-    assert len(METRICS) == 6
+    assert len(METRICS) >= 6
+    for name in METRICS:
+        assert metric_path(name).endswith(f"{name}.py")
     with pytest.raises(CTInstructError, match="is not known"):
         metric_path("bertscore")

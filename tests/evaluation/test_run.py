@@ -16,16 +16,27 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
+from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.reading import phantom_of
-from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, from_row, to_row, write_jsonl
+from ctinstruct_hf.data.samples import (
+    ImageRef,
+    InstructionSample,
+    Label,
+    MaskRef,
+    from_row,
+    read_jsonl,
+    to_row,
+    write_jsonl,
+)
 from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.templates import answer_diagnosis, ask_diagnosis
 from ctinstruct_hf.data.tiny import TINY_PATCH
 from ctinstruct_hf.evaluation.predictions import read_predictions
 from ctinstruct_hf.evaluation.rows import split_of_data
 from ctinstruct_hf.evaluation.run import RunOptions, load_data, options_of, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
-from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study
+from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
 from tests.evaluation.test_text import needs_wordnet
 
 QUICK = RunOptions(limit=2, max_new_tokens=4)
@@ -222,6 +233,124 @@ def test_each_turn_of_a_conversation_is_scored_as_what_it_is(tmp_path: Path) -> 
     study = Study.open(phantom_of(scan).volume)
     assert voxels["talk/turn-1", "Left_Kidney"].sum() > 0.5 * study.segment("left kidney").sum() > 0
     assert voxels["talk/turn-1", "spleen"].sum() > 0.5 * study.segment("spleen").sum() > 0
+
+
+def test_the_tower_and_the_reading_of_the_images_run_once_for_all_questions_about_a_scan(
+    data: Path, tmp_path: Path
+) -> None:
+    """Also where rows of two scans come in turn."""
+    network, _ = load_model(str(BUNDLED_MODEL), None, None, None)
+    runs: list[str] = []
+    tower = network.model.vision_tower.register_forward_hook(lambda *_: runs.append("tower"))
+    reading = network.model.register_forward_pre_hook(
+        lambda _, __, given: runs.append("images") if given.get("vision_features") is not None else None,
+        with_kwargs=True,
+    )
+    rows = [to_row(sample) for sample in read_jsonl(data) if sample.id != "broken" and sample.split == "test"]
+    rows.sort(key=lambda row: row["id"].rpartition("-")[2])  # the scans take turns
+    write_jsonl([from_row(row, "instructions") for row in rows], tmp_path / "rows.jsonl")  # type: ignore[misc]
+    try:
+        file = run_model(
+            str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", RunOptions(max_new_tokens=3)
+        )
+    finally:
+        tower.remove()
+        reading.remove()
+    found = read_predictions(file)
+    assert [record.id for record in found.records] == [row["id"] for row in rows]
+    assert not found.failed
+    assert sorted(runs) == ["images"] * 3 + ["tower"] * 3
+
+
+def test_each_turn_is_about_the_image_shown_last_before_it(tmp_path: Path) -> None:
+    """Two scans with other grids, each shown before its question; the masks are those of each scan alone."""
+    scans = ["phantom:trunk:5", "phantom:trunk:3"]
+    talk = conversation(
+        ("Where is the liver?", "Sure, it is <SEG>."),
+        ("And in this one, where is the spleen?", "Sure, it is <SEG>."),
+        images=[ImageRef(scan) for scan in scans],
+        masks=[MaskRef("liver", scans[0]), MaskRef("spleen", scans[1])],
+    )
+    talk.messages[2]["content"].insert(0, {"type": "image"})
+    write_jsonl([talk], tmp_path / "rows.jsonl")
+    found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", QUICK))
+    assert not found.failed
+    for record, scan, name in zip(found.records, scans, ("liver", "spleen"), strict=True):
+        volume = phantom_of(scan).volume
+        mask = np.asarray(nib.load(found.folder / record.masks[0]["prediction"]).dataobj) > 0
+        assert mask.shape == volume.to_source(volume.hu).shape
+        alone = Study.open(volume).segment(name)
+        assert mask.sum() > 0.5 * alone.sum() > 0
+    assert set(score_predictions(found, bootstraps=5).tasks[0].per_sample["dice"]) == {"talk", "talk/turn-1"}
+
+
+def test_a_model_is_also_asked_freely_for_masks_and_probabilities(tmp_path: Path) -> None:
+    """The answer in the data is odd; the model's own gives the same mask. A question in the data's own words gets none."""
+    scan = "phantom:trunk:3"
+    liver = {"masks": [MaskRef("liver", scan)]}
+    two = ["emphysema", "cardiomegaly"]  # which the bundled model was taught only among all others
+    write_jsonl(
+        [
+            conversation(("Where is the liver?", "Sure, it is <SEG>."), id="usual", **liver),
+            conversation(("Where is the liver?", "Here you are: <SEG>"), id="odd", **liver),
+            conversation(("Is there emphysema?", "Sure, liver <SEG>."), id="no mask", **liver),
+            conversation((ask_diagnosis(FINDINGS), answer_diagnosis(FINDINGS)), id="all", task="diagnosis",
+                         labels=[Label(name, number % 2) for number, name in enumerate(FINDINGS)]),
+            conversation((ask_diagnosis(two), answer_diagnosis(two)), id="two", task="diagnosis",
+                         labels=[Label(name, 1) for name in two]),
+        ],
+        tmp_path / "rows.jsonl",
+    )  # fmt: skip
+    options = RunOptions(max_new_tokens=150)
+    found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", options))
+    assert not found.failed
+    made = {record.id: record for record in found.records}
+    right = {name: record.free["as_asked"] for name, record in made.items()}
+    assert right == {"usual": True, "odd": True, "no mask": False, "all": True, "two": False}
+    assert made["usual"].masks[0]["free"] == made["usual"].masks[0]["prediction"]
+    assert "free" not in made["no mask"].masks[0]
+    assert made["no mask"].free["answer"].startswith(("Yes", "No"))
+    usual, odd = (
+        np.asarray(nib.load(found.folder / made[name].masks[0]["free"]).dataobj) > 0 for name in ("usual", "odd")
+    )
+    assert np.array_equal(usual, odd)
+    assert made["all"].free["probabilities"] == pytest.approx(made["all"].probabilities, abs=1e-5)
+    assert made["two"].free["probabilities"] == {}
+    assert set(made["two"].probabilities) == set(two)
+    scores = score_predictions(found, bootstraps=5)
+    masks, diagnosis = scores.find("segmentation", "mine"), scores.find("diagnosis", "mine")
+    assert masks is not None
+    assert diagnosis is not None
+    assert masks.metrics["emitted"].mean == pytest.approx(2 / 3)
+    assert masks.per_sample["free_dice"]["odd"] == masks.per_sample["dice"]["usual"]
+    assert diagnosis.metrics["emitted"].mean == 0.5
+
+
+def test_before_and_after_are_shown_side_by_side(tmp_path: Path) -> None:
+    """Against the folder of an earlier evaluation, and against a model, which is run over the same data."""
+    arguments = ["evaluate", "--data", "phantoms:slice:0-1", "--tasks", "diagnosis", "-o"]
+    first = CliRunner().invoke(app, [*arguments, str(tmp_path / "first")])
+    assert first.exit_code == 0, first.output
+    assert "Scored on split test; phantoms:slice:0-1 has validation, test." in first.output
+    for number, base in enumerate((tmp_path / "first", BUNDLED_MODEL)):
+        out = tmp_path / str(number)
+        done = CliRunner().invoke(app, [*arguments, str(out), "--against", str(base)])
+        assert done.exit_code == 0, done.output
+        rows = [line.split("|")[1:6] for line in done.output.splitlines() if "ctinstruct-tiny |" in line]
+        assert [row[0].split(":")[0].strip() for row in rows[:2]] == ["before", "after"]
+        assert rows[0][1:] == rows[1][1:]
+        assert json.loads((out / "scores.json").read_text())["system"].startswith("after: ")
+    file = tmp_path / "first" / "predictions.jsonl"
+    with_file = ["evaluate", "--predictions", str(file), "-o", str(tmp_path / "again"), "--against"]
+    assert CliRunner().invoke(app, [*with_file, str(tmp_path / "first")]).exit_code == 0
+    refused = CliRunner().invoke(app, [*with_file, str(BUNDLED_MODEL)])
+    assert "name the folder of an earlier evaluation" in str(refused.exception)
+    other = CliRunner().invoke(
+        app,
+        ["evaluate", "--data", "phantoms:slice:1-2", "--tasks", "diagnosis", "-o", str(tmp_path / "other"),
+         "--against", str(tmp_path / "first")],
+    )  # fmt: skip
+    assert "has different samples" in str(other.exception)
 
 
 def test_names_that_the_model_may_not_know_stand_in_the_notes_of_the_scores(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +20,10 @@ from .shared import (
     show_steps,
     split_names,
 )
+
+if TYPE_CHECKING:
+    from ..evaluation.predictions import Predictions
+    from ..evaluation.tables import Table
 
 ThresholdsOption = Annotated[
     str, typer.Option("--thresholds", help="Of diagnosis: validation, a number, or test_set (as released).")
@@ -63,17 +69,19 @@ def evaluate(
     surface: SurfaceOption = False,
     words: WordsOption = "auto",
     vlm3d: Annotated[Path | None, typer.Option("--vlm3d", help="Also write the reports as a VLM3D submission.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Shown beside it: the folder of an earlier evaluation, or a model to run too."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Run a model over data and score it, or score the predictions of any system."""
     from rich.console import Console
 
-    from ..evaluation.converters import convert_predictions
-    from ..evaluation.page import write_comparison, write_scores
-    from ..evaluation.predictions import read_predictions, write_predictions
     from ..evaluation.run import RunOptions, run_model
-    from ..evaluation.scoring import parse_thresholds, score_predictions
+    from ..evaluation.scoring import parse_thresholds
+    from ..inference.folders import BUNDLED_MODEL
 
     if (data is None) == (predictions is None):
         raise CTInstructError("Give either --data (and --model) or --predictions.")
@@ -84,39 +92,31 @@ def evaluate(
     if converter is None:
         refuse_beside(context, "a file of predictions without --from", "references", "dataset")
     limits = parse_thresholds(thresholds)
+    asked = tuple(split_names(tasks))
+    options = RunOptions(asked, split or "", limit, batch_size, max_new_tokens, limits == "validation")
     hide_progress_bars()
     with Console(stderr=True).status("starting") as status:
-        if data is not None:
-            from ..inference.folders import BUNDLED_MODEL
+        progress = show_steps(status)
 
-            options = RunOptions(
-                tuple(split_names(tasks)), split or "", limit, batch_size, max_new_tokens, limits == "validation"
+        def run(name: str | None, folder: Path, commit: str | None = None) -> Path:
+            chosen = name or str(BUNDLED_MODEL)
+            return run_model(
+                chosen, str(data), folder, options, device=device, dtype=dtype, revision=commit, progress=progress
             )
-            file = run_model(
-                model or str(BUNDLED_MODEL),
-                data,
-                output,
-                options,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                tell=show_steps(status),
-            )
-            if not is_main_process():
-                return
-            found = read_predictions(file)
-        elif converter is not None:
-            assert predictions is not None
-            found = convert_predictions(converter, predictions, references, dataset)
-            write_predictions(found, output / "predictions.jsonl")
-        else:
-            assert predictions is not None
-            found = read_predictions(predictions)
-        scores = score_predictions(found, limits, surface=surface, tokenizer=words, tell=show_steps(status))
-        tables = write_comparison([scores], output / "page")
-        write_scores(scores, output / "scores.json")
+
+        file = predictions or run(model, output, revision)
+        earlier = None if against is None else _earlier(against, output, run if data is not None else None)
+        if data is not None and not is_main_process():
+            return
+        found = _read(file, converter, references, dataset, output)
+        systems = [found] if earlier is None else _before_and_after(_read(earlier), found)
+        tables = _score(systems, output, limits, surface, words, progress)
     for table in tables:
         typer.echo(table.markdown())
+    if "splits" in found.header:
+        typer.echo(
+            f"Scored on split {found.header['split']}; {found.header['data']} has {', '.join(found.header['splits'])}."
+        )
     if found.failed:
         typer.echo(f"{len(found.failed)} samples failed: " + ", ".join(record.id for record in found.failed[:20]))
     if vlm3d is not None:
@@ -124,6 +124,70 @@ def evaluate(
 
         typer.echo(f"{write_submission(found, vlm3d)} reports in {vlm3d}")
     typer.echo(f"Research use only. Open {(output / 'page' / 'index.html').resolve()}")
+
+
+def _earlier(against: str, output: Path, run: Callable[[str, Path], Path] | None) -> Path:
+    """The predictions of an earlier evaluation, or of a model that is run over the same data."""
+    from ..inference.models import load_model
+
+    folder = Path(against).expanduser()
+    if (folder / "predictions.jsonl").is_file():
+        return folder / "predictions.jsonl"
+    if run is None:
+        raise CTInstructError(
+            f"--against {against} has no predictions.jsonl: beside --predictions name the folder of an earlier evaluation."
+        )
+    load_model.cache_clear()  # the first model's memory is free again
+    return run(against, output / "against")
+
+
+def _read(
+    file: Path, converter: str | None = None, references: Path | None = None, dataset: str = "", output: Path = Path()
+) -> Predictions:
+    """A file of predictions; one of another system is also written in our form."""
+    from ..evaluation.converters import convert_predictions
+    from ..evaluation.predictions import read_predictions, write_predictions
+
+    if converter is None:
+        return read_predictions(file)
+    found = convert_predictions(converter, file, references, dataset)
+    write_predictions(found, output / "predictions.jsonl")
+    return found
+
+
+def _before_and_after(before: Predictions, after: Predictions) -> list[Predictions]:
+    """Two systems on the same samples, named for tables."""
+    _check_same_samples([before, after])
+    return [replace(before, system=f"before: {before.system}"), replace(after, system=f"after: {after.system}")]
+
+
+def _check_same_samples(systems: Sequence[Predictions]) -> None:
+    """Raises CTInstructError where another system than the first was given other samples."""
+    from ..evaluation.predictions import check_same
+
+    keys = [{(record.task, record.dataset) for record in system.records} for system in systems]
+    for other, shared in zip(systems[1:], keys[1:], strict=True):
+        check_same(systems[0], other, sorted(keys[0] & shared))
+
+
+def _score(
+    systems: Sequence[Predictions],
+    output: Path,
+    thresholds: str | float,
+    surface: bool,
+    words: str,
+    progress: Callable[[str], None],
+) -> list[Table]:
+    """`scores.json` of the last system, and a page of all."""
+    from ..evaluation.page import write_comparison, write_scores
+    from ..evaluation.scoring import score_predictions
+
+    scores = [
+        score_predictions(system, thresholds, surface=surface, tokenizer=words, progress=progress) for system in systems
+    ]
+    tables = write_comparison(scores, output / "page")
+    write_scores(scores[-1], output / "scores.json")
+    return tables
 
 
 def calibrate(
@@ -181,21 +245,19 @@ def compare(
     from rich.console import Console
 
     from ..evaluation.page import write_comparison
-    from ..evaluation.predictions import check_same, read_predictions
     from ..evaluation.scoring import parse_thresholds, score_predictions
 
     limits = parse_thresholds(thresholds)
-    found = [read_predictions(file) for file in files]
-    names = [one.system for one in found]
-    for place, one in enumerate(found):  # systems of one name are told apart by their files
-        if names.count(one.system) > 1:
-            one.system = f"{one.system} ({files[place].parent.name or files[place].stem})"
-    for other in found[1:]:
-        keys = [{(record.task, record.dataset) for record in one.records} for one in (found[0], other)]
-        check_same(found[0], other, sorted(keys[0] & keys[1]))
+    found = [_read(file) for file in files]
+    names = [system.system for system in found]
+    for file, system in zip(files, found, strict=True):  # systems of the same name are told apart by their files
+        if names.count(system.system) > 1:
+            system.system = f"{system.system} ({file.parent.name or file.stem})"
+    _check_same_samples(found)
     with Console(stderr=True).status("scoring") as status:
         scores = [
-            score_predictions(one, limits, surface=surface, tokenizer=words, tell=show_steps(status)) for one in found
+            score_predictions(system, limits, surface=surface, tokenizer=words, progress=show_steps(status))
+            for system in found
         ]
         tables = write_comparison(scores, output, pictures)
     for table in tables:

@@ -134,6 +134,18 @@ def calibration(probabilities: Any, labels: Any, bins: int = 10) -> dict[str, An
     }
 
 
+def table_of(
+    probabilities: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, int]]
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Diseases, and probabilities and labels [N, diseases] of samples; a disease that a sample lacks is unknown there."""
+    names = list(dict.fromkeys(name for row in probabilities for name in row))
+    return (
+        names,
+        np.array([[row.get(name, 0.5) for name in names] for row in probabilities]),
+        np.array([[row.get(name, -1) for name in names] for row in labels]),
+    )
+
+
 def _mean(values: Sequence[float]) -> float:
     kept = [value for value in values if not np.isnan(value)]
     return float(np.mean(kept)) if kept else float("nan")

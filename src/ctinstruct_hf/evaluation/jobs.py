@@ -46,23 +46,33 @@ class Job:
         sample = self.sample
         return Record(self.id, self.task, sample.source, sample.split, meta=dict(sample.meta), **values)
 
+    @property
+    def asked(self) -> list[str]:
+        """The names of masks, or of labels, as the model knows them."""
+        return [self.known.get(one.name, one.name) for one in self.masks or self.labels]
+
     def write_masks(
-        self, logits: Sequence[torch.Tensor], image_processor: Any, volume: Any, output: Path
-    ) -> list[dict[str, Any]]:
-        """The record's masks from logits on the canvas: each is written on the scan's own grid and named relative to
-        `output`."""
+        self, logits: Sequence[torch.Tensor | None], image_processor: Any, volume: Any, output: Path, suffix: str = ""
+    ) -> list[str | None]:
+        """Write the masks that logits on the canvas are of, on the scan's own grid; their names relative to `output`."""
         from ..output.nifti import save_mask
 
-        name = hashlib.sha256(f"{self.task}/{self.id}".encode()).hexdigest()[:16]
-        masks = []
+        stem = hashlib.sha256(f"{self.task}/{self.id}".encode()).hexdigest()[:16]
+        files: list[str | None] = []
         with whole_folder(output / "masks") as draft:
-            for number, (mask, canvas) in enumerate(zip(self.masks, logits, strict=True)):
-                file = f"{name}-{number}.nii.gz"
-                asked = self.known.get(mask.name, mask.name)
-                save_mask(volume, image_processor.mask_from_canvas(canvas, volume, name=asked), draft / file)
-                reference = {"path": mask.path, "values": list(mask.values)}
-                masks.append({"name": mask.name, "prediction": f"masks/{file}", "reference": reference})
-        return masks
+            for number, (name, canvas) in enumerate(zip(self.asked, logits, strict=True)):
+                file = f"{stem}-{number}{suffix}.nii.gz"
+                files.append(None if canvas is None else f"masks/{file}")
+                if canvas is not None:
+                    save_mask(volume, image_processor.mask_from_canvas(canvas, volume, name=name), draft / file)
+        return files
+
+    def mask_entries(self, files: Sequence[str | None]) -> list[dict[str, Any]]:
+        """The record's masks, from the files of the predicted ones."""
+        return [
+            {"name": mask.name, "prediction": file, "reference": {"path": mask.path, "values": list(mask.values)}}
+            for mask, file in zip(self.masks, files, strict=True)
+        ]
 
 
 __all__ = ["Job"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..files import whole_folder, write_whole
-from .scoring import SystemScores
+from .scores import SystemScores
 from .significance import deviation
 from .tables import Table, all_tables
 

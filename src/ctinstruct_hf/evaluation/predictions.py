@@ -8,6 +8,8 @@ The first line may be a header {"system": name, …}. A record has an `id`, a `t
                               a `dice` that was computed elsewhere
   retrieval                   image_features, text_features (numbers)
 and, where known, `dataset`, `split`, `meta` {scanner, sex, age, slice_thickness}. A record with an `error` failed.
+Of segmentation and diagnosis, `free` is what the system answered when it was only asked: {answer, as_asked: whether exactly
+the masks or probabilities asked for came, probabilities}; the masks that came so are `free` in `masks`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Record:
     masks: list[dict[str, Any]] = field(default_factory=list)
     image_features: list[float] = field(default_factory=list)
     text_features: list[float] = field(default_factory=list)
+    free: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
     error: str = ""
 
@@ -113,6 +116,11 @@ def parse_record(values: Any) -> Record:
     for one in ("prediction", "reference"):
         if not isinstance(getattr(record, one), str):
             raise CTInstructError(f"{name} has a {one} that is no text.")
+    if record.free and not isinstance(record.free.get("as_asked"), bool):
+        raise CTInstructError(f"{name} has a free answer without as_asked, true or false.")
+    bad = [key for key, value in (record.free.get("probabilities") or {}).items() if not _is_probability(value)]
+    if bad:
+        raise CTInstructError(f"{name} has a free answer without a probability between 0 and 1 for {', '.join(bad)}.")
     if record.task == "diagnosis":
         bad = [key for key, value in record.probabilities.items() if not _is_probability(value)]
         if bad:

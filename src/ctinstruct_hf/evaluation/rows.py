@@ -14,18 +14,21 @@ from ..errors import CTInstructError
 
 def split_of_data(data: str, kind: str) -> str:
     """The split that is evaluated by default: test, or validation of data without one, as CT-RATE."""
+    there = splits_of(data, kind)
+    return "test" if "test" in there or "validation" not in there else "validation"
+
+
+def splits_of(data: str, kind: str) -> list[str]:
+    """The splits that data have; of made-up scans, those that stand for them."""
     path = Path(data)
     if path.is_file():
-        return "test" if "test" in _splits_of_file(path, kind) else "validation"
-    has_test = not path.is_dir() or bool(list((path / kind).glob("test-*.parquet")))
-    return "test" if has_test or not list((path / kind).glob("validation-*.parquet")) else "validation"
+        from ..data.samples import read_jsonl
 
-
-def _splits_of_file(path: Path, kind: str) -> list[str]:
-    from ..data.samples import read_jsonl
-
-    found = {sample.split for sample in read_jsonl(path, kind)}
-    return [split for split in SPLITS if split in found]
+        found = {sample.split for sample in read_jsonl(path, kind)}
+        return [split for split in SPLITS if split in found]
+    if path.is_dir():
+        return [split for split in SPLITS if list((path / kind).glob(f"{split}-*.parquet"))]
+    return ["validation", "test"]
 
 
 def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
@@ -52,7 +55,7 @@ def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
         from ..data.samples import read_jsonl, to_row
 
         rows = [to_row(sample) for sample in read_jsonl(path, kind) if sample.split == split]
-        if not rows and (there := _splits_of_file(path, kind)):
+        if not rows and (there := splits_of(data, kind)):
             raise CTInstructError(no_rows(path, kind, split, there))
         return rows
     if not path.is_dir():
@@ -60,4 +63,4 @@ def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
     return list(load_rows(path, kind, split))
 
 
-__all__ = ["load_data", "split_of_data"]
+__all__ = ["load_data", "split_of_data", "splits_of"]

@@ -20,7 +20,7 @@ from ..inference.models import resolve_model
 from .choices import options_of
 from .jobs import Job
 from .predictions import TASKS, Predictions, Record, parse_record, to_json, write_predictions
-from .rows import load_data, split_of_data
+from .rows import load_data, split_of_data, splits_of
 from .stage_one import StageOne
 from .stage_two import StageTwo
 
@@ -55,7 +55,7 @@ def run_model(
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
-    tell: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Path:
     """Answer every sample of the data; a run that was interrupted goes on with what is missing.
 
@@ -67,7 +67,7 @@ def run_model(
         output: folder for `predictions.jsonl` and `masks/`.
         options: what to run.
         device, dtype, revision: see `inference.models.load_model`.
-        tell: called with a sentence on progress.
+        progress: called with a sentence.
 
     Returns:
         The file of predictions.
@@ -99,13 +99,13 @@ def run_model(
     left = [job for job in jobs if (job.task, job.id) not in done]
     mine = _by_scan(left)[state.process_index :: state.num_processes]
     with _append(parts / f"{state.process_index}-of-{state.num_processes}.jsonl") as file:
-        for records in _answers(asked, mine, output, options.batch_size, tell):
+        for records in _answers(asked, mine, output, options.batch_size, progress):
             file.writelines(to_json(record) + "\n" for record in records)
             file.flush()
     state.wait_for_everyone()
     if state.is_main_process:
         made = _read_parts(parts)
-        header = {**settings, "format": 1, "notes": _notes(jobs)}
+        header = {**settings, "format": 1, "splits": splits_of(data, asked.rows), "notes": _notes(jobs)}
         records = [made[job.task, job.id] for job in jobs]
         write_predictions(Predictions(str(settings["model"]), records, output, header), final)
         shutil.rmtree(parts, ignore_errors=True)
@@ -178,7 +178,7 @@ def _by_scan(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def _answers(
-    asked: Any, scans: Sequence[Sequence[Job]], output: Path, batch_size: int, tell: Callable[[str], None]
+    asked: Any, scans: Sequence[Sequence[Job]], output: Path, batch_size: int, progress: Callable[[str], None]
 ) -> Iterator[list[Record]]:
     """Records batch by batch."""
     answered, count = 0, sum(len(jobs) for jobs in scans)
@@ -187,7 +187,7 @@ def _answers(
             batch = jobs[first : first + batch_size]
             yield _answer(asked, batch, output)
             answered += len(batch)
-            tell(f"{answered}/{count} questions")
+            progress(f"{answered}/{count} questions")
 
 
 def _answer(asked: Any, jobs: Sequence[Job], output: Path) -> list[Record]:

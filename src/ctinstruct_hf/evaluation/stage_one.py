@@ -77,7 +77,8 @@ class StageOne:
                 }
             else:
                 volume = open_volume(sample.image)
-                values = {"masks": job.write_masks(outputs.mask_logits, self.processor, volume, output)}
+                files = job.write_masks(outputs.mask_logits, self.processor, volume, output)
+                values = {"masks": job.mask_entries(files)}
             records.append(job.record(**values))
         return records
 

@@ -1,11 +1,13 @@
 """A model that speaks, asked every question of a conversation about the images shown up to it.
 
 Text is generated greedily, earlier turns as in the data. Masks and probabilities are read from the special tokens of the
-answer as the data writes it ("Sure, it is <SEG>."): its words hold nothing but the names that were asked for.
+answer as the data writes it ("Sure, it is <SEG>."), whose words hold nothing but the names that were asked for, and once more
+from the answer that the model gives when it is only asked.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from typing import Any
 from ..data.names import disease_names, structure_names
 from ..data.reading import open_volume
 from ..data.samples import ImageRef, InstructionSample, parts_of, text_of
+from ..data.templates import DISEASE_TOKEN, SEG_TOKEN
 from ..errors import CTInstructError
+from ..inference.encoded import Reply
 from ..inference.models import load_model
 from ..inference.study import Study
 from .choices import options_of
+from .emission import as_asked, tokens_of_names
 from .jobs import Job
 from .predictions import TASKS, Record
 from .turns import turns_of
@@ -72,28 +77,70 @@ class StageTwo:
         return self._opened[1]
 
     def _heads(self, study: Study, jobs: Sequence[Job], output: Path) -> list[Record]:
-        """Masks or probabilities from the answers as the data writes them."""
-        given = study.read([(job.messages[: job.turn], text_of(job.messages[job.turn])) for job in jobs])
+        """Masks or probabilities, from the given answers and from the model's."""
+        questions = [job.messages[: job.turn] for job in jobs]
+        right = [text_of(job.messages[job.turn]) for job in jobs]
+        answers = study.write(questions, self.max_new_tokens) if jobs else []
+        # where both answers are the same, so is what is read from them
+        others = [row for row, answer in enumerate(answers) if not self._is(answer, right[row])]
+        replies = study.read([*zip(questions, right, strict=True), *((questions[row], answers[row]) for row in others)])
+        free = dict(zip(others, replies[len(jobs) :], strict=True))
         records = []
-        for job, reply in zip(jobs, given, strict=True):
-            values: dict[str, Any]
-            if job.task == "diagnosis":
-                if len(reply.probabilities) != len(job.labels):
-                    raise CTInstructError(
-                        f"The answer has {len(job.labels)} <disease_confidence> tokens: name as many diseases of one of the "
-                        f"model's lists in the question, or give a list's number ({', '.join(self.processor.disease_lists)})."
-                    )
-                values = {
-                    "probabilities": {
-                        label.name: value for label, value in zip(job.labels, reply.probabilities, strict=True)
-                    },
-                    "labels": {label.name: label.value for label in job.labels},
-                }
-            else:
-                image_processor = self.processor.image_processor
-                values = {"masks": job.write_masks(reply.masks, image_processor, study.volume, output)}
+        for row, (job, given) in enumerate(zip(jobs, replies, strict=False)):
+            values = (
+                self._probabilities(job, given, free.get(row))
+                if job.task == "diagnosis"
+                else self._masks(job, given, free.get(row), study, output)
+            )
             records.append(job.record(question=_question(job), **values))
         return records
+
+    def _is(self, answer: str, right: str) -> bool:
+        """Whether a generated answer is the right one, up to its closing token."""
+        return answer.startswith(right) and answer[len(right) :].strip() in (
+            "",
+            *self.processor.tokenizer.all_special_tokens,
+        )
+
+    def _masks(self, job: Job, given: Reply, free: Reply | None, study: Study, output: Path) -> dict[str, Any]:
+        write = functools.partial(
+            job.write_masks, image_processor=self.processor.image_processor, volume=study.volume, output=output
+        )
+        files = write(given.masks)
+        entries = job.mask_entries(files)
+        found: list[int | None] = list(range(len(job.masks)))
+        if free is not None:
+            found = tokens_of_names(free.text, SEG_TOKEN, job.asked, self.structures.known)
+            files = write([None if index is None else free.masks[index] for index in found], suffix="-free")
+        for entry, file in zip(entries, files, strict=True):
+            entry |= {} if file is None else {"free": file}
+        return {"masks": entries, "free": self._free(SEG_TOKEN, found, free or given)}
+
+    def _probabilities(self, job: Job, given: Reply, free: Reply | None) -> dict[str, Any]:
+        names = [label.name for label in job.labels]
+        if len(given.probabilities) != len(names):
+            raise CTInstructError(
+                f"The answer has {len(names)} <disease_confidence> tokens: name as many diseases of one of the model's lists "
+                f"in the question, or give the number of one of its lists ({', '.join(self.processor.disease_lists)})."
+            )
+        found: list[int | None] = list(range(len(names)))
+        if free is not None:
+            found = tokens_of_names(free.text, DISEASE_TOKEN, job.asked, self.diseases.known)
+        values = (free or given).probabilities
+        emitted = {
+            name: values[index]
+            for name, index in zip(names, found, strict=True)
+            if index is not None and index < len(values)
+        }
+        return {
+            "probabilities": dict(zip(names, given.probabilities, strict=True)),
+            "labels": {label.name: label.value for label in job.labels},
+            "free": {**self._free(DISEASE_TOKEN, found, free or given), "probabilities": emitted},
+        }
+
+    def _free(self, token: str, found: Sequence[int | None], reply: Reply) -> dict[str, Any]:
+        answer = self.processor.write_out(reply.text, reply.probabilities)
+        return {"answer": answer, "as_asked": as_asked(reply.text, token, found)}
 
     def _texts(self, study: Study, jobs: Sequence[Job]) -> list[Record]:
         """Generated answers."""

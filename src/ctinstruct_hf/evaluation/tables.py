@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .scoring import SystemScores, TaskScores
+from .metrics import columns_of, metrics_of
+from .scores import SystemScores, TaskScores
 from .significance import Interval, paired_test, stars
 
 # what a column shows: (header, task, data set, metric)
@@ -35,12 +36,11 @@ def _many(task: str, datasets: Sequence[str], metrics: Sequence[tuple[str, str]]
     return [(f"{_NAMES[name]} {header}", task, name, metric) for name in datasets for header, metric in metrics]
 
 
-_DIAGNOSIS = (("AUC", "auc"), ("ACC", "accuracy"), ("F1", "f1"), ("Precision", "precision"))
-_TEXT = (("ROUGE-1", "rouge1"), ("BLEU-1", "bleu1"), ("METEOR", "meteor"))
-_RETRIEVAL = (("IR@5", "ir@5"), ("IR@10", "ir@10"), ("TR@5", "tr@5"), ("TR@10", "tr@10"))
+_DIAGNOSIS = columns_of("diagnosis")[:4]
+_TEXT = columns_of("caption")
 _DICE = (("DSC", "dice"),)
 _STAGE_ONE = [
-    *_many("retrieval", ("rp3d_cap", "ct_rate"), _RETRIEVAL),
+    *_many("retrieval", ("rp3d_cap", "ct_rate"), columns_of("retrieval")),
     *_many("diagnosis", ("rad_chestct",), (*_DIAGNOSIS[:3], ("Pre.", "precision"))),
     *_many("segmentation", ("covid_19", "totalsegmentator", "ct_org", "abdomen_1k"), _DICE),
 ]
@@ -211,18 +211,6 @@ def _row(system: SystemScores, first: SystemScores, columns: Sequence[Column], o
     return cells
 
 
-# what is shown of a task on data that the paper does not have
-_SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
-    "report": (*_TEXT, ("Clinical precision", "clinical_precision"), ("Clinical recall", "clinical_recall"), ("Clinical F1", "clinical_f1")),
-    "caption": _TEXT,
-    "question": (("Exact", "exact"), *_TEXT),
-    "multiple_choice": (("Accuracy", "accuracy"),),
-    "diagnosis": (*_DIAGNOSIS, ("ECE", "ece")),
-    "segmentation": (("Dice", "dice"), ("Released Dice", "released_dice"), ("NSD", "nsd"), ("Absent left empty", "absent_left_empty"), ("Dice as given", "dice_as_given")),
-    "retrieval": _RETRIEVAL,
-}  # fmt: skip
-
-
 def _title(task: str, dataset: str, what: str = "") -> str:
     return f"{task.replace('_', ' ').capitalize()}{what}: {_NAMES.get(dataset, dataset or 'all data')}"
 
@@ -230,7 +218,9 @@ def _title(task: str, dataset: str, what: str = "") -> str:
 def own_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table:
     """All systems on one task of one data set, with 95 % intervals."""
     having = [(one, scores) for one in systems if (scores := one.find(task, dataset))]
-    metrics = [(header, name) for header, name in _SHOWN[task] if any(name in scores.metrics for _, scores in having)]
+    metrics = [
+        (header, name) for header, name in columns_of(task) if any(name in scores.metrics for _, scores in having)
+    ]
     table = Table(_title(task, dataset), ["", "samples", "failed", *(header for header, _ in metrics)])
     first = having[0][1]
     for system, scores in having:
@@ -250,21 +240,10 @@ def own_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table
 def per_item_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table | None:
     """Per disease, structure or finding."""
     having = [(one, scores) for one in systems if (scores := one.find(task, dataset))]
-    shown: tuple[tuple[str, str], ...]
-    if task == "diagnosis":
-        key, shown = (
-            "per_disease",
-            (("AUC", "auc"), ("F1", "f1"), ("Precision", "precision"), ("Threshold", "threshold")),
-        )
-    elif task == "segmentation":
-        key, shown = "per_structure", (("Dice", "dice"),)
-    elif task == "report":
-        key, shown = "per_finding", (("Precision", "precision"), ("Recall", "recall"), ("F1", "f1"))
-    else:
+    metric = next((one for one in metrics_of(task) if one.items), None)
+    if metric is None:
         return None
-    found = [
-        (one.system, (scores.details.get("clinical_efficacy", scores.details)).get(key, {})) for one, scores in having
-    ]
+    shown, found = metric.items, [(system.system, metric.rows(scores.details)) for system, scores in having]
     names = list(dict.fromkeys(name for _, rows in found for name in rows))
     if not names:
         return None

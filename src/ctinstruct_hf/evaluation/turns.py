@@ -59,7 +59,7 @@ def turns_of(sample: InstructionSample, structures: Names, diseases: Names, name
         if mine:
             yield Turn(index, number, "segmentation", asked.messages, masks=mine, known=known, notes=mask_notes)
         if judged:
-            yield Turn(index, number, "diagnosis", asked.messages, labels=judged, notes=label_notes)
+            yield Turn(index, number, "diagnosis", asked.messages, labels=judged, known=of_diseases, notes=label_notes)
         if not mine and not judged:
             task = sample.task if number == 0 else _later_task(sample, index)
             yield Turn(index, number, task, asked.messages)

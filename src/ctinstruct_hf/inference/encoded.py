@@ -85,7 +85,7 @@ class EncodedScans:
     def features(self) -> Any:
         """The tower's features and image tokens."""
         with torch.inference_mode():
-            features = self.model.get_image_features(**self.batch, return_dict=True)
+            features: Any = self.model.get_image_features(**self.batch, return_dict=True)
         self._check(features.last_hidden_state, "The vision tower")
         return features
 
@@ -153,9 +153,15 @@ class EncodedScans:
         )
         return input_ids[:, length:], outputs.last_hidden_state
 
-    @torch.inference_mode()
     def reply(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[Reply]:
-        """The model's answers, in one batch over one reading of the images; each is given as if alone.
+        """The model's answers, and what their special tokens stand for; see `write` and `read`."""
+        answers = self.write(conversations, max_new_tokens, **generation)
+        return self.read(list(zip(conversations, answers, strict=True)))
+
+    @torch.inference_mode()
+    def write(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[str]:
+        """The model's answers with their special tokens, in one batch over one reading of the images; each is given as if
+        alone.
 
         Args:
             conversations: about these scans.
@@ -172,8 +178,7 @@ class EncodedScans:
             ]
         else:
             sequences = self._generate(rows, options)
-        answers = [self._until_its_end(new) for new in sequences]
-        return self.read(list(zip(conversations, answers, strict=True)))
+        return [self._until_its_end(new) for new in sequences]
 
     def _generate(self, rows: Sequence[torch.Tensor], options: dict[str, Any]) -> list[torch.Tensor]:
         """New tokens of prompts [1, L]; those that share everything up to the last image are answered together."""
