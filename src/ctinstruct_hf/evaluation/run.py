@@ -80,7 +80,7 @@ def run_model(
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if device is None and state.num_processes > 1 and state.device.type == "cuda":
         device = str(state.device)
-    folder = resolve_model(model, revision, progress=tell).folder
+    folder = resolve_model(model, revision, progress=progress).folder
     asked = _load(model, folder, device, dtype, revision, options)
     options = replace(options, split=options.split or split_of_data(data, asked.rows))
     settings = _settings(model, folder, data, options)
