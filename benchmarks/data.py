@@ -17,10 +17,10 @@ from common import Pair, alternate, arguments, header, table
 
 from ctinstruct_hf import CTInstructForPretraining, CTInstructImageProcessor
 from ctinstruct_hf.data.mixture import Item
-from ctinstruct_hf.data.phantoms import ORGANS, make_phantom
 from ctinstruct_hf.data.samples import AlignmentSample, ImageRef, MaskRef, to_row
-from ctinstruct_hf.data.store import PatchStore
-from ctinstruct_hf.data.tiny import TINY_PATCH, tiny_config
+from ctinstruct_hf.data.store import TINY_PATCH, PatchStore
+from ctinstruct_hf.phantoms import ORGANS, make_phantom
+from ctinstruct_hf.phantoms.tiny import tiny_config
 from ctinstruct_hf.train.collator import AlignmentCollator
 
 

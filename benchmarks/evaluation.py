@@ -14,12 +14,12 @@ from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 from sklearn.metrics import roc_auc_score
 
-from ctinstruct_hf.data.phantom_text import write_report
-from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.evaluation.segmentation import volume_dice
 from ctinstruct_hf.evaluation.significance import bootstrap_auc
 from ctinstruct_hf.evaluation.text import _words, score_texts
 from ctinstruct_hf.evaluation.wordnet import find_wordnet
+from ctinstruct_hf.phantoms import FINDINGS
+from ctinstruct_hf.phantoms.wording import write_report
 
 
 def reports(count: int) -> list[str]:

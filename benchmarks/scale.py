@@ -64,8 +64,8 @@ def measure(preset: str, side: int, patches: int, studies: int, runs: int) -> di
 def one_after_the_other(count: int) -> list[tuple[float, float]]:
     """(seconds, GB of the process afterwards) of each of `count` studies."""
     from ctinstruct_hf import Study
-    from ctinstruct_hf.data.phantoms import make_phantom
     from ctinstruct_hf.inference.study import load_model
+    from ctinstruct_hf.phantoms import make_phantom
 
     model = load_model(None, "cpu")
     found = []

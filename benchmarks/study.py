@@ -17,9 +17,9 @@ import torch
 from common import alternate, arguments, header, table
 
 from ctinstruct_hf import Study
-from ctinstruct_hf.data.phantoms import make_phantom
 from ctinstruct_hf.data.templates import REPORT, answer_segmentation, ask_segmentation
 from ctinstruct_hf.inference.study import load_model
+from ctinstruct_hf.phantoms import make_phantom
 
 QUESTIONS = [
     "Is there a pleural effusion?",

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from ctinstruct_hf.data.phantoms import make_phantom
 from ctinstruct_hf.output.report import COLOURS
+from ctinstruct_hf.phantoms import make_phantom
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 
 BLUE, GREEN, ORANGE, GREY = "#dbeafe", "#dcfce7", "#ffedd5", "#f1f5f9"

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ctinstruct_hf.data.phantoms import FINDINGS, make_phantom
+from ctinstruct_hf.phantoms import FINDINGS, make_phantom
 
 WINDOWS = {"lung": (-1100, 200), "soft": (-160, 240)}
 

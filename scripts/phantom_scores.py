@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from ctinstruct_hf import Study
-from ctinstruct_hf.data.phantom_text import with_article
-from ctinstruct_hf.data.phantoms import FINDINGS
-from ctinstruct_hf.data.reading import open_volume, phantom_of
-from ctinstruct_hf.data.samples import ImageRef
+from ctinstruct_hf.data.templates import with_article
 from ctinstruct_hf.evaluation.predictions import Record, read_predictions
 from ctinstruct_hf.evaluation.scoring import findings_scores
 from ctinstruct_hf.inference.study import load_model
+from ctinstruct_hf.phantoms import FINDINGS, phantom_of
 
 # what names each finding in a phantom's report
 WORDS = {
@@ -95,7 +93,7 @@ def ask_pairs(model: tuple[Any, Any], count: int, first: int) -> dict[str, list[
             continue
         question = f"Is there {with_article(name)}?"
         told = {
-            sign: Study(open_volume(ImageRef(path)), *model).ask(question, max_new_tokens=12).lower()
+            sign: Study(phantom_of(path).volume, *model).ask(question, max_new_tokens=12).lower()
             for sign, path in scans.items()
         }
         changed[name].append(told["-"].startswith("no") and told["+"].startswith("yes"))

@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ctinstruct_hf import CTInstructForPretraining, CTInstructImageProcessor
-from ctinstruct_hf.data.phantoms import FINDINGS, make_phantom
+from ctinstruct_hf.phantoms import FINDINGS, make_phantom
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny preset with random weights, as a folder."""
-    from ctinstruct_hf.data.tiny import build_tiny
+    from ctinstruct_hf.phantoms.tiny import build_tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny(folder)
@@ -82,7 +82,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommand]:
 @pytest.fixture
 def small_scan(tmp_path: Path) -> Path:
     """A small phantom as NIfTI."""
-    from ctinstruct_hf.data.phantoms import make_phantom
+    from ctinstruct_hf.phantoms import make_phantom
 
     path = tmp_path / "scan.nii.gz"
     volume = make_phantom(1, shape=(24, 48, 48)).volume

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ctinstruct_hf.data.phantoms import FINDINGS
 from ctinstruct_hf.evaluation.predictions import read_predictions
 from ctinstruct_hf.evaluation.run import RunOptions, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, load_model
+from ctinstruct_hf.phantoms import FINDINGS
 from tests.conftest import script
 from tests.evaluation.test_text import needs_wordnet
 

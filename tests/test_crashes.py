@@ -109,7 +109,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A function: output folder -> arguments of a command."""
     verb = request.param
     if verb == "predict":
-        from ctinstruct_hf.data.phantoms import make_phantom
+        from ctinstruct_hf.phantoms import make_phantom
 
         (tmp_path / "scans").mkdir()
         for seed in range(3):

@@ -20,9 +20,9 @@ from nibabel.processing import resample_from_to
 from scans import dicom_series
 
 from ctinstruct_hf import Study, read_volume
-from ctinstruct_hf.data.phantoms import FINDINGS, Phantom, make_phantom
 from ctinstruct_hf.evaluation.segmentation import volume_dice
 from ctinstruct_hf.inference.study import load_model
+from ctinstruct_hf.phantoms import FINDINGS, Phantom, make_phantom
 
 SEEDS = (900401, 900402)
 FIELD_MM = 325  # along the body

@@ -19,10 +19,9 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from scans import as_nifti, asymmetric, dicom_series
 
-from ctinstruct_hf.data.phantoms import make_phantom
-from ctinstruct_hf.data.reading import phantom_of
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
 from ctinstruct_hf.output.report import picture
+from ctinstruct_hf.phantoms import make_phantom, phantom_of
 from ctinstruct_hf.processing.volume_reading import read_volume
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -19,13 +19,13 @@ from ctinstruct_hf import CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.data import store as store_module
 from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
 from ctinstruct_hf.data.parts import check_part, choices_from_labels, join_turns, load_part
-from ctinstruct_hf.data.reading import PhantomRef, open_mask, open_volume, phantom_of
+from ctinstruct_hf.data.prepare import open_rows
+from ctinstruct_hf.data.reading import open_mask, open_volume
 from ctinstruct_hf.data.samples import TASKS, AlignmentSample, ImageRef, Label, MaskRef, from_row, text_of, to_row
-from ctinstruct_hf.data.sources import made_up
-from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.evaluation.run import options_of
 from ctinstruct_hf.evaluation.text import chosen_option
+from ctinstruct_hf.phantoms import phantom_of
 from ctinstruct_hf.train.collator import AlignmentCollator
 
 PATCH = {"depth": 8, "height": 32, "width": 32}
@@ -144,23 +144,6 @@ def test_a_changed_file_or_setting_is_prepared_anew(tmp_path: Path) -> None:
     assert not torch.equal(PatchStore(other, tmp_path / "cache").image(image)["pixel_values"], after)
 
 
-def test_made_up_scans_have_the_masks_of_their_phantom(tmp_path: Path) -> None:
-    store = PatchStore(CTInstructImageProcessor(patch_size={"depth": 32, "height": 128, "width": 128}), tmp_path)
-    (row,) = phantom_rows("cropped", [4], store=store, workers=1)
-    phantom = PhantomRef("cropped", 4).make()
-    image = ImageRef(row["image"]["path"])
-    for name in ("liver", "lungs", "body", "right kidney", *[name for name, there in phantom.labels.items() if there]):
-        canvas = store.mask(image, MaskRef(name, image.path))
-        assert torch.equal(canvas > 0, store.image_processor.labels_to_canvas(phantom.masks[name].astype(np.uint8), phantom.volume) > 0)  # fmt: skip
-    assert {label["name"]: label["value"] for label in row["labels"]} == phantom.labels | phantom.sides
-    assert phantom_rows("cropped", [4], "test", store=store, workers=1) == [{**row, "split": "test"}]
-    without = PhantomRef("cropped", 4, (("lung nodule", 0),))
-    assert PhantomRef.parse(str(without)) == without
-    assert not without.make().masks["lung nodule"].any()
-    with pytest.raises(CTInstructError, match="no made-up scan"):
-        PhantomRef.parse("phantom:whale:3")
-
-
 class Words:
     """A tokenizer in the smallest."""
 
@@ -236,31 +219,8 @@ def test_findings_are_asked_for_as_often_as_organs(tmp_path: Path) -> None:
     assert asdict(sample)["masks"][0]["name"] == "organ 0"
 
 
-def test_kept_rows_of_other_words_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a cache has kept depends on the code that phrases it, as on the code that paints it."""
-    store = PatchStore(CTInstructImageProcessor(patch_size=PATCH), tmp_path / "cache")
-    made_up.rows_code.cache_clear()
-    kept = phantom_rows("slice", range(2), store=store, workers=1, samples="instructions")
-    made: list[str] = []
-
-    def make(ref: str, *_: Any) -> dict[str, Any]:
-        made.append(ref)
-        return {"id": ref, "instructions": []}
-
-    monkeypatch.setattr(made_up, "_make", make)
-    assert phantom_rows("slice", range(2), store=store, workers=1, samples="instructions") == kept
-    assert made == []
-    (tmp_path / "templates.py").write_text("# other words")
-    monkeypatch.setattr(made_up.templates, "__file__", str(tmp_path / "templates.py"))
-    made_up.rows_code.cache_clear()
-    assert phantom_rows("slice", range(2), store=store, workers=1, samples="instructions") == []
-    assert len(made) == 2
-    monkeypatch.undo()
-    made_up.rows_code.cache_clear()
-
-
 def test_questions_about_one_scan_become_a_conversation() -> None:
-    rows = phantom_rows("slice", range(2), samples="instructions", workers=1)
+    rows = list(open_rows("phantoms:slice:0-2", "instructions", "train"))
     joined = join_turns(rows, 4)
     samples = [from_row(row, "instructions") for row in joined]  # each is whole: one image, masks and labels by token
     asked = sorted(turn["content"][-1]["text"] for row in rows for turn in row["messages"] if turn["role"] == "user")
@@ -275,7 +235,7 @@ def test_questions_about_one_scan_become_a_conversation() -> None:
 
 def test_choices_are_made_from_labels() -> None:
     """Right answers by the labels, one or any number of them, and no two conversations of a scan are alike."""
-    rows = phantom_rows("trunk", range(3), samples="instructions", workers=1)
+    rows = list(open_rows("phantoms:trunk:0-3", "instructions", "train"))
     rows[0]["labels"] = []  # whatever its task, a row without labels is no source
     made = choices_from_labels(rows, conversations=8, turns=4)
     samples = [from_row(row, "instructions") for row in made]
@@ -284,7 +244,7 @@ def test_choices_are_made_from_labels() -> None:
     asked_for, sizes, numbers = set(), set(), set()
     for sample in samples:
         assert sample.task == "multiple_choice"  # type: ignore[union-attr]
-        labels = phantom_of(sample.images[0].path).labels  # type: ignore[union-attr]
+        labels = phantom_of(sample.id.split("/")[0]).labels
         turns = sample.messages  # type: ignore[union-attr]
         assert len(turns) == 8
         for asked, told in zip(turns[::2], turns[1::2], strict=True):
@@ -320,7 +280,7 @@ def test_choices_are_made_from_labels() -> None:
 
 def test_a_part_of_choices_from_labels() -> None:
     part = {"phantoms": {"kind": "trunk", "seeds": [0, 2]}, "choices_from_labels": 2, "turns": 3, "name": "choices"}
-    entry = load_part(part, "instructions", PatchStore(CTInstructImageProcessor(patch_size=PATCH)))
+    entry = load_part(part, "instructions")
     assert len(entry.rows) == 4
     with pytest.raises(CTInstructError, match="choices_from_labels: many: give"):
         check_part({**part, "choices_from_labels": "many"}, "instructions", TASKS)

@@ -11,9 +11,9 @@ import pytest
 
 from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.data.names import Names, canonical, read_names, read_table
-from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
 from ctinstruct_hf.data.prepared import import_jsonl, load_rows
 from ctinstruct_hf.inference.study import load_model
+from ctinstruct_hf.phantoms import FINDINGS, ORGANS, UNIONS, make_phantom
 
 TAUGHT = [*ORGANS, *UNIONS, *FINDINGS]
 WRITTEN = {
@@ -241,7 +241,7 @@ def test_no_name_and_an_empty_one_are_refused(study: Study, names: Any) -> None:
 def test_names_of_other_data_sets_are_imported_in_the_wording_of_the_package(tmp_path: Path) -> None:
     def sample(name: str) -> dict[str, Any]:
         return {
-            "id": name, "task": "segmentation", "split": "train", "source": "mine", "images": [{"path": "phantom:trunk/1"}],
+            "id": name, "task": "segmentation", "split": "train", "source": "mine", "images": [{"path": "scan.nii.gz"}],
             "messages": [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Where is the {name}?"}]},
                 {"role": "assistant", "content": [{"type": "text", "text": f"Sure, {name} <SEG>."}]},

@@ -23,7 +23,7 @@ from ctinstruct_hf.data import templates
 from ctinstruct_hf.data.check import check
 from ctinstruct_hf.data.prepare import PrepareOptions, prepare
 from ctinstruct_hf.data.prepared import describe, export_jsonl, import_jsonl, iterate, load_rows, write_rows
-from ctinstruct_hf.data.reading import PhantomRef, open_labels, open_volume
+from ctinstruct_hf.data.reading import open_labels, open_volume
 from ctinstruct_hf.data.samples import (
     AlignmentSample,
     Case,
@@ -37,8 +37,8 @@ from ctinstruct_hf.data.samples import (
     to_row,
     write_jsonl,
 )
-from ctinstruct_hf.data.sources.made_up import phantom_case
 from ctinstruct_hf.data.tasks import to_alignment, to_instructions
+from ctinstruct_hf.phantoms.dataset import cases
 
 
 def sample() -> InstructionSample:
@@ -109,7 +109,6 @@ def test_files_of_imported_rows_lie_in_their_folder_and_become_absolute(tmp_path
         return [found["images"][0]["path"], found["masks"][0]["path"]]
 
     assert imported("a.nii.gz", "") == [str(here / "a.nii.gz"), ""]
-    assert imported("phantom:trunk:1", str(here / "a.nii.gz")) == ["phantom:trunk:1", str(here / "a.nii.gz")]
     assert imported(str(there / "a.nii.gz"), "here/a.nii.gz", tmp_path) == [
         str(there / "a.nii.gz"),
         str(here / "a.nii.gz"),
@@ -128,7 +127,8 @@ def test_no_json_is_told_with_its_line_and_nothing_is_written(tmp_path: Path) ->
 
 
 def test_a_case_becomes_the_papers_six_kinds() -> None:
-    case = phantom_case(PhantomRef("cropped", 3), "train")
+    (made,) = cases("cropped:3-4")
+    case = replace(made, diseases=[])
     samples = to_instructions(case)
     for one in samples:
         one.check()
@@ -147,6 +147,10 @@ def test_a_case_becomes_the_papers_six_kinds() -> None:
     assert any("no " in answer for one in samples if one.task == "question" for answer in one.answers)
     (diagnosis,) = [one for one in samples if one.task == "diagnosis"]
     assert [label.value for label in diagnosis.labels] == [one.value for one in case.labels]
+    (listed,) = [
+        one for one in to_instructions(replace(case, diseases=["emphysema", "gout"])) if one.task == "diagnosis"
+    ]
+    assert listed.labels == [next(one for one in case.labels if one.name == "emphysema"), Label("gout", -1)]
 
 
 def test_the_papers_examples_are_among_the_phrasings() -> None:

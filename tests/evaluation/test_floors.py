@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.cli import app
-from ctinstruct_hf.data.reading import phantom_of
 from ctinstruct_hf.data.templates import answer_segmentation, ask_segmentation
-from ctinstruct_hf.data.tiny import tiny_processor
 from ctinstruct_hf.evaluation.floors import LEAST, VOLUMES, Marked, find_floor
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, load_model
+from ctinstruct_hf.phantoms import phantom_of
+from ctinstruct_hf.phantoms.tiny import tiny_processor
 
 
 def marked(dice: float | None, volume: float, peak: float) -> Marked:

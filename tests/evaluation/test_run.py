@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,10 +17,11 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
-from ctinstruct_hf.data.phantoms import FINDINGS
+from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.prepared import write_rows
-from ctinstruct_hf.data.reading import phantom_of
+from ctinstruct_hf.data.reading import open_volume
 from ctinstruct_hf.data.samples import (
+    Case,
     ImageRef,
     InstructionSample,
     Label,
@@ -29,14 +31,15 @@ from ctinstruct_hf.data.samples import (
     to_row,
     write_jsonl,
 )
-from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.store import TINY_PATCH
 from ctinstruct_hf.data.templates import answer_diagnosis, ask_diagnosis
-from ctinstruct_hf.data.tiny import TINY_PATCH
 from ctinstruct_hf.evaluation.predictions import read_predictions
 from ctinstruct_hf.evaluation.rows import split_of_data
 from ctinstruct_hf.evaluation.run import RunOptions, load_data, options_of, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
+from ctinstruct_hf.phantoms import FINDINGS
+from ctinstruct_hf.phantoms.dataset import cases
 from tests.evaluation.test_text import needs_wordnet
 
 QUICK = RunOptions(limit=2, max_new_tokens=4)
@@ -45,7 +48,7 @@ QUICK = RunOptions(limit=2, max_new_tokens=4)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL of all kinds of instructions about three slices, and one that cannot be read."""
-    rows = phantom_rows("slice", range(3), "test", samples="instructions", workers=1)
+    rows = list(open_rows("phantoms:slice:0-3", "instructions", "test"))
     samples = [from_row(row, "instructions") for row in rows]
     held_out = from_row({**rows[0], "id": "v", "split": "validation"}, "instructions")
     diagnosis = next(one for one in samples if one.task == "diagnosis")  # type: ignore[union-attr]
@@ -164,12 +167,21 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_question_without_choices_fails_alone(tmp_path: Path) -> None:
-    rows = phantom_rows("slice", range(1), "test", samples="instructions", workers=1)
+    rows = list(open_rows("phantoms:slice:0-1", "instructions", "test"))
     asked = from_row(next(row for row in rows if row["task"] == "question"), "instructions")
     odd = from_row({**to_row(asked), "id": "odd", "task": "multiple_choice"}, "instructions")
     write_jsonl([odd, asked], tmp_path / "rows.jsonl")
     found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", QUICK))
     assert [(one.id, "lists no choices" in one.error) for one in found.records] == [("odd", True), (asked.id, False)]
+
+
+def trunk(seed: int = 3) -> Case:
+    (case,) = cases(f"trunk:{seed}-{seed + 1}")
+    return case
+
+
+def mask_of(case: Case, name: str) -> MaskRef:
+    return next(mask for mask in case.masks if mask.name == name)
 
 
 def conversation(*turns: tuple[str, str], **values: object) -> InstructionSample:
@@ -179,7 +191,7 @@ def conversation(*turns: tuple[str, str], **values: object) -> InstructionSample
         messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     base: dict[str, object] = {
-        "images": [ImageRef("phantom:trunk:3")],
+        "images": trunk().images,
         "id": "talk",
         "task": "segmentation",
         "split": "test",
@@ -190,12 +202,8 @@ def conversation(*turns: tuple[str, str], **values: object) -> InstructionSample
 
 def test_each_turn_of_a_conversation_is_scored_as_what_it_is(tmp_path: Path) -> None:
     """Masks, then other masks by a name as people write it, then text, choices and probabilities."""
-    scan = "phantom:trunk:3"
-    mask = {
-        "Left_Kidney": MaskRef("Left_Kidney", scan),
-        "liver": MaskRef("liver", scan),
-        "spleen": MaskRef("spleen", scan),
-    }
+    mask = {mask.name: mask for mask in trunk().masks}
+    mask["Left_Kidney"] = replace(mask["left kidney"], name="Left_Kidney")
     first = ("Where is the liver?", "Sure, it is <SEG>.")
     labels = [Label("Pleural_Effusion", 1), Label("emphysema", 0)]
     talk = conversation(
@@ -230,7 +238,7 @@ def test_each_turn_of_a_conversation_is_scored_as_what_it_is(tmp_path: Path) -> 
     }
     assert np.array_equal(voxels["talk", "liver"], voxels["alone", "liver"])
     # the name as people write it becomes the model's: asked as written, the kidney's mask is empty
-    study = Study.open(phantom_of(scan).volume)
+    study = Study.open(open_volume(trunk().images[0]))
     assert voxels["talk/turn-1", "Left_Kidney"].sum() > 0.5 * study.segment("left kidney").sum() > 0
     assert voxels["talk/turn-1", "spleen"].sum() > 0.5 * study.segment("spleen").sum() > 0
 
@@ -264,19 +272,19 @@ def test_the_tower_and_the_reading_of_the_images_run_once_for_all_questions_abou
 
 def test_each_turn_is_about_the_image_shown_last_before_it(tmp_path: Path) -> None:
     """Two scans with other grids, each shown before its question; the masks are those of each scan alone."""
-    scans = ["phantom:trunk:5", "phantom:trunk:3"]
+    scans = [trunk(5), trunk(3)]
     talk = conversation(
         ("Where is the liver?", "Sure, it is <SEG>."),
         ("And in this one, where is the spleen?", "Sure, it is <SEG>."),
-        images=[ImageRef(scan) for scan in scans],
-        masks=[MaskRef("liver", scans[0]), MaskRef("spleen", scans[1])],
+        images=[scan.images[0] for scan in scans],
+        masks=[mask_of(scans[0], "liver"), mask_of(scans[1], "spleen")],
     )
     talk.messages[2]["content"].insert(0, {"type": "image"})
     write_jsonl([talk], tmp_path / "rows.jsonl")
     found = read_predictions(run_model(str(BUNDLED_MODEL), str(tmp_path / "rows.jsonl"), tmp_path / "out", QUICK))
     assert not found.failed
     for record, scan, name in zip(found.records, scans, ("liver", "spleen"), strict=True):
-        volume = phantom_of(scan).volume
+        volume = open_volume(scan.images[0])
         mask = np.asarray(nib.load(found.folder / record.masks[0]["prediction"]).dataobj) > 0
         assert mask.shape == volume.to_source(volume.hu).shape
         alone = Study.open(volume).segment(name)
@@ -286,8 +294,7 @@ def test_each_turn_is_about_the_image_shown_last_before_it(tmp_path: Path) -> No
 
 def test_a_model_is_also_asked_freely_for_masks_and_probabilities(tmp_path: Path) -> None:
     """The answer in the data is odd; the model's own gives the same mask. A question in the data's own words gets none."""
-    scan = "phantom:trunk:3"
-    liver = {"masks": [MaskRef("liver", scan)]}
+    liver = {"masks": [mask_of(trunk(), "liver")]}
     two = ["emphysema", "cardiomegaly"]  # which the bundled model was taught only among all others
     write_jsonl(
         [
@@ -367,7 +374,7 @@ def test_a_set_without_a_test_split_is_evaluated_on_validation(tmp_path: Path) -
     ask = ("Which? (a) nodule (b) emphysema", "(b) emphysema")
     samples = [
         conversation(
-            ask, id=split, task="multiple_choice", split=split, source="ct_rate", images=[ImageRef("phantom:slice:3")]
+            ask, id=split, task="multiple_choice", split=split, source="ct_rate", images=next(cases("slice:3-4")).images
         )
         for split in ("train", "validation")
     ]

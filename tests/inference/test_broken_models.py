@@ -230,7 +230,7 @@ def test_the_process_ends_with_code_2_and_no_traceback(folder: Path, small_scan:
 
 
 def test_a_note_with_brackets_is_shown_as_it_is(folder: Path, tmp_path: Path) -> None:
-    from ctinstruct_hf.data.phantoms import make_phantom
+    from ctinstruct_hf.phantoms import make_phantom
 
     change("config.json", "note", to="Only for [/x] and [red]")(folder)
     scan = tmp_path / "[b] scan [red].nii.gz"

@@ -12,9 +12,9 @@ import torch
 
 from ctinstruct_hf import CTInstructError, CTInstructForConditionalGeneration, CTInstructProcessor, Study
 from ctinstruct_hf.data.templates import answer_diagnosis, answer_segmentation, ask_diagnosis, ask_segmentation
-from ctinstruct_hf.data.tiny import tiny_config, tiny_processor
 from ctinstruct_hf.inference.predict import Request, predict_study
 from ctinstruct_hf.inference.study import load_model
+from ctinstruct_hf.phantoms.tiny import tiny_config, tiny_processor
 
 
 @pytest.fixture(scope="module", params=["one axis", "three axes, released positions"])

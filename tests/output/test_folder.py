@@ -453,8 +453,8 @@ def test_pictures_hold_no_more_than_the_planes_they_show() -> None:
     """Masks that are unpacked when asked for are not all unpacked at once; the page is the same."""
     from ctinstruct_hf.app.limits import Limits
     from ctinstruct_hf.app.masks import PackedMasks
-    from ctinstruct_hf.data.phantoms import make_phantom
     from ctinstruct_hf.output.report import pictures
+    from ctinstruct_hf.phantoms import make_phantom
 
     patient = make_phantom(2, shape=(24, 48, 48))
     masks = {**{name: mask for name, mask in patient.masks.items() if name != "body"}, "none": patient.masks["body"] & False}  # fmt: skip

@@ -143,7 +143,7 @@ def test_scans_however_small_or_smooth_are_plain(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("seed", range(3))
 def test_phantoms_are_plain(seed: int) -> None:
-    from ctinstruct_hf.data.phantoms import make_phantom
+    from ctinstruct_hf.phantoms import make_phantom
 
     volume = make_phantom(seed, shape=(24, 48, 48)).volume
     assert read_volume(volume.to_source(volume.hu)).warnings == []

@@ -22,11 +22,13 @@ from ctinstruct_hf import (  # fmt: skip
     CTInstructImageProcessor,
     Study,
 )
-from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, UNIONS
-from ctinstruct_hf.data.samples import ImageRef, InstructionSample, Label, MaskRef, to_row
-from ctinstruct_hf.data.sources.made_up import phantom_rows
+from ctinstruct_hf.data.prepare import open_rows
+from ctinstruct_hf.data.reading import open_volume
+from ctinstruct_hf.data.samples import Case, ImageRef, InstructionSample, Label, MaskRef, to_row
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
+from ctinstruct_hf.phantoms import FINDINGS, ORGANS, UNIONS
+from ctinstruct_hf.phantoms.dataset import cases
 from ctinstruct_hf.processing.volume_reading import read_volume
 from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
@@ -42,7 +44,7 @@ SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1
 @pytest.fixture(scope="session")
 def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small stage-one model with random weights, as `ctinstruct pretrain` leaves it."""
-    from ctinstruct_hf.data.vocabulary import train_tokenizer
+    from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
 
     config = CTInstructConfig.preset("tiny")
     config.vision_config.stage_depths = [1, 1, 1, 1]
@@ -103,7 +105,7 @@ def talk(*turns: tuple[str, str], images: int = 1, **more: Any) -> dict[str, Any
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         pictures = []
-    refs = [ImageRef(f"phantom:slice:{seed}") for seed in range(images)]
+    refs = [made(seed).images[0] for seed in range(images)]
     return to_row(InstructionSample("a", refs, messages, more.pop("task", "question"), "train", "mine", **more))
 
 
@@ -135,21 +137,20 @@ def test_what_is_learned_is_what_generation_begins_with(parts: tuple[Any, Any, P
     model, processor, store = parts
     row = talk(("Is there emphysema?", "No."))
     batch = InstructionCollator(store, processor)([row])
-    study = Study(read_volume_of("phantom:slice:0"), model, processor)
+    study = Study(open_volume(made(0).images[0]), model, processor)
     asked = study._ids("Is there emphysema?")[0].tolist()
     first = int((batch["labels"][0] >= 0).nonzero()[0])
     assert batch["input_ids"][0, :first].tolist() == asked
 
 
-def read_volume_of(path: str) -> Any:
-    from ctinstruct_hf.data.reading import open_volume
-
-    return open_volume(ImageRef(path))
+def made(seed: int) -> Case:
+    (case,) = cases(f"slice:{seed}-{seed + 1}")
+    return case
 
 
 def test_masks_and_diseases_come_in_reading_order(parts: tuple[Any, Any, PatchStore]) -> None:
     _, processor, store = parts
-    masks = [MaskRef("body", "phantom:slice:1"), MaskRef("gone")]
+    masks = [MaskRef("body", made(1).masks[0].path), MaskRef("gone")]
     row = talk(
         ("Segment.", "Sure, body <SEG>, gone <SEG>."),
         ("Give the presence of x.", "kidney stone <disease_confidence>, emphysema <disease_confidence>"),
@@ -157,7 +158,7 @@ def test_masks_and_diseases_come_in_reading_order(parts: tuple[Any, Any, PatchSt
     )  # fmt: skip
     batch = InstructionCollator(store, processor)([row])
     assert [int((mask > 0).any()) for mask in batch["mask_labels"]] == [1, 0]
-    wanted = store.mask(ImageRef("phantom:slice:1"), masks[0])  # of the image last shown
+    wanted = store.mask(made(1).images[0], masks[0])  # of the image last shown
     assert torch.equal(batch["mask_labels"][0], wanted)
     assert batch["disease_labels"].tolist() == [1.0, -1.0]
     assert batch["disease_ids"].tolist() == [FINDINGS.index("kidney stone"), FINDINGS.index("emphysema")]
@@ -209,7 +210,7 @@ def test_every_part_learns_under_both_trainers(recipe: dict[str, Any], tmp_path:
         assert sum(moved) > 0.8 * len(moved), part
     told = losses(tmp_path / "run")
     assert {name for one in told for name in one} >= {"lm_loss", "segmentation_loss", "disease_loss"}
-    study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
+    study = Study.open(open_volume(made(3).images[0]), str(tmp_path / "run" / "model"))
     assert set(study.diagnose("phantom")) == set(FINDINGS)
     taught = set(after.config.structures)  # what its data had masks of
     assert {"aorta", "liver"} <= taught <= {*ORGANS, *UNIONS, *FINDINGS}
@@ -305,7 +306,7 @@ def test_the_bridger_starts_with_what_the_category_grain_reads(
     model, processor = build_model(settings)
     store = PatchStore(processor.image_processor, cache)
     part = {"phantoms": {"kind": "slice", "seeds": [0, 40]}, "tasks": ["diagnosis"]}
-    entries = [load_part(part, "instructions", store)]
+    entries = [load_part(part, "instructions")]
     images = {image["path"]: ImageRef(**image) for row in entries[0].rows for image in row["images"]}
     tokens = TokenStore(store, model.model.vision_tower)
     seen = torch.cat([tokens.image(image)["tokens"].float() for image in images.values()])
@@ -324,7 +325,7 @@ def test_the_bridger_starts_with_what_the_category_grain_reads(
 @pytest.mark.slow
 def test_the_fresh_language_model_learns_to_read_first(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Words alone make it answer in words; what it learned is where stage two begins, and is not learned twice."""
-    from ctinstruct_hf.data.imagined import imagined_conversation
+    from ctinstruct_hf.phantoms.imagined import imagined_conversation
     from ctinstruct_hf.train.language_models import load_language_model
 
     told: list[str] = []
@@ -653,7 +654,7 @@ def test_a_sample_without_an_image_is_told_before_the_first_step(recipe: dict[st
 def test_a_language_model_of_another_width_is_bridged_and_a_wrong_one_refused(recipe: dict[str, Any], tmp_path: Path) -> None:  # fmt: skip
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ctinstruct_hf.data.vocabulary import train_tokenizer
+    from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
 
     tokenizer = train_tokenizer()
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -711,11 +712,11 @@ def test_smollm2_learns_by_adapters(recipe: dict[str, Any], tmp_path: Path) -> N
     instruct(told)
     values = [one["lm_loss"] for one in losses(tmp_path / "run") if "lm_loss" in one]
     assert sum(values[-3:]) < 0.8 * sum(values[:3])
-    study = Study.open(read_volume_of("phantom:slice:3"), str(tmp_path / "run" / "model"))
+    study = Study.open(open_volume(made(3).images[0]), str(tmp_path / "run" / "model"))
     assert study.ask("Is there emphysema?", max_new_tokens=4) is not None
 
 
 def test_volumes_are_read_the_same_way_by_both_sides() -> None:
-    volume = read_volume_of("phantom:slice:0")
+    volume = open_volume(made(0).images[0])
     assert read_volume(volume.hu, spacing=volume.spacing).shape == volume.shape
-    assert phantom_rows("slice", range(1), samples="instructions", workers=1)[0]["images"]
+    assert open_rows("phantoms:slice:0-1", "instructions", "train")[0]["images"]

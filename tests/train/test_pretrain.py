@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining, CTInstructVisionModel
+from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.prepared import write_rows
-from ctinstruct_hf.data.sources.made_up import phantom_rows
 from ctinstruct_hf.data.store import PatchStore
-from ctinstruct_hf.data.vocabulary import train_tokenizer
 from ctinstruct_hf.modeling import pretraining_ctinstruct
+from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
 from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
@@ -169,7 +169,7 @@ def test_hard_names_count_from_a_step_on(recipe: dict[str, Any], monkeypatch: py
 
 def test_a_prepared_data_set_is_streamed_and_resumed(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Parquet rows of a prepared folder, stored and streamed, through the same trainer."""
-    rows = phantom_rows("slice", range(6), store=PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"]))  # fmt: skip
+    rows = list(open_rows("phantoms:slice:0-6", "alignment", "train"))
     write_rows(tmp_path / "set", "alignment", rows)
     part = {"dataset": str(tmp_path / "set"), "tasks": ["category"]}
     pretrain({**recipe, "mixture": [part], "max_steps": 1, "save_strategy": "no"})
@@ -275,7 +275,7 @@ def test_accumulation_gives_the_gradient_of_the_mean(recipe: dict[str, Any], tmp
     )
     store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
     entry = load_part(
-        {"phantoms": {"kind": "slice", "seeds": [0, 6]}, "tasks": ["segmentation", "category"]}, "alignment", store
+        {"phantoms": {"kind": "slice", "seeds": [0, 6]}, "tasks": ["segmentation", "category"]}, "alignment"
     )
     model, tokenizer = build_model(settings)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -318,7 +318,7 @@ if __name__ == "__main__":
     settings = PretrainSettings(**{name: recipe[name] for name in ("text_encoder", "vision", "mixture")},
                                 alignment={"gather_features": True}, batch_norm="synchronised")
     store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
-    entry = load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment", store)
+    entry = load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment")
     model, tokenizer = build_model(settings)
     collator = AlignmentCollator(store, tokenizer, masks_per_image=2)
     args = TrainingArguments(sys.argv[2] + "/x", max_steps=1, per_device_train_batch_size=4 // world, learning_rate=1.0,
@@ -339,8 +339,7 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
     """torchrun with gloo: DDP, gathered contrastive features, batch norm over both processes."""
     from ctinstruct_hf.data.parts import load_part
 
-    store = PatchStore(CTInstructImageProcessor(**recipe["image_processor"]), recipe["cache"])
-    load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment", store)  # made once, before both need it
+    load_part({"phantoms": {"kind": "slice", "seeds": [0, 6]}}, "alignment")  # made once, before both need it
     (tmp_path / "pair.py").write_text(PAIR)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -345,11 +345,11 @@ def _saved(one: OpenStudy, file: str, media: str) -> _File:
 
 
 def _open_sample(engine: Engine, seed: Any) -> str:
-    from ..data.reading import phantom_of
+    from ..data.sources.made import made_up_scan
 
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 10**9:
         raise CTInstructError("sample must be a whole number, the seed of a made-up scan.")
-    return engine.open_source(phantom_of(f"phantom:trunk:{seed}").volume)
+    return engine.open_source(made_up_scan(seed))
 
 
 def describe_study(one: OpenStudy) -> dict[str, Any]:
@@ -366,17 +366,19 @@ def describe_study(one: OpenStudy) -> dict[str, Any]:
 
 def describe_model(engine: Engine) -> dict[str, Any]:
     """What the page needs to know before a study is open."""
-    from ..data.phantoms import FINDINGS, ORGANS, UNIONS
+    from ..data.names import read_table
     from ..output.report import COLOURS, WINDOWS
 
     config = engine.model.config
+    names = config.structures or list(read_table())
+    diseases = set(config.disease_names)
     return {
         "model": Path(str(config.name_or_path or "model")).name,
         "trained": bool(config.trained),
         "notice": " ".join([NOTICE, *notes_on(config)]),
         "disease_lists": dict(config.disease_lists),
-        "structures": [name for name in [*ORGANS, *UNIONS] if name != "body"],
-        "findings": list(FINDINGS),
+        "structures": [name for name in names if name not in diseases and name != "body"],
+        "findings": [name for name in names if name in diseases],
         "windows": {name: list(levels) for name, levels in WINDOWS.items()},
         "colours": list(COLOURS),
         "upload_bytes": engine.limits.upload_bytes,

@@ -35,8 +35,8 @@ def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda s
         seed: which phantom.
         tell: called with the name of each step.
     """
-    from ..data.reading import phantom_of
     from ..inference.predict import Request, predict_study
+    from ..phantoms import phantom_of
 
     tell("making a scan")
     output.mkdir(parents=True, exist_ok=True)

@@ -96,10 +96,10 @@ def _self_test() -> Finding:
     """One made-up slice, one mask, one answer."""
     start = time.perf_counter()
     try:
-        from ..data.phantoms import make_phantom
+        from ..data.sources.made import made_up_slice
         from ..inference.study import Study, load_model
 
-        study = Study(make_phantom(3, kind="slice").volume, *load_model(None, "cpu"))
+        study = Study(made_up_slice(3), *load_model(None, "cpu"))
         mask = study.segment("liver")
         answer = study.ask("Is there emphysema?", max_new_tokens=8)
         if mask.shape != study.volume.shape or not isinstance(answer, str):

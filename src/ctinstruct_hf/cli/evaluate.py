@@ -42,7 +42,10 @@ def evaluate(
     model: ModelOption = None,
     revision: RevisionOption = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="A prepared folder, a JSONL file, or phantoms:trunk:900000-900040.")
+        str | None,
+        typer.Option(
+            "--data", help="A prepared folder, a JSONL file, or a set of made-up scans (ctinstruct data sources)."
+        ),
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="Score this file instead of running a model.")
@@ -192,9 +195,7 @@ def _score(
 
 def calibrate(
     model: Annotated[Path, typer.Option("--model", help="Folder of a stage-two model; its processor is changed.")],
-    data: Annotated[
-        str, typer.Option("--data", help="As for evaluate, with masks: a folder, or phantoms:trunk:0-120.")
-    ],
+    data: Annotated[str, typer.Option("--data", help="As for evaluate, with masks.")],
     split: Annotated[
         str, typer.Option("--split", help="train, validation or test; never what is scored later.")
     ] = "train",

@@ -1,1 +1,1 @@
-"""Samples, templates, phantoms and the public datasets."""
+"""Samples, templates and the public data sets."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CTInstructError
 from .prepared import iterate
-from .reading import is_phantom, open_volume
+from .reading import open_volume
 from .samples import AlignmentSample, ImageRef, from_row
 
 
@@ -72,7 +72,7 @@ def check(folder: Path, volumes: bool = False, tell: Callable[[str], None] = lam
         shown = [sample.image] if isinstance(sample, AlignmentSample) else sample.images
         images.update({image.path: image for image in shown})
         paths |= {image.path for image in shown} | {mask.path for mask in sample.masks if mask.path}
-    findings.missing = sorted(path for path in paths if not is_phantom(path) and not Path(path).exists())
+    findings.missing = sorted(path for path in paths if not Path(path).exists())
     findings.leaks = {patient: sorted(found) for (_, patient), found in sorted(splits.items()) if len(found) > 1}
     if volumes:
         for number, (path, image) in enumerate(images.items(), start=1):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
-from .phantoms import FINDINGS, ORGANS, UNIONS
 from .templates import ask_segmentation
 
 TABLE = Path(__file__).with_name("names.yaml")
@@ -90,9 +89,9 @@ class Names:
         self._cased: dict[str, str] = {}
         self._index: dict[str, str] = {}
         self._pairs: dict[str, tuple[str, ...]] = {}  # a name of the user -> both sides
-        taught = Names(self.known, None, listed, table) if more else self
+        before = Names(self.known, None, listed, table) if more else self
         for name, others in (more or {}).items():
-            found = [taught._resolved(word) for word in (name, *others)]
+            found = [before._resolved(word) for word in (name, *others)]
             names = next((each for each in found if each), (name,))
             if len(names) > 1:
                 self._pairs[name] = names
@@ -210,14 +209,12 @@ class Names:
 def structure_names(model: Any, processor: Any, more: Mapping[str, Sequence[str]] | None = None) -> Names:
     """The structures and findings that a model can mark.
 
-    They stand in `config.structures` where training wrote them; a model that was taught the diseases of the phantoms was
-    taught their organs. Of others the list is not known: `names.yaml` gives the spelling.
+    They stand in `config.structures` where training wrote them. Of other models the list is not known: `names.yaml` gives
+    the spelling.
     """
     config = model.config
     findings = [*(processor.image_processor.mask_floors or {}), *config.disease_names]
     listed = config.structures
-    if listed is None and "phantom" in config.disease_lists:
-        listed = [*ORGANS, *UNIONS, *FINDINGS]
     known = read_table() if listed is None else listed
     return Names([*known, *findings], more, listed=listed is not None)
 

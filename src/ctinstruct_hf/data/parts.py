@@ -1,4 +1,4 @@
-"""The parts of a recipe's mixture, by their settings: prepared data sets and made-up scans."""
+"""The parts of a recipe's mixture, by their settings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import numpy as np
 from ..errors import CTInstructError
 from . import templates
 from .mixture import MixtureEntry
-from .phantom_text import WHICH, WHICH_ALL
-from .reading import PHANTOM_KINDS
+from .prepare import is_made, open_rows
 from .samples import SPLITS
-from .store import PatchStore
+from .sources import MADE
 
 KEYS = (
     "name",
     "dataset",
-    "phantoms",
     "split",
     "streaming",
     "sources",
@@ -39,14 +37,12 @@ def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
     """Raises CTInstructError for a part that cannot be loaded; reads nothing but names."""
     if not isinstance(part, dict):
         raise CTInstructError(f"A part of the mixture is '{part}': write its keys, as 'dataset: folder'.")
-    unknown = sorted(set(part) - set(KEYS))
-    if unknown:
+    keys = (*KEYS, *MADE)
+    if unknown := sorted(set(part) - set(keys)):
         raise CTInstructError(
-            f"A part of the mixture has unknown keys {', '.join(unknown)}: known are {', '.join(KEYS)}."
+            f"A part of the mixture has unknown keys {', '.join(unknown)}: known are {', '.join(keys)}."
         )
     name = part_name(part)
-    if ("dataset" in part) == ("phantoms" in part):
-        raise CTInstructError(f"Part '{name}' of the mixture needs either dataset or phantoms.")
     wrong = sorted(set(part.get("tasks", ())) - set(tasks))
     if wrong:
         raise CTInstructError(f"Part '{name}' has unknown tasks {', '.join(wrong)}: known are {', '.join(tasks)}.")
@@ -55,55 +51,60 @@ def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
             raise CTInstructError(f"Part '{name}' has {key}: {part[key]}: give a number of at least 1.")
     if part.get("split", "train") not in SPLITS:
         raise CTInstructError(f"Part '{name}' has split '{part['split']}': use one of {', '.join(SPLITS)}.")
-    if "dataset" in part:
-        folder = Path(part["dataset"]) / kind
-        if not folder.is_dir():
-            raise CTInstructError(f"Part '{name}': {folder} does not exist; make it with ctinstruct data prepare.")
-    else:
-        made = part["phantoms"]
-        seeds = made.get("seeds") if isinstance(made, dict) else None
-        if not isinstance(seeds, list) or len(seeds) != 2 or not seeds[0] < seeds[1]:
-            raise CTInstructError(f"Part '{name}' needs phantoms: {{kind: trunk, seeds: [first, last + 1]}}.")
-        if made.get("kind", "trunk") not in PHANTOM_KINDS:
-            raise CTInstructError(f"Part '{name}' has kind '{made['kind']}': use one of {', '.join(PHANTOM_KINDS)}.")
+    data = data_of(part)
+    if is_made(data):
+        source, _, what = data.partition(":")
+        MADE[source].dataset.check_name(what)
+    elif not (Path(data) / kind).is_dir():
+        raise CTInstructError(
+            f"Part '{name}': {Path(data) / kind} does not exist; make it with ctinstruct data prepare."
+        )
 
 
 def part_name(part: dict[str, Any]) -> str:
-    return str(part.get("name") or part.get("dataset") or "phantoms")
+    return str(part.get("name") or part.get("dataset") or next((name for name in MADE if name in part), "part"))
 
 
-def load_part(part: dict[str, Any], kind: str, store: PatchStore, workers: int | None = None) -> MixtureEntry:
+def data_of(part: dict[str, Any]) -> str:
+    """The data set of a part: its `dataset`, or the made one that a key of `MADE` describes.
+
+    Raises:
+        CTInstructError: where it names none or two, or there is no such set.
+    """
+    name = part_name(part)
+    named = [key for key in ("dataset", *MADE) if key in part]
+    if len(named) != 1:
+        raise CTInstructError(f"Part '{name}' of the mixture needs either {' or '.join(('dataset', *MADE))}.")
+    if named == ["dataset"]:
+        return str(part["dataset"])
+    try:
+        return f"{named[0]}:{MADE[named[0]].dataset.name_of(part[named[0]])}"
+    except CTInstructError as error:
+        raise CTInstructError(f"Part '{name}' needs {named[0]}: {error}") from error
+
+
+def of_slices(part: dict[str, Any]) -> bool:
+    """Whether the images of a part are slices: where it says so, or is made of them."""
+    source, _, name = data_of(part).partition(":")
+    return bool(part.get("slices")) or (source in MADE and MADE[source].dataset.of_slices(name))
+
+
+def load_part(part: dict[str, Any], kind: str) -> MixtureEntry:
     """Rows of one part, as `check_part` has found it right.
 
     Args:
-        part: {dataset: folder of `ctinstruct data prepare` | phantoms: {kind, seeds}, split, sources, tasks, weight,
-            limit, streaming, batch_size, turns: so many questions about the same images as one conversation,
+        part: {dataset: folder of `ctinstruct data prepare` or name of a made set, split, sources, tasks, weight, limit,
+            streaming, batch_size, turns: so many questions about the same images as one conversation,
             choices_from_labels: so many conversations of multiple choice for each image with labels, in place of its
-            rows}.
+            rows}; a key of `MADE` may describe a made set instead of `dataset`.
         kind: alignment or instructions.
-        store: where the patches of made-up scans go.
     """
-    split = part.get("split", "train")
-    rows: Any
-    if "phantoms" in part:
-        from .sources.made_up import phantom_rows
-
-        made = part["phantoms"]
-        rows = phantom_rows(
-            made.get("kind", "trunk"), range(*made["seeds"]), split, store, workers, made.get("without", ()), kind
-        )
-    else:
-        from .prepared import load_rows
-
-        rows = load_rows(Path(part["dataset"]), kind, split, bool(part.get("streaming")))
-        if part.get("sources"):
-            rows = rows.filter(lambda row: row["source"] in part["sources"])
+    rows = open_rows(data_of(part), kind, part.get("split", "train"), bool(part.get("streaming")))
+    if part.get("sources"):
+        rows = rows.filter(lambda row: row["source"] in part["sources"])
     tasks = tuple(part.get("tasks") or (GRAINS if kind == "alignment" else ()))
     if kind == "instructions" and tasks:
-        if isinstance(rows, list):
-            rows = [row for row in rows if row["task"] in tasks]
-        else:
-            rows = rows.filter(lambda row: row["task"] in tasks)
+        rows = rows.filter(lambda row: row["task"] in tasks)
     for key in ("turns", "choices_from_labels"):
         if part.get(key) and kind == "instructions" and not hasattr(rows, "__len__"):
             raise CTInstructError(f"Part '{part_name(part)}' is streamed: {key} needs stored rows.")
@@ -182,7 +183,9 @@ def choices_from_labels(
                 picked = [*rng.permutation(those)[:right], *rng.permutation(others)[: number_of_choices - right]]
                 choices = [str(name) for name in rng.permutation(picked)]
                 single = asks_for_one and right == 1 and len(choices) > 1
-                question = templates.ask_choice((WHICH if single else WHICH_ALL)[kind], choices, rng)
+                question = templates.ask_choice(
+                    (templates.WHICH if single else templates.WHICH_ALL)[kind], choices, rng
+                )
                 content = [*([] if turn else images), {"type": "text", "text": question}]
                 there = [choice in sides[0] for choice in choices]
                 answer = templates.weigh_choices(choices, there, [choice for choice in choices if choice in those])

@@ -6,11 +6,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import CTInstructError
-from ..files import write_whole
-from .prepared import describe, write_rows
+from ..files import cache_folder, whole_folder, write_whole
+from .prepared import describe, load_rows, write_rows
 from .reading import open_labels, open_volume
 from .samples import Case, InstructionSample, to_row
-from .sources import SOURCES
+from .sources import MADE, SOURCES
 from .sources.common import Problem
 from .tasks import to_alignment, to_instructions
 
@@ -98,7 +101,7 @@ def prepare(
 
     Args:
         source: one of `sources.SOURCES`.
-        folder: as downloaded.
+        folder: as downloaded; of a source that makes its scans, the name of a set.
         target: the prepared data set; a run that was interrupted goes on where it stopped.
         options: how cases become samples.
         workers: processes; all cores by default.
@@ -113,7 +116,7 @@ def prepare(
     """
     if source not in SOURCES:
         raise CTInstructError(f"There is no source '{source}': use one of {', '.join(SOURCES)}.")
-    if not folder.exists():
+    if source not in MADE and not folder.exists():
         raise CTInstructError(f"{folder} does not exist.")
     if (target / "dataset.json").exists():
         raise CTInstructError(f"{target} is a finished data set: remove it, or choose another folder.")
@@ -171,3 +174,47 @@ def _collect(source: str, target: Path, drafts: Path, count: int, problems: list
     describe(target, told)
     shutil.rmtree(drafts, ignore_errors=True)
     return told
+
+
+def is_made(data: str | Path) -> bool:
+    """Whether data are named as `source:name`, of a source that makes its scans."""
+    return str(data).partition(":")[0] in MADE and ":" in str(data) and not Path(data).exists()
+
+
+def open_rows(data: str | Path, kind: str, split: str, streaming: bool = False) -> Any:
+    """Rows of a prepared data set, see `prepared.load_rows`.
+
+    Args:
+        data: its folder, or the name of one that is made, see `sources.made`: it is prepared in the cache when it is first
+            asked for, and all its rows are of whichever split is asked for.
+        kind, split, streaming: see `prepared.load_rows`.
+
+    Raises:
+        CTInstructError: where there is no such data, or no row of that split.
+    """
+    if not is_made(data):
+        return load_rows(Path(data), kind, split, streaming)
+    rows = load_rows(made_set(str(data)), kind, "train", streaming)
+    if streaming:
+        return rows.map(lambda row: {"split": split})
+    return rows.remove_columns("split").add_column("split", [split] * len(rows))
+
+
+def made_set(data: str) -> Path:
+    """The folder of a made data set, prepared in the cache where it is not there yet."""
+    source, _, name = data.partition(":")
+    slug = re.sub(r"[^\w+-]+", "_", name)
+    key = hashlib.sha256(f"{_code(MADE[source].package)} {name}".encode()).hexdigest()[:12]
+    target = cache_folder() / source / "sets" / f"{slug}-{key}"
+    if not (target / "dataset.json").exists():
+        with whole_folder(target) as draft:
+            prepare(source, Path(name), draft)
+    return target
+
+
+@cache
+def _code(package: str) -> str:
+    """Of all that the rows of a made set depend on: the package that makes it, and how it is asked about."""
+    folders = (Path(__file__).parent, Path(str(import_module(package).__file__)).parent)
+    files = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -137,8 +137,8 @@ def named_files(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _inside(name: str, root: Path, named_by: str) -> str:
-    """An absolute path in `root`; made-up scans and absent masks as they are."""
-    if not name or name.startswith("phantom:"):
+    """An absolute path in `root`; "" of absent masks as it is."""
+    if not name:
         return name
     root = root.absolute()
     relative = Path(name)

@@ -29,7 +29,7 @@ class ImageRef:
     """Where an image is, and what its file does not say.
 
     Attributes:
-        path: whatever `read_volume` takes, or `phantom:<kind>:<seed>` for a made-up scan (`data.reading`).
+        path: whatever `read_volume` takes.
         slope, intercept: HU = slope x stored value + intercept, where the file lacks them.
         spacing: mm (depth, height, width), where the file lacks it or has it wrong.
         layout: axes of an array file: "" as `CTVolume.hu`, "chwd" channel, height, width, depth, "cdhw" likewise.
@@ -89,6 +89,7 @@ class Case:
     Attributes:
         texts: {report, findings, impression, caption, technique}: those that there are.
         structures: every name that the data set labels in this case; those without a mask in `masks` are absent.
+        diseases: names of the diagnosis list, in its order; those of all labels where empty.
         meta: whatever is known of scanner, sex, age, slice thickness; never a name or a date.
     """
 
@@ -101,6 +102,7 @@ class Case:
     labels: list[Label] = field(default_factory=list)
     masks: list[MaskRef] = field(default_factory=list)
     structures: list[str] = field(default_factory=list)
+    diseases: list[str] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     meta: dict[str, str] = field(default_factory=dict)
 

@@ -18,7 +18,6 @@ from ..errors import CTInstructError, check_repository, first_line, refusal
 from ..files import write_whole
 from ..processing.volume_files import inside
 from .prepared import describe, load_rows, named_files, write_rows
-from .reading import is_phantom
 from .samples import KINDS, META, SPLITS, features
 
 MAPPING = "published.json"  # {ids, patients, paths: {what it was: what was sent}}
@@ -37,7 +36,7 @@ def shareable_rows(folder: Path, root: Path | None) -> tuple[Rows, Mapping]:
 
     Args:
         folder: a prepared data set.
-        root: the folder that holds all files; needed unless all scans are made up.
+        root: the folder that holds all files.
 
     Raises:
         CTInstructError: for a path outside of `root`, and where a text holds a patient's name.
@@ -78,7 +77,7 @@ def shareable_rows(folder: Path, root: Path | None) -> tuple[Rows, Mapping]:
 
 def _number(known: dict[str, str], values: Iterable[str], part: str) -> None:
     """Give each value that has none yet the next number, in an order of chance."""
-    new = sorted({value for value in values if value and not is_phantom(value)} - set(known))
+    new = sorted({value for value in values if value} - set(known))
     secrets.SystemRandom().shuffle(new)
     for value in new:
         ending = next((one for one in _ENDINGS if value.lower().endswith(one)), "") if part == "paths" else ""
@@ -116,7 +115,7 @@ def _names_its_patient(row: dict[str, Any]) -> bool:
     """Whether a text has the patient's name or number, whole or all its words."""
     patient = str(row.get("patient") or "")
     words = [word.lower() for word in re.findall(r"\w+", patient.replace("_", " "))]
-    if len(patient) < 4 or is_phantom(row["id"]):
+    if len(patient) < 4:
         return False
     told = [row.get(part) for part in ("messages", "texts", "labels", "meta")]
     named = any(len(word) > 2 and not word.isdigit() for word in words)
@@ -129,7 +128,7 @@ def _names_its_patient(row: dict[str, Any]) -> bool:
 
 
 def _relative(path: str, root: Path | None, number: int) -> str:
-    if not path or is_phantom(path):
+    if not path:
         return path
     if root is None:
         raise CTInstructError(f"Row {number} names a file of this machine: give the folder of the data (--root).")
@@ -269,7 +268,7 @@ def fetch(
 
 
 def _absolute(path: str, root: Path | None, repository: str) -> str:
-    if not path or is_phantom(path):
+    if not path:
         return path
     if root is None:
         raise CTInstructError(f"{repository} names files such as {path}: give the folder of the scans (--root).")

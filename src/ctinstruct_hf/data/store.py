@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,11 @@ from safetensors.torch import save_file
 from ..errors import CTInstructError
 from ..files import whole_file
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
-from . import phantoms
-from .reading import is_phantom, open_labels, open_volume, phantom_of
+from .reading import open_labels, open_volume
 from .samples import ImageRef, MaskRef
 
 Prepared = dict[str, torch.Tensor]
+TINY_PATCH = {"depth": 32, "height": 128, "width": 128}  # of the preset `tiny`
 
 
 class PatchStore:
@@ -50,8 +49,6 @@ class PatchStore:
 
     def mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
         """One structure on the image's canvas: int8 [D, H, W], 1 inside, 0 outside, −1 padding."""
-        if is_phantom(image.path):
-            return self._phantom_mask(image, mask)
         labels = self._labels(image, mask.path)
         return _relabelled(labels, (mask.values or range(1, 128)) if mask.path else ())
 
@@ -63,39 +60,17 @@ class PatchStore:
 
         return self._entry(self.key(image, path or "none"), prepare, ("labels",))["labels"]
 
-    def _phantom_mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
-        prepared = self._entry(self.key(image), lambda: self._prepare(image), ("organs", "findings"))
-        organs = prepared["organs"]
-        if not mask.path:
-            return _relabelled(organs, ())
-        if mask.name in phantoms.FINDINGS:
-            inside = (prepared["findings"] >> phantoms.FINDINGS.index(mask.name)) & 1
-            return torch.where(organs < 0, organs, inside.to(torch.int8))
-        if mask.name == "body":
-            return _relabelled(organs, range(1, 128))
-        parts = phantoms.UNIONS.get(mask.name, (mask.name,))
-        return _relabelled(organs, [phantoms.ORGANS.index(part) + 1 for part in parts])
-
     def _prepare(self, image: ImageRef) -> Prepared:
         volume = open_volume(image)
         rows, fit = self.image_processor.prepare(volume)
         patches = rows.to(torch.float16)
         if not bool(torch.isfinite(patches).all()):
             raise CTInstructError(f"{image.path} has values that are NaN, infinite or far beyond HU once prepared.")
-        prepared = {
+        return {
             "pixel_values": patches,
             "patch_grid": torch.tensor([[*fit.grid, fit.patch[0]]]),
             "slice_mask": fit.slice_mask().flatten(),
         }
-        if is_phantom(image.path):
-            phantom = phantom_of(image.path)
-            prepared["organs"] = self.image_processor.labels_to_canvas(phantom.organ_map, volume)
-            bits = torch.zeros_like(prepared["organs"], dtype=torch.int16)
-            for name, found in phantom.finding_masks.items():
-                canvas = self.image_processor.labels_to_canvas(found.astype(np.uint8), volume)
-                bits |= (canvas > 0).to(torch.int16) << phantoms.FINDINGS.index(name)
-            prepared["findings"] = bits
-        return prepared
 
     def key(self, image: ImageRef, *more: str) -> str:
         """What changes when the image, another file of it, or the settings do."""
@@ -138,20 +113,9 @@ def _relabelled(labels: torch.Tensor, values: Iterable[int]) -> torch.Tensor:
 
 
 def file_state(path: str) -> list[object]:
-    """What changes when a file does: its path, size and time; for made-up scans the code that makes them."""
-    if is_phantom(path):
-        return [path, phantom_code()]
+    """What changes when a file does: its path, size and time."""
     try:
         stat = os.stat(path)
     except OSError:
         return [path]
     return [path, stat.st_size, stat.st_mtime_ns]
-
-
-@cache
-def phantom_code() -> str:
-    files = [
-        Path(phantoms.__file__),
-        *(Path(phantoms.__file__).with_name(name) for name in ("phantom_text.py", "reading.py")),
-    ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from . import templates
-from .phantom_text import WHICH, with_article
 from .samples import META, TASKS, AlignmentSample, Case, InstructionSample, Label, MaskRef, parts_of
 
 
@@ -45,7 +44,6 @@ def to_instructions(
     seed: int = 0,
     segmentations: int = 4,
     absent: int = 1,
-    diseases: Sequence[str] | None = None,
 ) -> list[InstructionSample]:
     """Conversations about a case: the paper's six kinds, as far as the case has what they need.
 
@@ -54,7 +52,6 @@ def to_instructions(
         seed: of the phrasings and choices, with the case's id.
         segmentations: how many requests for masks of structures that are there.
         absent: how many requests for a structure that is known to be absent: its mask is empty.
-        diseases: names of the diagnosis list, in its order; the case's own by default.
     """
     rng = np.random.default_rng([seed, zlib.crc32(case.id.encode())])
     samples: list[InstructionSample] = []
@@ -105,17 +102,20 @@ def to_instructions(
         )
     if case.labels:
         known = {label.name: label for label in case.labels}
-        ordered = [known.get(name, Label(name, -1)) for name in diseases] if diseases else list(case.labels)
+        ordered = [known.get(name, Label(name, -1)) for name in case.diseases] or list(case.labels)
         names = [label.name for label in ordered]
         add("diagnosis", templates.ask_diagnosis(names, rng), templates.answer_diagnosis(names), labels=ordered)
         for label in _pick(rng, [label for label in case.labels if label.value >= 0], 2):
-            add("question", *templates.ask_presence(with_article(label.name), label.name, label.value == 1, rng))
+            add(
+                "question",
+                *templates.ask_presence(templates.with_article(label.name), label.name, label.value == 1, rng),
+            )
     truth = {label.name: label.value for label in case.labels if label.value >= 0}
     for question in case.questions:
         task = question.kind if question.kind in TASKS else "question"
         asked, answer = question.question, question.answer
         if question.choices:
-            if question.question in WHICH and set(question.choices) <= set(truth):
+            if question.question in templates.WHICH and set(question.choices) <= set(truth):
                 there = [truth[choice] == 1 for choice in question.choices]
                 answer = templates.weigh_choices(question.choices, there, [answer])
             else:

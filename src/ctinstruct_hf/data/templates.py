@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .phantom_text import join_names
-
 SEG_TOKEN = "<SEG>"
 DISEASE_TOKEN = "<disease_confidence>"
 
@@ -53,7 +51,18 @@ CHOOSE = (
     "Choose the right option. {question} {choices}",
     "{question} Pick one of these: {choices}",
 )
+WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
+WHICH_ALL = ("Which of these findings are present?", "Which of these findings are absent?")  # none, one or several
 LETTERS = string.ascii_uppercase
+UNCOUNTED = (
+    "emphysema",
+    "cardiomegaly",
+    "consolidation",
+    "atelectasis",
+    "lymphadenopathy",
+    "medical material",
+    "arterial wall calcification",
+)
 PRESENCE = (
     "Is there {article}?",
     "Is {article} present?",
@@ -79,6 +88,20 @@ PAPER_EXAMPLES = (
 def draw(rng: np.random.Generator, options: Sequence[str]) -> str:
     """One of several phrasings."""
     return options[int(rng.integers(len(options)))]
+
+
+def join_names(names: Sequence[str], last: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def with_article(name: str) -> str:
+    """ "a pleural effusion", "an …"; `UNCOUNTED` names go without."""
+    if name.partition(" on the ")[0] in UNCOUNTED:
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def ask_segmentation(names: Sequence[str], rng: np.random.Generator | None = None) -> str:

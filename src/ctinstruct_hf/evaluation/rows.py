@@ -1,14 +1,14 @@
-"""Rows to evaluate on, of one split: a prepared folder, a JSONL file, or made-up scans by seed."""
+"""Rows to evaluate on, of one split: a prepared folder, a JSONL file, or a data set that is made."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from ..data.prepared import load_rows, no_rows
-from ..data.reading import PHANTOM_KINDS
+from ..data.prepare import is_made, open_rows
+from ..data.prepared import no_rows
 from ..data.samples import SPLITS
+from ..data.sources import MADE
 from ..errors import CTInstructError
 
 
@@ -32,24 +32,19 @@ def splits_of(data: str, kind: str) -> list[str]:
 
 
 def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a prepared folder, of a JSONL file of instructions, or of made-up scans, `phantoms:trunk:900000-900040`.
+    """Rows of a prepared folder, of a JSONL file of instructions, or of a made set, see `data.prepare.open_rows`.
 
     Raises:
         CTInstructError: where there is no such data, or no row of that split, naming the splits that there are.
     """
     if split not in SPLITS:
         raise CTInstructError(f"split is '{split}': use {', '.join(SPLITS)}.")
-    made = re.fullmatch(rf"phantoms:({'|'.join(PHANTOM_KINDS)}):(\d+)-(\d+)", data)
-    if made:
-        from ..data.sources.made_up import phantom_rows
-
-        seeds = range(int(made[2]), int(made[3]))
-        if not len(seeds):
-            raise CTInstructError(f"--data is '{data}': give first seed and last + 1.")
-        # the last fifth stands for validation
-        cut = len(seeds) - len(seeds) // 5
-        chosen = seeds[cut:] if split == "validation" else seeds[:cut]
-        return phantom_rows(made[1], chosen, split, samples=kind, workers=1 if len(seeds) < 64 else None)
+    if is_made(data):
+        rows = list(open_rows(data, kind, split))
+        patients = list(dict.fromkeys(row["patient"] for row in rows))
+        cut = len(patients) - len(patients) // 5  # a made set has no splits: its last fifth stands for validation
+        chosen = set(patients[cut:] if split == "validation" else patients[:cut])
+        return [row for row in rows if row["patient"] in chosen]
     path = Path(data)
     if path.is_file():
         from ..data.samples import read_jsonl, to_row
@@ -59,8 +54,11 @@ def load_data(data: str, kind: str, split: str) -> list[dict[str, Any]]:
             raise CTInstructError(no_rows(path, kind, split, there))
         return rows
     if not path.is_dir():
-        raise CTInstructError(f"{data} does not exist: name a prepared folder, a JSONL file or phantoms:trunk:0-40.")
-    return list(load_rows(path, kind, split))
+        examples = ", ".join(made.example for made in MADE.values())
+        raise CTInstructError(
+            f"{data} does not exist: name a prepared folder, a JSONL file or scans to make, as {examples}."
+        )
+    return list(open_rows(path, kind, split))
 
 
 __all__ = ["load_data", "split_of_data", "splits_of"]

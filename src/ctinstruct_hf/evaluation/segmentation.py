@@ -128,13 +128,11 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
 
     Args:
         mask: {name, prediction: file, reference: file or {path, values}}; files in `folder`, relative to it. A reference
-            may also be an absolute path, or a made-up scan, `phantom:trunk:12`.
+            may also be an absolute path.
 
     Raises:
         CTInstructError: where a file cannot be read or lies outside of `folder`, or the two lie on different grids.
     """
-    from ..data.reading import is_phantom
-
     reference = mask["reference"]
     told = reference if isinstance(reference, dict) else {"path": str(reference)}
     values = [int(value) for value in told.get("values") or []]
@@ -142,8 +140,6 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     path = str(told.get("path") or "")
     if not path:  # known to be absent
         truth, other = np.zeros(said.shape, bool), affine
-    elif is_phantom(path):
-        truth, other = _phantom_mask(path, str(mask["name"]))
     else:
         # absolute: where `evaluate` found it in the data
         named = Path(path) if Path(path).is_absolute() else inside(folder, path, "the file of predictions")
@@ -183,12 +179,3 @@ def _read_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise
     except Exception as error:
         raise CTInstructError(f"mask {path.name} cannot be read: {error}") from error
-
-
-def _phantom_mask(path: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    from ..data.reading import open_mask, phantom_of
-    from ..data.samples import MaskRef
-
-    volume = phantom_of(path).volume
-    image = volume.to_source(open_mask(MaskRef(name, path), volume))
-    return np.asarray(image.dataobj) > 0, image.affine

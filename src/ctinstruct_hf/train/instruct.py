@@ -73,7 +73,7 @@ class InstructSettings:
         lora: arguments of peft's `LoraConfig` for the language model; what is new in the model is trained whole.
         load_in_4bit: QLoRA: the language model in 4 bits by bitsandbytes; what is saved has plain weights.
         trainer: `trl` or `transformers`.
-        mixture: parts {dataset | phantoms, tasks, weight, batch_size …}, see `data.parts`.
+        mixture: parts {dataset, tasks, weight, batch_size …}, see `data.parts`.
         evaluation: one such part, with `batches` (how many are scored).
         cache: folder of prepared patches, and of tokens.
         keep_tokens: with a frozen tower: its tokens are computed once, for samples without masks.
@@ -356,8 +356,8 @@ def instruct(
     goes_on = settings.model is not None or base_of(model).config.structures is not None
     store = PatchStore(processor.image_processor, settings.cache)
     with args.main_process_first(desc="data"):
-        entries = [load_part(part, "instructions", store) for part in settings.mixture]
-        held_out = load_part(settings.evaluation_part, "instructions", store) if settings.evaluation else None
+        entries = [load_part(part, "instructions") for part in settings.mixture]
+        held_out = load_part(settings.evaluation_part, "instructions") if settings.evaluation else None
     for entry in entries if held_out is None else [*entries, held_out]:
         check_rows(entry)
     if settings.group_by_length:

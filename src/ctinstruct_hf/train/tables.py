@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.parts import GRAINS
-from ..data.reading import SLICE_KINDS
+from ..data.parts import GRAINS, of_slices
 from ..errors import CTInstructError
 from ..files import write_whole
 from .pretrain import pretrain
@@ -63,7 +62,7 @@ def row_recipe(recipe: dict[str, Any], grains: Sequence[str], architecture: str,
     """The recipe of a row: parts keep those of their tasks that the row trains; parts of slices only where it has them."""
     parts = []
     for part in recipe["mixture"]:
-        if _is_of_slices(part) and not slices:
+        if of_slices(part) and not slices:
             continue
         tasks = [task for task in part.get("tasks", GRAINS) if task in grains]
         if tasks:
@@ -77,10 +76,6 @@ def row_recipe(recipe: dict[str, Any], grains: Sequence[str], architecture: str,
         if name != TRANSFORMER["hybrid"] or architecture in TRANSFORMER
     }
     return row
-
-
-def _is_of_slices(part: dict[str, Any]) -> bool:
-    return part.get("phantoms", {}).get("kind") in SLICE_KINDS or part.get("slices", False)
 
 
 def run_table(
@@ -126,7 +121,7 @@ def _scores(own: dict[str, Any], recipe: dict[str, Any], folder: Path, seed: int
     if not kept.exists():
         if not (folder / "own" / "scores.json").exists():
             pretrain(merge(own, {"output_dir": str(folder / "own"), "seed": seed, "data_seed": seed}))
-        volumes = [part for part in recipe["mixture"] if not _is_of_slices(part)]
+        volumes = [part for part in recipe["mixture"] if not of_slices(part)]
         probe = merge(recipe, {
             "output_dir": str(folder / "probe"),
             "model": str(folder / "own" / "model"),

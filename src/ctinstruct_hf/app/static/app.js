@@ -375,7 +375,6 @@ async function start() {
   for (const name of Object.keys(page.model.windows)) $("window").append(make("option", name, { value: name }));
   $("window").value = "soft tissue";
   for (const name of Object.keys(page.model.disease_lists)) $("list").append(make("option", name.replaceAll("_", " "), { value: name }));
-  if (page.model.disease_lists.phantom) $("list").value = "phantom";
   for (const [id, names] of [["structures", page.model.structures], ["findings", page.model.findings]]) {
     for (const name of names) {
       const label = make("label");

@@ -1,30 +1,21 @@
-"""The public data sets of the paper: what each downloaded folder looks like, turned into cases."""
+"""The public data sets of the paper: what each downloaded folder looks like, turned into cases.
+
+A module of this package lists what it reads as `SOURCES`: {name: function from the folder to its cases}.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from ..samples import Case, InstructionSample
-from . import array_captions, ct_rate, pictures, rad_chestct, released_json, segmentations
 from .common import Problem
+from .made import Made
 
 Found = Case | InstructionSample | Problem
-SOURCES: dict[str, Callable[[Path], Iterator[Found]]] = {
-    "ct_rate": ct_rate.cases,
-    "rad_chestct": rad_chestct.cases,
-    "rp3d_cap": array_captions.rp3d_captions,
-    "rp3d_vqa": array_captions.rp3d_questions,
-    "m3d_cap": array_captions.m3d_captions,
-    "m3d_vqa": array_captions.m3d_questions,
-    "totalsegmentator": segmentations.totalsegmentator,
-    "abdomen_1k": segmentations.abdomen_1k,
-    "ct_org": segmentations.ct_org,
-    "covid_19": segmentations.covid_19,
-    "nnunet": segmentations.nnunet,
-    "ucsd_ai4h": pictures.ucsd_ai4h,
-    "sars_cov_2": pictures.sars_cov_2,
-    "cc_ccii": pictures.cc_ccii,
-    "radimagenet": pictures.radimagenet,
-    "released": released_json.samples,
-}
+SOURCES: dict[str, Callable[[Path], Iterator[Found]]] = {}
+for _module in iter_modules(__path__):
+    SOURCES |= getattr(import_module(f"{__name__}.{_module.name}"), "SOURCES", {})
+MADE = {name: source for name, source in SOURCES.items() if isinstance(source, Made)}

@@ -110,3 +110,6 @@ def m3d_questions(folder: Path) -> Iterator[Case | Problem]:
                 Question(row["Question"], row["Answer"]),
             ]
             yield _case("m3d_vqa", number, folder, file, [row["Image Path"]], "cdhw", questions=asked)
+
+
+SOURCES = {"rp3d_cap": rp3d_captions, "rp3d_vqa": rp3d_questions, "m3d_cap": m3d_captions, "m3d_vqa": m3d_questions}

@@ -109,3 +109,6 @@ def _questions(path: Path) -> dict[str, list[Question]]:
                 Question(text, answer["value"].strip(), kind, follows=number > 0)
             )
     return asked
+
+
+SOURCES = {"ct_rate": cases}

@@ -87,3 +87,6 @@ def radimagenet(folder: Path) -> Iterator[Case | Problem]:
         ]
         patient = path.stem
         yield Case(f"radimagenet/{row['filename']}", [ImageRef(str(path))], split_of(patient), "radimagenet", patient, labels=labels)  # fmt: skip
+
+
+SOURCES = {"ucsd_ai4h": ucsd_ai4h, "sars_cov_2": sars_cov_2, "cc_ccii": cc_ccii, "radimagenet": radimagenet}

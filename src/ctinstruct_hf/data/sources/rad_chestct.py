@@ -77,3 +77,6 @@ def cases(folder: Path, mapping: dict[str, tuple[str, ...]] | None = None) -> It
                 patient=name,
                 labels=labels,
             )
+
+
+SOURCES = {"rad_chestct": cases}

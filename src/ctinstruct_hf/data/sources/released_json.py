@@ -99,3 +99,6 @@ def _labels(row: dict[str, Any], answer: str) -> list[Label]:
         raise CTInstructError(f"{count} {DISEASE_TOKEN} for {len(targets)} targets")
     names = _LISTS.get(count) or [f"disease {index + 1}" for index in range(count)]
     return [Label(name, value) for name, value in zip(names, targets, strict=True)]
+
+
+SOURCES = {"released": samples}

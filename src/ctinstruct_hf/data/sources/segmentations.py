@@ -130,3 +130,12 @@ def nnunet(folder: Path) -> Iterator[Case | Problem]:
             yield Problem(name, f"imagesTr/{image.name} is missing")
             continue
         yield _case(source, name, ImageRef(str(image)), masks_of(label, names), split_of(name), list(names))
+
+
+SOURCES = {
+    "totalsegmentator": totalsegmentator,
+    "abdomen_1k": abdomen_1k,
+    "ct_org": ct_org,
+    "covid_19": covid_19,
+    "nnunet": nnunet,
+}

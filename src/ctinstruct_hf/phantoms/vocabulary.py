@@ -8,11 +8,11 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..data import templates
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
-from . import templates
 from .imagined import imagine
-from .phantom_text import WHICH_ALL, with_article, write_questions, write_report
-from .phantoms import FINDINGS, ORGANS, UNIONS
+from .structures import FINDINGS, ORGANS, UNIONS
+from .wording import write_questions, write_report
 
 # in the order of their ids, which CTInstructConfig's defaults name
 SPECIAL_TOKENS = (
@@ -41,17 +41,17 @@ def corpus(count: int = 3000) -> Iterator[str]:
         for question in write_questions(rng, labels, found, ORGANS, phase):
             choices = question["choices"]
             asked = str(question["question"])
-            yield templates.ask_choice(asked, choices, rng) if choices else asked  # type: ignore[arg-type]
-            yield templates.answer_choice(choices, str(question["answer"])) if choices else str(question["answer"])  # type: ignore[arg-type]
+            yield templates.ask_choice(asked, choices, rng) if choices else asked
+            yield templates.answer_choice(choices, str(question["answer"])) if choices else str(question["answer"])
         chosen = [names[int(index)] for index in rng.integers(len(names), size=3)]
         yield templates.ask_segmentation(chosen[:1], rng)
         yield templates.ask_segmentation(chosen, rng)
         yield templates.ask_diagnosis(chosen, rng)
         yield templates.answer_segmentation(chosen)
         asked, present = FINDINGS[int(rng.integers(len(FINDINGS)))], bool(rng.integers(2))
-        yield from templates.ask_presence(with_article(asked), asked, present, rng)
-        yield templates.ask_choice(WHICH_ALL[int(rng.integers(2))], FINDINGS[:2], rng)
-        yield templates.weigh_choices(FINDINGS, list(labels.values()), [])
+        yield from templates.ask_presence(templates.with_article(asked), asked, present, rng)
+        yield templates.ask_choice(templates.WHICH_ALL[int(rng.integers(2))], FINDINGS[:2], rng)
+        yield templates.weigh_choices(FINDINGS, [value == 1 for value in labels.values()], [])
 
 
 def train_tokenizer(vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:

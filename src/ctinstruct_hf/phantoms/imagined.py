@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .parts import choices_from_labels, join_turns
-from .phantom_text import PhantomFinding, sides_of, write_questions, write_report
-from .phantoms import FINDINGS, ORGANS
-from .samples import Case, ImageRef, to_row
-from .sources.made_up import labelled_texts
-from .tasks import to_instructions
+from ..data.parts import choices_from_labels, join_turns
+from ..data.samples import Case, ImageRef, to_row
+from ..data.tasks import to_instructions
+from .dataset import words_of
+from .structures import FINDINGS, ORGANS
+from .wording import PhantomFinding, sides_of, write_questions, write_report
 
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 PHASES = ("native", "arterial", "portal venous")
@@ -50,9 +50,9 @@ def imagined_conversation(seed: int, turns: int = 8) -> list[dict[str, Any]]:
         images=[ImageRef("imagined")],
         split="train",
         source="imagined",
-        **labelled_texts(report, questions, labels | sides_of(found)),
+        **words_of(report, questions, labels | sides_of(found)),
     )
-    rows = [to_row(sample) for sample in to_instructions(case, diseases=FINDINGS)]
+    rows = [to_row(sample) for sample in to_instructions(case)]
     picked = choices_from_labels(rows, 1, turns) if rng.random() < 0.5 else []
     if not picked:  # nor is there a choice where nothing is present
         picked = join_turns([row for row in rows if row["task"] in WORDS_ALONE], turns, seed)

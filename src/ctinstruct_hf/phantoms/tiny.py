@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
+from ..data.store import TINY_PATCH
 from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES, CTInstructConfig
 from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
-from .phantoms import FINDINGS
+from .structures import FINDINGS
 from .vocabulary import train_tokenizer
-
-TINY_PATCH = {"depth": 32, "height": 128, "width": 128}
 
 
 def tiny_processor() -> CTInstructProcessor:
@@ -39,5 +38,5 @@ def build_tiny(folder: Path, seed: int = 0) -> None:
     model = CTInstructForConditionalGeneration(config)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -10,8 +10,8 @@ from conftest import shared
 from scipy import ndimage
 
 from ctinstruct_hf import CTInstructError, read_volume
-from ctinstruct_hf.data.phantoms import FINDINGS, ORGANS, SIDED, UNIONS, _Canvas, make_phantom
-from ctinstruct_hf.data.reading import PhantomRef
+from ctinstruct_hf.phantoms import FINDINGS, ORGANS, SIDED, UNIONS, PhantomRef, make_phantom
+from ctinstruct_hf.phantoms.canvas import Canvas
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_sides_are_those_of_what_is_seen() -> None:
 @pytest.mark.slow
 def test_a_slice_tells_of_no_side_that_its_neighbour_shows() -> None:
     """A slice is painted with its neighbours; a finding of one of them alone is not told of."""
-    canvas = _Canvas(np.random.default_rng(0), (3, 16, 16), (5.0, 6.0, 6.0))
+    canvas = Canvas(np.random.default_rng(0), (3, 16, 16), (5.0, 6.0, 6.0))
     box = (slice(0, 1), slice(None), slice(None))
     canvas.finding("pleural effusion", box, np.ones((1, 16, 16), bool), 10.0, "right")
     canvas.finding("pleural effusion", (slice(1, 2), *box[1:]), np.ones((1, 16, 16), bool), 10.0, "left")
@@ -213,7 +213,7 @@ def test_a_slice_tells_of_no_side_that_its_neighbour_shows() -> None:
 
 
 def test_a_tube_is_round_and_grows_thin() -> None:
-    canvas = _Canvas(np.random.default_rng(0), (40, 40, 40), (2.0, 2.0, 2.0))
+    canvas = Canvas(np.random.default_rng(0), (40, 40, 40), (2.0, 2.0, 2.0))
     z, y, x = np.meshgrid(*[np.arange(40.0) * 2 - 39] * 3, indexing="ij")
     canvas.x, canvas.y, canvas.z, canvas.centre = x, y, z, np.zeros(3)
     canvas.turn = canvas.back = np.eye(3, dtype=np.float32)

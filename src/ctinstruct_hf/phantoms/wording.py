@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-WHICH = ("Which of these findings is present?", "Which of these findings is absent?")
-WHICH_ALL = ("Which of these findings are present?", "Which of these findings are absent?")  # none, one or several
-NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
-SIDED = ("pleural effusion", "consolidation", "atelectasis", "kidney stone", "medical material")  # lie left or right
+from ..data.templates import WHICH, draw, join_names, with_article
+from .structures import SIDED
+
+_NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PhantomFinding:
     """One present finding.
 
     Attributes:
-        name: of `phantoms.FINDINGS`.
+        name: of `FINDINGS`.
         side: right, left, both or "" where it has none.
         size: mm, 0 where it has none.
         place: a lobe or region, "" where it has none.
@@ -34,11 +35,11 @@ class PhantomFinding:
 
 def sides_of(findings: Sequence[PhantomFinding]) -> dict[str, int]:
     """{"<finding> on the right": 0 or 1, …} for both sides of every one of `SIDED`."""
-    told = {(one.name, one.side) for one in findings}
-    return {f"{name} on the {side}": int((name, side) in told) for name in SIDED for side in ("right", "left")}
+    present = {(finding.name, finding.side) for finding in findings}
+    return {f"{name} on the {side}": int((name, side) in present) for name in SIDED for side in ("right", "left")}
 
 
-# how a present finding is told: {size}, {place}, {side}, {extent} are filled in
+# sentences about a present finding: {size}, {place}, {side}, {extent} are filled in
 _PRESENT: dict[str, tuple[str, ...]] = {
     "lung nodule": (
         "A {size} mm nodule is seen in the {place}.",
@@ -92,49 +93,18 @@ _PHASE = {
 }
 
 
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-def join_names(names: Sequence[str], last: str = "and") -> str:
-    """ "a", "a and b", "a, b and c"."""
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} {last} {names[-1]}"
-
-
-def describe(rng: np.random.Generator, finding: PhantomFinding) -> str:
-    """One sentence about one present finding."""
-    return _pick(rng, _PRESENT[finding.name]).format(**finding.__dict__)
-
-
 def write_report(
     rng: np.random.Generator, labels: dict[str, int], findings: Sequence[PhantomFinding], phase: str
 ) -> str:
     """Technique, findings (present ones each in a sentence, absent ones together) and impression."""
-    sentences = [describe(rng, finding) for finding in findings]
+    sentences = [draw(rng, _PRESENT[finding.name]).format(**finding.__dict__) for finding in findings]
     absent = [name for name, present in labels.items() if not present]
     for group in (absent[:4], absent[4:8], absent[8:]):
         if group:
-            sentences.append(_pick(rng, _ABSENT).format(names=join_names(group, "or")))
+            sentences.append(draw(rng, _ABSENT).format(names=join_names(group, "or")))
     present = [name for name, there in labels.items() if there]
     impression = f"{join_names(present).capitalize()}." if present else "No abnormality."
     return f"Technique: {_PHASE[phase]} Findings: {' '.join(sentences)} Impression: {impression}"
-
-
-def with_article(name: str) -> str:
-    """ "a pleural effusion", "an …"; conditions without number go without."""
-    if name.partition(" on the ")[0] in (
-        "emphysema",
-        "cardiomegaly",
-        "consolidation",
-        "atelectasis",
-        "lymphadenopathy",
-        "medical material",
-        "arterial wall calcification",
-    ):
-        return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def write_questions(
@@ -143,29 +113,29 @@ def write_questions(
     findings: Sequence[PhantomFinding],
     structures: Sequence[str],
     phase: str,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Questions with their answers: presence of every finding, sides, counts, sizes, the phase, multiple choice."""
-    questions: list[dict[str, object]] = []
+    questions: list[dict[str, Any]] = []
 
     def add(kind: str, question: str, answer: str, about: str, choices: Sequence[str] = ()) -> None:
         questions.append(
             {"kind": kind, "question": question, "answer": answer, "about": about, "choices": list(choices)}
         )
 
-    for name, present in labels.items():
-        asked = _pick(rng, ("Is there {name}?", "Is {name} present?", "Does this scan show {name}?")).format(
+    for name, there in labels.items():
+        asked = draw(rng, ("Is there {name}?", "Is {name} present?", "Does this scan show {name}?")).format(
             name=with_article(name)
         )
-        add("short", asked, "Yes." if present else "No.", name)
+        add("short", asked, "Yes." if there else "No.", name)
     for name in SIDED:
         sides = sorted({finding.side for finding in findings if finding.name == name})
         if labels[name] and sides:
             answer = "Both sides." if len(sides) > 1 else f"{sides[0].capitalize()}."
             add("side", f"On which side is the {name}?", answer, name)
     count = sum(finding.name == "lung nodule" for finding in findings)
-    add("count", "How many lung nodules are there?", f"{NUMBERS[count]}.", "lung nodule")
+    add("count", "How many lung nodules are there?", f"{_NUMBERS[count]}.", "lung nodule")
     effusions = sum(finding.name == "pleural effusion" for finding in findings)
-    add("count", "How many sides have a pleural effusion?", f"{NUMBERS[effusions]}.", "pleural effusion")
+    add("count", "How many sides have a pleural effusion?", f"{_NUMBERS[effusions]}.", "pleural effusion")
     for name in ("lung nodule", "liver lesion", "kidney stone"):
         sizes = [finding.size for finding in findings if finding.name == name]
         if sizes:
@@ -175,7 +145,7 @@ def write_questions(
     absent = [name for name, there in labels.items() if not there]
     for question, of_these, others in ((WHICH[0], present, absent), (WHICH[1], absent, present)):
         if of_these and len(others) >= 3:
-            right = _pick(rng, of_these)
+            right = draw(rng, of_these)
             wrong = list(rng.permutation(others)[:3])
             choices = [str(name) for name in rng.permutation([right, *wrong])]
             add("multiple_choice", question, right, right, choices)

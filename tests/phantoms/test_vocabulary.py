@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ctinstruct_hf.data import templates
-from ctinstruct_hf.data.phantom_text import WHICH_ALL
-from ctinstruct_hf.data.phantoms import FINDINGS
-from ctinstruct_hf.data.vocabulary import SPECIAL_TOKENS, train_tokenizer
+from ctinstruct_hf.phantoms import FINDINGS
+from ctinstruct_hf.phantoms.vocabulary import SPECIAL_TOKENS, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def tokenizer():
 
 
 def test_the_words_of_a_conversation_are_one_token_each(tokenizer) -> None:
-    asked = templates.ask_choice(WHICH_ALL[0], FINDINGS[:4])
+    asked = templates.ask_choice(templates.WHICH_ALL[0], FINDINGS[:4])
     told = templates.weigh_choices(FINDINGS[:4], [True, False, False, True], [FINDINGS[0], FINDINGS[3]])
     text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{told}<|im_end|>"
     tokens = tokenizer.tokenize(text)

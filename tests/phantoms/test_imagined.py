@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ctinstruct_hf.data.imagined import imagined_conversation
 from ctinstruct_hf.data.samples import text_of
+from ctinstruct_hf.phantoms.imagined import imagined_conversation
 
 
 def test_imagined_conversations_are_words_alone_of_every_kind() -> None:
@@ -31,7 +31,7 @@ def test_imagined_conversations_are_words_alone_of_every_kind() -> None:
 
 
 def test_where_nothing_or_all_is_present_there_are_other_questions(monkeypatch) -> None:
-    from ctinstruct_hf.data import imagined
+    from ctinstruct_hf.phantoms import imagined
 
     labels, _, phase = imagined.imagine(imagined.np.random.default_rng(0))
     monkeypatch.setattr(imagined, "imagine", lambda rng: (dict.fromkeys(labels, 0), [], phase))
