@@ -11,7 +11,7 @@ from tests.test_image_processing_common import ImageProcessingTester, ImageProce
 from tests.test_processing_common import ProcessorTesterMixin
 
 from ctinstruct_hf import CTInstructImageProcessor, CTInstructProcessor
-from ctinstruct_hf.data.vocabulary import train_tokenizer
+from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
 
 PATCH = {"depth": 4, "height": 32, "width": 32}
 
