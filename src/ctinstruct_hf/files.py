@@ -40,11 +40,6 @@ def why_unwritable(error: BaseException | None) -> str | None:
     return None
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what it unpacks and makes: `CTINSTRUCT_CACHE`, or `~/.cache/ctinstruct_hf`."""
-    return Path(os.environ.get("CTINSTRUCT_CACHE") or Path.home() / ".cache" / "ctinstruct_hf")
-
-
 def temporary_folder(purpose: str) -> Path:
     """A new folder for temporary files, readable by this user only. `remove_left_over` removes it after a kill."""
     return Path(tempfile.mkdtemp(prefix=f"ctinstruct-{purpose}-{os.getpid()}-"))
