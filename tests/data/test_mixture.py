@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.data import store as store_module
+from ctinstruct_hf.data.cases import ImageRef, Label, MaskRef
 from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
 from ctinstruct_hf.data.parts import check_part, choices_from_labels, join_turns, load_part
 from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.reading import open_mask, open_volume
-from ctinstruct_hf.data.samples import TASKS, AlignmentSample, ImageRef, Label, MaskRef, from_row, text_of, to_row
+from ctinstruct_hf.data.samples import TASKS, AlignmentSample, from_row, text_of, to_row
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.evaluation.run import options_of
 from ctinstruct_hf.evaluation.text import chosen_option

@@ -20,24 +20,20 @@ from typer.testing import CliRunner
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.data import templates
+from ctinstruct_hf.data.cases import Case, ImageRef, Label, MaskRef, Question
 from ctinstruct_hf.data.check import check
+from ctinstruct_hf.data.instructions import to_alignment, to_instructions
 from ctinstruct_hf.data.prepare import PrepareOptions, prepare
 from ctinstruct_hf.data.prepared import describe, export_jsonl, import_jsonl, iterate, load_rows, write_rows
 from ctinstruct_hf.data.reading import open_labels, open_volume
 from ctinstruct_hf.data.samples import (
     AlignmentSample,
-    Case,
-    ImageRef,
     InstructionSample,
-    Label,
-    MaskRef,
-    Question,
     from_row,
     read_jsonl,
     to_row,
     write_jsonl,
 )
-from ctinstruct_hf.data.tasks import to_alignment, to_instructions
 from ctinstruct_hf.phantoms.dataset import cases
 
 

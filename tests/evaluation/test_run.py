@@ -17,15 +17,12 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
+from ctinstruct_hf.data.cases import Case, ImageRef, Label, MaskRef
 from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.reading import open_volume
 from ctinstruct_hf.data.samples import (
-    Case,
-    ImageRef,
     InstructionSample,
-    Label,
-    MaskRef,
     from_row,
     read_jsonl,
     to_row,

@@ -15,10 +15,11 @@ from ctinstruct_hf import CTInstructError, read_volume
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.data import phantoms as old_name
 from ctinstruct_hf.data import prepare as prepare_module
+from ctinstruct_hf.data.cases import ImageRef, MaskRef
 from ctinstruct_hf.data.parts import check_part, load_part, of_slices
 from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.reading import open_mask, open_volume
-from ctinstruct_hf.data.samples import ImageRef, MaskRef, from_row
+from ctinstruct_hf.data.samples import from_row
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.phantoms import FINDINGS, PhantomRef, dataset, make_phantom, phantom_of
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor

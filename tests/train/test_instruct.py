@@ -22,9 +22,10 @@ from ctinstruct_hf import (  # fmt: skip
     CTInstructImageProcessor,
     Study,
 )
+from ctinstruct_hf.data.cases import Case, ImageRef, Label, MaskRef
 from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.reading import open_volume
-from ctinstruct_hf.data.samples import Case, ImageRef, InstructionSample, Label, MaskRef, to_row
+from ctinstruct_hf.data.samples import InstructionSample, to_row
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ctinstruct_hf.phantoms import FINDINGS, ORGANS, UNIONS

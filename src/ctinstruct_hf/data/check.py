@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
+from .cases import ImageRef
 from .prepared import iterate
 from .reading import open_volume
-from .samples import AlignmentSample, ImageRef, from_row
+from .samples import AlignmentSample, from_row
 
 
 @dataclass

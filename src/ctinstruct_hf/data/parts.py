@@ -11,9 +11,9 @@ import numpy as np
 
 from ..errors import CTInstructError
 from . import templates
+from .cases import SPLITS
 from .mixture import MixtureEntry
 from .prepare import is_made, open_rows
-from .samples import SPLITS
 from .sources import MADE
 
 KEYS = (

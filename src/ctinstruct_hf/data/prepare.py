@@ -22,12 +22,13 @@ import numpy as np
 
 from ..errors import CTInstructError
 from ..files import cache_folder, whole_folder, write_whole
+from .cases import Case
+from .instructions import to_alignment, to_instructions
 from .prepared import describe, load_rows, write_rows
 from .reading import open_labels, open_volume
-from .samples import Case, InstructionSample, to_row
+from .samples import InstructionSample, to_row
 from .sources import MADE, SOURCES
 from .sources.common import Problem
-from .tasks import to_alignment, to_instructions
 
 CASES_A_PART = 32
 

@@ -17,8 +17,9 @@ from typing import Any
 from ..errors import CTInstructError
 from ..files import whole_file, write_whole
 from ..processing.volume_files import inside
+from .cases import SPLITS
 from .names import in_known_words, spell
-from .samples import KINDS, SPLITS, features, from_row, read_jsonl, to_row
+from .samples import KINDS, features, from_row, read_jsonl, to_row
 
 ROWS_A_FILE = 20_000
 

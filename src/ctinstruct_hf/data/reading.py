@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume, clean_hu
 from ..processing.volume_reading import read_volume
-from .samples import ImageRef, MaskRef
+from .cases import ImageRef, MaskRef
 
 
 def open_volume(image: ImageRef) -> CTVolume:

@@ -17,8 +17,9 @@ from typing import Any
 from ..errors import CTInstructError, check_repository, first_line, refusal
 from ..files import write_whole
 from ..processing.volume_files import inside
+from .cases import META, SPLITS
 from .prepared import describe, load_rows, named_files, write_rows
-from .samples import KINDS, META, SPLITS, features
+from .samples import KINDS, features
 
 MAPPING = "published.json"  # {ids, patients, paths: {what it was: what was sent}}
 Rows = dict[str, dict[str, list[dict[str, Any]]]]

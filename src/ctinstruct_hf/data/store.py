@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from ..errors import CTInstructError
 from ..files import whole_file
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from .cases import ImageRef, MaskRef
 from .reading import open_labels, open_volume
-from .samples import ImageRef, MaskRef
 
 Prepared = dict[str, torch.Tensor]
 TINY_PATCH = {"depth": 32, "height": 128, "width": 128}  # of the preset `tiny`

@@ -22,11 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data import tasks
 from ..errors import CTInstructError
 from ..files import whole_file
 
-TASKS = ("report", "caption", "question", "multiple_choice", "diagnosis", "segmentation", "retrieval")
-TEXT_TASKS = ("report", "caption", "question")
+_PAPER = ("report", "caption", "question", "multiple_choice", "diagnosis", "segmentation", "retrieval")
+# a task that was added to `data.tasks` is answered in text, unless its answers have masks or probabilities
+TASKS = (*_PAPER, *(name for name in tasks.TASKS if name not in _PAPER))
+TEXT_TASKS = ("report", "caption", "question", *TASKS[len(_PAPER) :])
 _NEEDED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TEXT_TASKS, ("prediction", "reference")),
     "multiple_choice": ("prediction", "reference", "options"),

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..data.cases import Label, MaskRef
 from ..data.choices import chosen_option, options_of
+from ..data.instructions import with_names
 from ..data.names import Names, spell
-from ..data.samples import InstructionSample, Label, MaskRef, parts_of, text_of
-from ..data.tasks import with_names
+from ..data.samples import InstructionSample, parts_of, text_of
 from ..data.templates import DISEASE_TOKEN, SEG_TOKEN
 from ..errors import CTInstructError
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from isal import igzip
 
-from ..data.samples import Case, ImageRef, Label, MaskRef, Question
+from ..data.cases import Case, ImageRef, Label, MaskRef, Question
 from ..errors import CTInstructError
 from ..files import cache_folder, whole_file
 from .phantom import Phantom

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ..data.cases import Case, ImageRef
+from ..data.instructions import to_instructions
 from ..data.parts import choices_from_labels, join_turns
-from ..data.samples import Case, ImageRef, to_row
-from ..data.tasks import to_instructions
+from ..data.samples import to_row
 from .dataset import words_of
 from .structures import FINDINGS, ORGANS
 from .wording import PhantomFinding, sides_of, write_questions, write_report

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.cases import MaskRef
 from ..data.descriptions import describe_category, tokenize
+from ..data.instructions import with_names
 from ..data.mixture import Item, generator_of
-from ..data.samples import AlignmentSample, InstructionSample, MaskRef, from_row, parts_of
+from ..data.samples import AlignmentSample, InstructionSample, from_row, parts_of
 from ..data.store import PatchStore, Prepared
-from ..data.tasks import with_names
 from ..data.templates import SEG_TOKEN
 from ..errors import CTInstructError
 from ..modeling.vision_ctinstruct import CTInstructVisionOutput

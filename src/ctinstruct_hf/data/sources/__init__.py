@@ -10,12 +10,20 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from ..samples import Case, InstructionSample
+from ..cases import Case
+from ..samples import InstructionSample
 from .common import Problem
 from .made import Made
 
 Found = Case | InstructionSample | Problem
-SOURCES: dict[str, Callable[[Path], Iterator[Found]]] = {}
-for _module in iter_modules(__path__):
-    SOURCES |= getattr(import_module(f"{__name__}.{_module.name}"), "SOURCES", {})
+Source = Callable[[Path], Iterator[Found]]
+
+
+def find_sources() -> dict[str, Source]:
+    """{name: source} of all modules here."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    return {name: source for module in modules for name, source in getattr(module, "SOURCES", {}).items()}
+
+
+SOURCES = find_sources()
 MADE = {name: source for name, source in SOURCES.items() if isinstance(source, Made)}

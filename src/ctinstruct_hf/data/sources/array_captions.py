@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CTInstructError
-from ..samples import Case, ImageRef, Question
+from ..cases import Case, ImageRef, Question
 from .common import Problem, read_json, read_table, split_in_name
 
 

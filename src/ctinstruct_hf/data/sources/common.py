@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CTInstructError
-from ..samples import MaskRef
+from ..cases import MaskRef
 
 csv.field_size_limit(2**24)  # reports and answers can be long
 

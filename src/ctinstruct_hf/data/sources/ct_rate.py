@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...modeling.configuration_ctinstruct import CT_RATE_DISEASES
-from ..samples import Case, ImageRef, Label, Question
+from ..cases import Case, ImageRef, Label, Question
 from .common import Problem, need, read_json, read_table
 
 # split -> names in the files of metadata, reports, labels, questions

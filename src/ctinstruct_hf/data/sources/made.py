@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..samples import Case
+from ..cases import Case
 
 
 class Made:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import CTInstructError
-from ..samples import Case, ImageRef, Label
+from ..cases import Case, ImageRef, Label
 from .common import Problem, need, read_table, split_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import CTInstructError
 from ...modeling.configuration_ctinstruct import RAD_CHESTCT_DISEASES
-from ..samples import Case, ImageRef, Label
+from ..cases import Case, ImageRef, Label
 from .common import Problem, read_table
 
 # the paper's name -> Rad-ChestCT's own; any of them counts

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...errors import CTInstructError
 from ...modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES
-from ..samples import ImageRef, InstructionSample, Label, MaskRef
+from ..cases import ImageRef, Label, MaskRef
+from ..samples import InstructionSample
 from ..templates import DISEASE_TOKEN, SEG_TOKEN
 from .common import Problem, read_json, split_in_name
 

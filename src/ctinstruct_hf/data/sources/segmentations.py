@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import CTInstructError
+from ..cases import Case, ImageRef, MaskRef
 from ..names import canonical
-from ..samples import Case, ImageRef, MaskRef
 from .common import Problem, masks_of, need, nifti_name, niftis, read_json, read_table, split_of
 
 ABDOMEN_1K = {"liver": [1], "kidneys": [2], "spleen": [3], "pancreas": [4]}

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+from ...data.tasks import scored_as
 from ...errors import CTInstructError
 from ..metric import Columns, Metric
 
@@ -22,12 +23,12 @@ METRICS = find_metrics()
 
 def metrics_of(task: str) -> list[Metric]:
     """What scores a task."""
-    return [metric for metric in METRICS.values() if task in metric.columns]
+    return [metric for metric in METRICS.values() if scored_as(task) in metric.columns]
 
 
 def columns_of(task: str) -> Columns:
     """(header, metric) of everything that tables show of a task."""
-    return tuple(column for metric in metrics_of(task) for column in metric.columns[task])
+    return tuple(column for metric in metrics_of(task) for column in metric.columns[scored_as(task)])
 
 
 def metric_path(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ctinstruct_hf.data.tasks import scored_as
 from ctinstruct_hf.evaluation.metric import Metric, module_of
 from ctinstruct_hf.evaluation.predictions import Record
 from ctinstruct_hf.evaluation.scores import Settings, TaskScores
@@ -29,7 +30,7 @@ def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> 
     names = [record.id for record in records]
     for metric in TEXT_METRICS:
         scores.per_sample[metric] = dict(zip(names, texts[metric], strict=True))
-    if scores.task == "question":
+    if scored_as(scores.task) == "question":
         exact = [float(_plain(a) == _plain(b)) for a, b in zip(predictions, references, strict=True)]
         scores.per_sample["exact"] = dict(zip(names, exact, strict=True))
 
