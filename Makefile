@@ -1,7 +1,7 @@
 # make demo, make test: on a fresh machine with Python >= 3.11 and git each sets up what it needs.
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow test-min releases check conformance benchmarks tiny clean
+.PHONY: demo docs test test-slow test-min releases check conformance benchmarks numbers tiny clean
 
 demo: ## run the main job on a made-up scan and write a page to look at
 	@scripts/install.sh
@@ -46,6 +46,10 @@ benchmarks: ## tables of ours against theirs; exits 1 where a stated ratio is mi
 	@$(BIN)/python benchmarks/evaluation.py --check
 	@$(BIN)/python benchmarks/study.py --check
 	@$(BIN)/python benchmarks/scale.py --check --runs 1
+
+numbers: ## run the quick benchmarks, write docs/numbers.json and the table of docs/numbers.md
+	@scripts/install.sh dev
+	@$(BIN)/python scripts/write_numbers.py
 
 tiny: ## train the bundled checkpoint again: two hours and a half on two cores; goes on where it was stopped
 	@scripts/install.sh dev

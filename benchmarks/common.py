@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 @dataclass
@@ -31,23 +33,30 @@ class Pair:
         return self.least is not None and statistics.median(self.ratios) < self.least
 
 
-def arguments(description: str | None, **more: str) -> argparse.Namespace:
-    """`--quick`, `--check`, `--runs`, and further options with their defaults."""
+def arguments(description: str | None, runs: int = 5, **more: str) -> argparse.Namespace:
+    """`--quick`, `--check`, `--runs`, `--json`, and further options with their defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a smoke run with small inputs; its numbers mean nothing")
     parser.add_argument("--check", action="store_true", help="exit 1 where a ratio that the docs state is missed")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=runs)
+    parser.add_argument("--json", type=Path, help="also write the figures here, as scripts/write_numbers.py reads them")
     for name, default in more.items():
         parser.add_argument(f"--{name}", default=default)
     return parser.parse_args()
 
 
 def alternate(
-    name: str, ours: Callable[[], object], theirs: Callable[[], object], runs: int, least: float | None = None
+    name: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    runs: int,
+    least: float | None = None,
+    warm: bool = False,
 ) -> Pair:
-    """Both sides in turn, after one run of each that does not count."""
-    ours()
-    theirs()
+    """Both sides in turn, after one run of each that does not count, unless they are `warm` already."""
+    if not warm:
+        ours()
+        theirs()
     pair = Pair(name, [], [], least)
     for _ in range(runs):
         for side, kept in ((ours, pair.ours), (theirs, pair.theirs)):
@@ -81,6 +90,19 @@ def table(pairs: list[Pair]) -> str:
             f"{statistics.median(pair.ratios):7.2f} {min(pair.ratios):6.2f} {max(pair.ratios):6.2f}{stated}"
         )
     return "\n".join(lines)
+
+
+def ratio(pair: Pair) -> str:
+    """ "2.27 (1.93 … 2.38)": the median, least and most of theirs / ours."""
+    if len(pair.ratios) == 1:
+        return f"{pair.ratios[0]:.2f}, one pair of runs"
+    return f"{statistics.median(pair.ratios):.2f} ({min(pair.ratios):.2f} … {max(pair.ratios):.2f})"
+
+
+def write_figures(options: argparse.Namespace, **figures: str) -> None:
+    """The figures by name, where `--json` asks for them."""
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class PeakMemory:

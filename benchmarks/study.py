@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, arguments, header, table
+from common import alternate, arguments, header, ratio, table, write_figures
 
 from ctinstruct_hf import Study
 from ctinstruct_hf.data.templates import REPORT, answer_segmentation, ask_segmentation
@@ -76,7 +76,7 @@ def ask_plainly(model: Any, volume: Any, words: int) -> tuple[list[str], list[np
 
 
 def main() -> int:
-    options = arguments(__doc__)
+    options = arguments(__doc__, runs=3)
     print(header("torch", "transformers", "ctinstruct-hf"))
     network, processor = load_model(None, "cpu")
     depth = 2 if options.quick else 19
@@ -98,6 +98,8 @@ def main() -> int:
     )
     print(table([pair]))
     print(f"answers {'identical' if same else 'DIFFERENT'}; voxels of a mask that differ: at most {differ:.1e}")
+    alike = "answers identical" if same else "answers DIFFERENT"
+    write_figures(options, study=f"{ratio(pair)}, {alike}, at most {differ:.0e} of a mask's voxels differ")
     return 1 if options.check and (not same or differ > 1e-3 or pair.missed) else 0
 
 
