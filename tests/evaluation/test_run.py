@@ -76,6 +76,7 @@ def test_every_task_is_answered_and_scored(data: Path, tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     by_task = {one["task"]: one for one in scores["tasks"]}
     assert "validation samples" in by_task["diagnosis"]["notes"][0]
+    assert {"contradictory", "report / probability"} <= set(by_task["consistency"]["metrics"])
     assert [name for one in scores["tasks"] for name in one["failed"]] == ["broken"]
     assert not (tmp_path / "out" / "parts").exists()
 

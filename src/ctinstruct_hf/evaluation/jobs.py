@@ -44,7 +44,8 @@ class Job:
     def record(self, **values: Any) -> Record:
         """The record of this job."""
         sample = self.sample
-        return Record(self.id, self.task, sample.source, sample.split, meta=dict(sample.meta), **values)
+        scan = hashlib.sha256(repr(self.images).encode()).hexdigest()[:16]
+        return Record(self.id, self.task, sample.source, sample.split, scan=scan, meta=dict(sample.meta), **values)
 
     @property
     def asked(self) -> list[str]:

@@ -8,6 +8,7 @@ The first line may be a header {"system": name, …}. A record has an `id`, a `t
                               a `dice` that was computed elsewhere
   retrieval                   image_features, text_features (numbers)
 and, where known, `dataset`, `split`, `meta` {scanner, sex, age, slice_thickness}. A record with an `error` failed.
+`scan` is the same in all records about one scan; without it, the id up to its first "/".
 Of segmentation and diagnosis, `free` is what the system answered when it was only asked: {answer, as_asked: whether exactly
 the masks or probabilities asked for came, probabilities}; the masks that came so are `free` in `masks`.
 """
@@ -57,6 +58,7 @@ class Record:
     image_features: list[float] = field(default_factory=list)
     text_features: list[float] = field(default_factory=list)
     free: dict[str, Any] = field(default_factory=dict)
+    scan: str = ""
     meta: dict[str, str] = field(default_factory=dict)
     error: str = ""
 

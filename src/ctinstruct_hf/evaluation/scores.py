@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Settings:
     Attributes:
         folder: what file names in the records are relative to.
         validation: records of the validation split that are not scored, of the same task and data set.
+        limits: {disease: threshold} that the diagnosis of the same data set was scored with.
     """
 
     thresholds: str | float = "validation"
@@ -80,6 +81,7 @@ class Settings:
     workers: int | None = None
     folder: Path = Path(".")
     validation: Sequence[Record] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda step: None
 
 

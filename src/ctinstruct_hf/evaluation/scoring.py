@@ -6,7 +6,7 @@ Nothing is dropped in silence: failed samples are counted and named, empty masks
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,13 +63,24 @@ def score_predictions(
         key = (record.task, record.dataset)
         (aside if record.split == "validation" and key in tested else scored)[key].append(record)
     notes = predictions.header.get("notes", {})
-    return SystemScores(
-        predictions.system,
-        [
-            _score_task(task, dataset, records, notes.get(task, []), replace(settings, validation=aside[task, dataset]))
-            for (task, dataset), records in sorted(scored.items())
-        ],
-    )
+    found = [
+        _score_task(task, dataset, records, notes.get(task, []), replace(settings, validation=aside[task, dataset]))
+        for (task, dataset), records in sorted(scored.items())
+    ]
+    found += [_score_consistency(dataset, scored, found, settings) for dataset in sorted({key[1] for key in scored})]
+    return SystemScores(predictions.system, [scores for scores in found if scores.count or scores.failed])
+
+
+def _score_consistency(
+    dataset: str, scored: Mapping[tuple[str, str], Sequence[Record]], found: Sequence[TaskScores], settings: Settings
+) -> TaskScores:
+    """Whether the answers of different tasks contradict each other, with the thresholds of the diagnosis."""
+    records = [record for (_, name), several in scored.items() if name == dataset for record in several]
+    diseases = [scores.details.get("per_disease", {}) for scores in found if scores.dataset == dataset]
+    limits = {name: row["threshold"] for rows in diseases for name, row in rows.items()}
+    scores = _score_task("consistency", dataset, records, [], replace(settings, limits=limits))
+    scores.failed = []  # they are listed by task
+    return scores
 
 
 def _score_task(
@@ -89,7 +100,7 @@ def _score_task(
     for name, values in scores.per_sample.items():
         if name not in scores.metrics and any(not np.isnan(value) for value in values.values()):
             scores.metrics[name] = bootstrap_mean(list(values.values()), settings.bootstraps)
-        if task not in ("diagnosis", "retrieval"):  # those have no score per sample
+        if task not in ("diagnosis", "retrieval", "consistency"):  # those have no score per sample
             groups = by_group(list(values.values()), [meta.get(key, {}) for key in values], settings.bootstraps)
             scores.groups |= {name: groups} if groups else {}
     return scores

@@ -136,7 +136,7 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     reference = mask["reference"]
     told = reference if isinstance(reference, dict) else {"path": str(reference)}
     values = [int(value) for value in told.get("values") or []]
-    said, affine = _read_labels(inside(folder, str(mask["prediction"]), "the file of predictions"))
+    said, affine = read_prediction(mask, folder)
     path = str(told.get("path") or "")
     if not path:  # known to be absent
         truth, other = np.zeros(said.shape, bool), affine
@@ -154,6 +154,11 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
     known = affine if affine is not None else other
     spacing = np.ones(3) if known is None else np.linalg.norm(known[:3, :3], axis=0)
     return said > 0, truth, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+
+
+def read_prediction(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """A predicted mask in its file's axes, and its affine; see `read_mask_pair`."""
+    return _read_labels(inside(folder, str(mask["prediction"]), "the file of predictions"))
 
 
 def _read_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
