@@ -77,7 +77,7 @@ def main() -> int:
     config = CTInstructConfig.preset("tiny" if options.quick else "paper")
     vision, segmentation = config.vision_config, config.segmentation_config
     vision.attention_layout = "released"
-    side, depth = (64, 2) if options.quick else (256, 32)
+    side, depth = (128, 2) if options.quick else (256, 32)
     tower = CTInstructVisionModel(vision).eval()
     decoder = CTInstructSegmentationDecoder(segmentation).eval()
     for module in (*tower.modules(), *decoder.modules()):

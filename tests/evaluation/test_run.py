@@ -13,12 +13,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from datasets_on_disk import table
 from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.data.cases import Case, ImageRef, Label, MaskRef
-from ctinstruct_hf.data.prepare import open_rows
+from ctinstruct_hf.data.prepare import open_rows, prepare
 from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.reading import open_volume
 from ctinstruct_hf.data.samples import (
@@ -35,6 +36,7 @@ from ctinstruct_hf.evaluation.rows import split_of_data
 from ctinstruct_hf.evaluation.run import RunOptions, load_data, options_of, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
+from ctinstruct_hf.modeling.configuration_ctinstruct import CT_RATE_DISEASES
 from ctinstruct_hf.phantoms import FINDINGS
 from ctinstruct_hf.phantoms.dataset import cases
 from tests.evaluation.test_text import needs_wordnet
@@ -392,6 +394,34 @@ def test_a_set_without_a_test_split_is_evaluated_on_validation(tmp_path: Path) -
     ]
     with pytest.raises(CTInstructError, match="split is 'dev'"):
         load_data(str(tmp_path / "data"), "instructions", "dev")
+
+
+@needs_wordnet
+def test_the_first_command_of_the_documents_works_on_ct_rate(tmp_path: Path, small_scan: Path) -> None:
+    """It has train and validation; its questions fill the CT-VQA columns of table 7."""
+    base = tmp_path / "raw"
+    name = "valid_1_a_1.nii.gz"
+    (base / "valid" / "valid_1" / "valid_1_a").mkdir(parents=True)
+    shutil.copy(small_scan, base / "valid" / "valid_1" / "valid_1_a" / name)
+    scan = {"RescaleSlope": 1, "RescaleIntercept": 0, "XYSpacing": "[4, 4]", "ZSpacing": 5}
+    texts = {"Technique_EN": "", "Findings_EN": "No nodule.", "Impressions_EN": "Normal."}
+    labels = {disease.capitalize(): 0 for disease in CT_RATE_DISEASES}
+    table(base / "metadata" / "validation_metadata.csv", [{"VolumeName": name, **scan}])
+    table(base / "radiology_text_reports" / "validation_reports.csv", [{"VolumeName": name, **texts}])
+    table(base / "multi_abnormality_labels" / "valid_predicted_labels.csv", [{"VolumeName": name, **labels}])
+    (base / "vqa").mkdir()
+    turns = [{"from": "human", "value": "<image>\nIs there a nodule?<short_answer>"}, {"from": "gpt", "value": "No."}]
+    (base / "vqa" / "valid_vqa.json").write_text(json.dumps([{"id": "1", "image": name, "conversations": turns}]))
+    prepare("ct_rate", base, tmp_path / "ct_rate", workers=1)
+    arguments = ["evaluate", "--data", str(tmp_path / "ct_rate"), "-o", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"Scored on split validation; {tmp_path / 'ct_rate'} has validation." in done.output
+    seventh = done.output.partition("**Table 7")[2]
+    row = next(line for line in seventh.splitlines() if line.startswith("| ctinstruct-tiny"))
+    assert all("±" in cell for cell in row.split("|")[2:5])  # ROUGE-1, BLEU-1, METEOR of CT-VQA
+    tasks = {record.task for record in read_predictions(tmp_path / "out" / "predictions.jsonl").records}
+    assert tasks == {"report", "caption", "question", "diagnosis"}
 
 
 def test_choices_are_read_from_a_question() -> None:
