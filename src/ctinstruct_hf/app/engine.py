@@ -113,7 +113,7 @@ class Engine:
     """Everything behind the page.
 
     Args:
-        model, device, dtype, revision: see `inference.models.load_model`.
+        model, device, dtype, revision, quantize: see `inference.models.load_model`.
         limits: what it takes on.
         names: {name: other names} of the user, see `data.names.read_names`.
     """
@@ -126,9 +126,10 @@ class Engine:
         limits: Limits | None = None,
         revision: str | None = None,
         names: dict[str, list[str]] | None = None,
+        quantize: str | None = None,
     ) -> None:
         self.limits, self.names = limits or Limits(), names
-        self.model, self.processor = load_model(model, device, dtype, revision)
+        self.model, self.processor = load_model(model, device, dtype, revision, quantize)
         remove_left_over()
         self.root = temporary_folder("app")
         self.studies: dict[str, OpenStudy] = {}

@@ -14,6 +14,8 @@ from .shared import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    NumBeamsOption,
+    QuantizeOption,
     RevisionOption,
     hide_progress_bars,
     refuse_beside,
@@ -34,7 +36,19 @@ WordsOption = Annotated[
 ]
 
 # of `evaluate`: what only matters where a model is run
-RUN_PARAMETERS = ("model", "revision", "tasks", "split", "limit", "batch_size", "max_new_tokens", "device", "dtype")
+RUN_PARAMETERS = (
+    "model",
+    "revision",
+    "tasks",
+    "split",
+    "limit",
+    "batch_size",
+    "max_new_tokens",
+    "num_beams",
+    "device",
+    "dtype",
+    "quantize",
+)
 
 
 def evaluate(
@@ -78,6 +92,8 @@ def evaluate(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    num_beams: NumBeamsOption = 1,
 ) -> None:
     """Run a model over data and score it, or score the predictions of any system."""
     from rich.console import Console
@@ -96,7 +112,9 @@ def evaluate(
         refuse_beside(context, "a file of predictions without --from", "references", "dataset")
     limits = parse_thresholds(thresholds)
     asked = tuple(split_names(tasks))
-    options = RunOptions(asked, split or "", limit, batch_size, max_new_tokens, limits == "validation")
+    options = RunOptions(
+        asked, split or "", limit, batch_size, max_new_tokens, limits == "validation", num_beams, quantize
+    )
     hide_progress_bars()
     with Console(stderr=True).status("starting") as status:
         progress = show_steps(status)

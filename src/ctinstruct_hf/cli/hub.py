@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import CTInstructError
-from .shared import DryRunOption, RevisionOption, as_note, show_steps, split_names
+from .shared import DryRunOption, QuantizeOption, RevisionOption, as_note, show_steps, split_names
 
 ScoresOption = Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")]
 DatasetsOption = Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")]
@@ -92,7 +93,9 @@ def publish(
 
 
 def convert(
-    layout: Annotated[str, typer.Argument(help="What to convert: released (the authors' checkpoint).")],
+    layout: Annotated[
+        str, typer.Argument(help="released: the authors' checkpoint. model: one of this format, to quantise it.")
+    ],
     source: Annotated[str, typer.Option("-i", "--input", help="Folder or file of the weights, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     tokenizer: Annotated[
@@ -106,24 +109,35 @@ def convert(
         str,
         typer.Option("--text-encoder", help="Of a stage-one file: biolord-2023 (the release's), all-minilm-l6-v2 …"),
     ] = "biolord-2023",
+    quantize: QuantizeOption = None,
     revision: RevisionOption = None,
 ) -> None:
     """Bring the authors' released weights into this format: the whole model, or their stage one (vision_encoder.pth)."""
     from rich.console import Console
 
-    if layout != "released":
-        raise CTInstructError(f"'{layout}' cannot be converted: use released.")
+    if layout not in ("released", "model"):
+        raise CTInstructError(f"'{layout}' cannot be converted: use released or model.")
+    if layout == "model" and quantize is None:
+        raise CTInstructError(
+            "A model of this format needs no conversion: name what to make of it by --quantize int8 or int4."
+        )
     from ..hub.released import convert_released, convert_stage_one, is_stage_one, stage_one_beside
+    from ..inference.packing import packer_of, quantize_folder
 
     console = Console(stderr=True)
     with console.status("reading") as status:
         progress = show_steps(status)
-        if is_stage_one(Path(source)):
+        if layout == "model":
+            quantize_folder(source, output, str(quantize), progress, revision)
+        elif is_stage_one(Path(source)):
+            if quantize is not None:
+                raise CTInstructError(f"--quantize {quantize} is for models that speak: {source} is stage one.")
             from ..train.text_encoders import load_text_encoder
 
             convert_stage_one(Path(source), output, lambda: load_text_encoder(text_encoder), progress)
         else:
-            convert_released(source, output, tokenizer, progress, base=base, revision=revision)
+            packer = None if quantize is None else partial(packer_of, quantize=quantize)
+            convert_released(source, output, tokenizer, progress, base=base, revision=revision, packer=packer)
             beside = stage_one_beside(Path(source))
             if beside is not None:
                 console.print(as_note(f"{beside} is stage one: ctinstruct convert released -i {beside} converts it."))

@@ -15,6 +15,8 @@ from .shared import (
     DtypeOption,
     ModelOption,
     NamesOption,
+    NumBeamsOption,
+    QuantizeOption,
     RevisionOption,
     as_note,
     fetch_model,
@@ -63,6 +65,11 @@ def predict(
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Of a report (512) and of an answer (256).")
+    ] = None,
+    num_beams: NumBeamsOption = 1,
 ) -> None:
     """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written.
 
@@ -82,10 +89,15 @@ def predict(
         report, list(ask or []), split_names(segment), diagnose, tuple(output_type or ("nifti",)), ml, keep_series_uid
     )
     request.report = request.report or request.empty
+    if max_new_tokens is not None:
+        request.generation["max_new_tokens"] = max_new_tokens
+    if num_beams != 1:
+        request.generation["num_beams"] = num_beams
     reading: dict[str, Any] = {
         "model": model,
         "revision": revision,
         "dtype": dtype,
+        "quantize": quantize,
         "series": series,
         "spacing": _millimetres(spacing),
         "names": None if names is None else read_names(names),

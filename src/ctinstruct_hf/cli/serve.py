@@ -13,6 +13,7 @@ from .shared import (
     DtypeOption,
     ModelOption,
     NamesOption,
+    QuantizeOption,
     RevisionOption,
     fetch_model,
     hide_progress_bars,
@@ -34,6 +35,7 @@ def serve(
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """A local page to open a scan, see it, ask, and mark structures; the same as an HTTP interface."""
     try:
@@ -49,7 +51,7 @@ def serve(
     hide_progress_bars()
     fetch_model(Console(stderr=True), model, revision)
     limits = Limits(upload_bytes=int(max_upload * 2**30), studies=studies, waiting=waiting)
-    engine = Engine(model, device, dtype, limits, revision, None if names is None else read_names(names))
+    engine = Engine(model, device, dtype, limits, revision, None if names is None else read_names(names), quantize)
 
     def announce(address: str) -> None:
         typer.echo(f"Research use only. The page is at {address}" if not api else f"Research use only. {address}/api")

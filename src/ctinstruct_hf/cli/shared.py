@@ -17,7 +17,13 @@ RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub; its newest by default.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: what the machine is quick in.")
+]
+QuantizeOption = Annotated[
+    str | None, typer.Option("--quantize", help="int8 or int4: the language model in as many bits, for less memory.")
+]
+NumBeamsOption = Annotated[int, typer.Option("--num-beams", help="Beams of an answer; the authors' release takes 5.")]
 NamesOption = Annotated[
     Path | None, typer.Option("--names", help="YAML or JSON of your names: 'left kidney: [LK, ren sinister]'.")
 ]

@@ -36,6 +36,8 @@ class RunOptions:
         batch_size: questions about one scan answered at once.
         max_new_tokens: of an answer.
         validation: also diagnosis on the validation split, which thresholds are taken from.
+        num_beams: of an answer.
+        quantize: see `inference.precision.choose_precision`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -44,6 +46,8 @@ class RunOptions:
     batch_size: int = 4
     max_new_tokens: int = 512
     validation: bool = True
+    num_beams: int = 1
+    quantize: str | None = None
 
 
 def run_model(
@@ -121,9 +125,13 @@ def _load(
     if require(folder, "stage one", "stage two") == "stage one":
         if dtype not in (None, "float32"):
             raise CTInstructError(f"--dtype {dtype} is for models that speak: stage one is evaluated in float32.")
+        if options.quantize is not None:
+            raise CTInstructError(
+                f"--quantize {options.quantize} is for models that speak: stage one has no language model."
+            )
         asked = StageOne(folder, device)
     else:
-        asked = StageTwo(model, device, dtype, revision, options.max_new_tokens)
+        asked = StageTwo(model, device, dtype, revision, options.max_new_tokens, options.num_beams, options.quantize)
     unknown = sorted(set(options.tasks) - set(asked.tasks))
     if unknown:
         raise CTInstructError(f"--tasks has {', '.join(unknown)}: this model can be asked {', '.join(asked.tasks)}.")
@@ -141,6 +149,8 @@ def _settings(model: str, folder: Path, data: str, options: RunOptions) -> dict[
         "limit": options.limit,
         "max_new_tokens": options.max_new_tokens,
         "validation": options.validation,
+        **({"num_beams": options.num_beams} if options.num_beams > 1 else {}),
+        **({"quantize": options.quantize} if options.quantize else {}),
     }
 
 
@@ -236,7 +246,7 @@ def _same_run(output: Path, settings: dict[str, Any], writes: bool) -> None:
     kept = output / "run.json"
     if kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
-        changed = sorted(name for name in settings if before.get(name) != settings[name])
+        changed = sorted(name for name in {*settings, *before} if before.get(name) != settings.get(name))
         if changed:
             raise CTInstructError(f"{output} holds a run with another {', '.join(changed)}: choose another folder.")
     elif writes:

@@ -34,11 +34,18 @@ class StageTwo:
     tasks = tuple(task for task in TASKS if task != "retrieval")
 
     def __init__(
-        self, model: str, device: str | None, dtype: str | None, revision: str | None, max_new_tokens: int
+        self,
+        model: str,
+        device: str | None,
+        dtype: str | None,
+        revision: str | None,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        quantize: str | None = None,
     ) -> None:
-        self.model, self.processor = load_model(model, device, dtype, revision)
+        self.model, self.processor = load_model(model, device, dtype, revision, quantize)
         self.structures, self.diseases = structure_names(self.model, self.processor), disease_names(self.model)
-        self.max_new_tokens = max_new_tokens
+        self.generation = {"max_new_tokens": max_new_tokens, **({"num_beams": num_beams} if num_beams > 1 else {})}
         self._opened: tuple[list[ImageRef], Study] | None = None
 
     def jobs_of(self, sample: InstructionSample) -> Iterator[Job]:
@@ -80,7 +87,7 @@ class StageTwo:
         """Masks or probabilities, from the given answers and from the model's."""
         questions = [job.messages[: job.turn] for job in jobs]
         right = [text_of(job.messages[job.turn]) for job in jobs]
-        answers = study.write(questions, self.max_new_tokens) if jobs else []
+        answers = study.write(questions, **self.generation) if jobs else []
         # where both answers are the same, so is what is read from them
         others = [row for row, answer in enumerate(answers) if not self._is(answer, right[row])]
         replies = study.read([*zip(questions, right, strict=True), *((questions[row], answers[row]) for row in others)])
@@ -149,7 +156,7 @@ class StageTwo:
             options_of(text_of(job.messages[job.turn - 1])) if choice else []
             for job, choice in zip(jobs, chosen, strict=True)
         ]
-        replies = study.reply([job.messages[: job.turn] for job in jobs], self.max_new_tokens) if jobs else []
+        replies = study.reply([job.messages[: job.turn] for job in jobs], **self.generation) if jobs else []
         return [
             job.record(
                 question=_question(job),

@@ -113,7 +113,7 @@ def predict_studies(
         engine: local, or ray for Ray Data on one machine or many, which must all see the files.
         restart: answer anew what is there.
         tell: called with (scans done, all of them, the name of the last).
-        reading: model, dtype, series, spacing, see `predict_study`.
+        reading: model, dtype, quantize, series, spacing, see `predict_study`.
 
     Returns:
         An outcome a scan, in their order.

@@ -31,11 +31,13 @@ from .folders import (
     MODEL_FILES,
     WEIGHT_FILES,
     check_json_files,
+    read_object,
     require,
     some,
     tensor_shapes,
     weight_files,
 )
+from .precision import choose_precision, explaining_memory, find_device
 from .released.cache import LAYOUT_FILES, converted, is_converted, is_released, layout_file
 
 logger = logging.getLogger(__name__)
@@ -208,42 +210,39 @@ def load_processor(model: str | None = None, revision: str | None = None) -> CTI
 
 @functools.lru_cache(maxsize=2)
 def load_model(
-    model: str | None = None, device: str | None = None, dtype: str | None = None, revision: str | None = None
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[CTInstructForConditionalGeneration, CTInstructProcessor]:
     """A model and its processor, ready to answer; the last two are kept.
 
     Args:
         model, revision: see `resolve_model`.
         device: cpu, cuda, cuda:1, mps …; cuda where there is one.
-        dtype: float32, bfloat16 or float16; float32 on a CPU, bfloat16 elsewhere.
+        dtype, quantize: see `precision.choose_precision`.
 
     Raises:
-        CTInstructError: where there is no such model, device or dtype, or a file of the model cannot be used.
+        CTInstructError: where there is no such model, device or dtype, a file of the model cannot be used, or it does not fit.
     """
     resolved = resolve_model(model, revision)
     processor = load_processor(model, revision)
-    target, number = _device_and_dtype(device, dtype)
-    check_weights(resolved.folder)
-    with _explaining(resolved.folder):
+    shapes = check_weights(resolved.folder)
+    before = read_object(resolved.folder / "config.json").get("quantization_config")
+    precision = choose_precision(resolved.name, shapes, device, dtype, quantize, before)
+    if precision.note is not None:
+        logger.warning(precision.note)
+    explaining = explaining_memory(resolved.name, shapes, precision.device, precision.dtype, quantize)
+    with explaining, _explaining(resolved.folder):
         network: Any = CTInstructForConditionalGeneration.from_pretrained(
-            resolved.folder, dtype=number, use_safetensors=True, trust_remote_code=False
+            resolved.folder, use_safetensors=True, trust_remote_code=False, **precision.loading()
         )
+        if before is not None:
+            precision.cast(network)
         _check_generation(network)
     network.config._commit_hash = resolved.commit
-    return network.to(target).eval().optimize_for_inference(), processor
-
-
-def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    number = dtype or ("float32" if name == "cpu" else "bfloat16")
-    if number not in ("float32", "bfloat16", "float16"):
-        raise CTInstructError(f"dtype is '{number}': use float32, bfloat16 or float16.")
-    try:
-        target = torch.device(name)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise CTInstructError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
-    return target, getattr(torch, number)
+    return network.eval().optimize_for_inference(), processor
 
 
 def load_stage_one(
@@ -262,7 +261,7 @@ def load_stage_one(
 
     require(folder, "stage one")
     check_json_files(folder)
-    target, _ = _device_and_dtype(device, "float32")
+    target = find_device(device)
     check_weights(folder, CTInstructForPretraining)
     with _explaining(folder):
         network: Any = CTInstructForPretraining.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
@@ -293,12 +292,15 @@ def model_name(config: Any) -> str:
     return name if config.trained else f"{name} (untrained)"
 
 
-def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGeneration) -> None:
+def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGeneration) -> dict[str, tuple[int, ...]]:
     """The weights are whole, and have every tensor of the model in its shape; nothing is loaded for it.
 
     Args:
         folder: what `resolve_model` found.
         kind: the class of the model.
+
+    Returns:
+        {tensor: shape}, of a quantised folder as they lie there.
 
     Raises:
         CTInstructError: naming the file, or the tensors.
@@ -310,7 +312,7 @@ def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGenera
         with torch.device("meta"):
             network = kind(config)
     if getattr(config, "quantization_config", None) is not None:  # its tensors are packed
-        return
+        return shapes
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
@@ -326,6 +328,7 @@ def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGenera
     ]
     if wrong:
         raise CTInstructError(f"{folder}: weights and config.json do not fit each other: {some(wrong, 5)}.")
+    return shapes
 
 
 def _check_config(config: Any) -> None:
@@ -397,7 +400,7 @@ def _explaining(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_failure(error):
+        if not _is_failure(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise _explained(folder, error) from error
 

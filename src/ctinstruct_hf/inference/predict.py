@@ -25,6 +25,7 @@ class Request:
         structures: names to segment.
         diagnose: a list's name, names of diseases with commas, or `all`; None asks for none.
         output_types, multi_label, keep_series_uid: see `output.folder.save_results`.
+        generation: arguments of `generate` for report and questions, as {"max_new_tokens": 64, "num_beams": 5}.
     """
 
     report: bool = False
@@ -34,6 +35,7 @@ class Request:
     output_types: tuple[str, ...] = ("nifti",)
     multi_label: bool = False
     keep_series_uid: bool = False
+    generation: dict[str, int] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -64,6 +66,7 @@ def predict_study(
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
     series: str | None = None,
     spacing: tuple[float, float, float] | None = None,
     names: dict[str, list[str]] | None = None,
@@ -76,7 +79,7 @@ def predict_study(
         scan: what `read_volume` takes, or one of `find_scans`, whose own series comes before `series`.
         output: the folder to write.
         request: what to ask.
-        model, device, dtype, revision: see `inference.models.load_model`.
+        model, device, dtype, revision, quantize: see `inference.models.load_model`.
         series, spacing: see `read_volume`.
         names: {name: other names} of the user, see `data.names.read_names`.
         asked: `settings_of` all that, where it is known already.
@@ -90,9 +93,8 @@ def predict_study(
     tell("reading")
     scan = scan if isinstance(scan, Scan) else Scan(scan)
     chosen = scan.series or series
-    study = Study.open(
-        scan.path, model, device=device, dtype=dtype, revision=revision, series=chosen, spacing=spacing, names=names
-    )
+    loading = {"device": device, "dtype": dtype, "revision": revision, "quantize": quantize}
+    study = Study.open(scan.path, model, **loading, series=chosen, spacing=spacing, names=names)
     # fail before the work, not after it
     check_output(study.volume, request.output_types)
     diseases = study.diseases_asked(request.diagnose) if request.diagnose else None
@@ -100,10 +102,10 @@ def predict_study(
     _ = study.features
     if request.report:
         tell("report")
-        study.report()
+        study.report(**request.generation)
     for question in request.questions:
         tell("question")
-        answer = study.ask(question)
+        answer = study.ask(question, **request.generation)
         study.results.masks.update(zip(mask_names(question, len(answer.masks)), answer.masks, strict=True))
     if request.structures:
         tell("masks")
@@ -113,7 +115,8 @@ def predict_study(
         study.diagnose(diseases)
     tell("writing")
     reading = {
-        "model": model, "dtype": dtype, "revision": revision, "series": series, "spacing": spacing, "names": names,
+        "model": model, "dtype": dtype, "revision": revision, "quantize": quantize, "series": series, "spacing": spacing,
+        "names": names,
     }  # fmt: skip
     study.save(
         output,

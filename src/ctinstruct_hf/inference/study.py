@@ -96,6 +96,7 @@ class Study(EncodedScans):
         device: str | None = None,
         dtype: str | None = None,
         revision: str | None = None,
+        quantize: str | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
         **reading: Any,
     ) -> Study:
@@ -104,7 +105,7 @@ class Study(EncodedScans):
         Args:
             source: whatever `read_volume` takes, or a list of such for several scans of one patient.
             model: a folder, a name on the Hub, or (model, processor); the bundled model by default.
-            device, dtype, revision: see `load_model`.
+            device, dtype, revision, quantize: see `load_model`.
             names: {name: other names} that users write, beside the package's, see `data.names.read_names`.
             reading: further arguments of `read_volume` (spacing, series, window, max_bytes).
 
@@ -118,7 +119,7 @@ class Study(EncodedScans):
         keep = processor.image_processor.intensity == "zscore"
         # the scan first: it is where things go wrong, and it is quick
         volumes = [read_volume(one, **{"keep_padding": keep, **reading}) for one in sources]
-        network = model[0] if isinstance(model, tuple) else load_model(model, device, dtype, revision)[0]
+        network = model[0] if isinstance(model, tuple) else load_model(model, device, dtype, revision, quantize)[0]
         return cls(volumes, network, processor, names)
 
     @property

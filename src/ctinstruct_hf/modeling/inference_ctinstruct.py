@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .quantization_ctinstruct import choose_compute_dtype, quicken_int8
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .vision_attention_ctinstruct import AttentionLayer
 from .vision_blocks_ctinstruct import ConvNorm
@@ -43,6 +44,10 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
                 up = module.token_block.up
                 up.forward = partial(raise_token, up)  # type: ignore[method-assign]
             module.paint = partial(paint_in_chunks, module)  # type: ignore[method-assign]
+        elif type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
+            quicken_int8(module)
+        elif type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
+            choose_compute_dtype(module)
     config: Any = getattr(model.config, "vision_config", model.config)
     for module in model.modules():
         if isinstance(module, SliceEncoder):

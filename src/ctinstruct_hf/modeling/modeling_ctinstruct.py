@@ -20,6 +20,7 @@ from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstr
 from .generation_ctinstruct import CACHE_NAME, CTInstructGenerationMixin, with_names_of_generate
 from .losses_ctinstruct import label_loss, masks_loss
 from .positions_ctinstruct import TokenPositions, to_token_order
+from .quantization_ctinstruct import QuantizesItsLanguageModel
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .small_models_ctinstruct import prompt_loss
@@ -62,7 +63,7 @@ class CTInstructOutput(CausalLMOutputWithPast):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
-class CTInstructPreTrainedModel(SavesItsCode, PreTrainedModel):
+class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, PreTrainedModel):
     config_class = CTInstructConfig
     config: CTInstructConfig
     base_model_prefix = "model"
@@ -142,7 +143,8 @@ class CTInstructModel(TokenPositions, CTInstructPreTrainedModel):
     def bridge(self, features: CTInstructVisionOutput) -> list[torch.Tensor]:
         """Image tokens [tokens, D_text] of each image from the tower's, in the order in which they are read."""
         grids = grid_rows(features.patch_grid)
-        parts = self.bridger(features.last_hidden_state).split([z * y * x * s for z, y, x, s in grids])
+        tokens = features.last_hidden_state.to(next(self.bridger.parameters()).dtype)  # the tower may be in another
+        parts = self.bridger(tokens).split([z * y * x * s for z, y, x, s in grids])
         order = self.config.image_token_order
         return [to_token_order(part, grid, order) for part, grid in zip(parts, grids, strict=True)]
 

@@ -185,6 +185,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
         Returns:
             [C, Z*S, Y*patch_height, X*patch_width], or a list of such.
         """
+        feature_maps, tokens = tuple(part.to(self.dtype) for part in feature_maps), tokens.to(self.dtype)
         if isinstance(queries, torch.Tensor):
             return self.paint([queries], feature_maps, tokens, [cast(tuple[int, int, int, int], grid)])[0]
         grids = cast(Sequence[tuple[int, int, int, int]], grid)

@@ -60,9 +60,8 @@ class Entry:
     read: Callable[[], torch.Tensor]
 
     @property
-    def meta(self) -> torch.Tensor:
-        """A tensor of this shape and dtype without contents."""
-        return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -116,12 +115,13 @@ def _files(folder: Path) -> list[Path]:
     return []
 
 
-def read_entries(source: Path, base: Path | None = None) -> dict[str, Entry]:
+def read_entries(source: Path, base: Path | None = None, plain: bool = True) -> dict[str, Entry]:
     """Name -> place of every tensor, under the names of the release.
 
     Args:
         source: what `find_checkpoint` found.
         base: of an adapter, the model that it changes.
+        plain: without what wrappers put into the names; else as they are.
 
     Raises:
         CTInstructError: for a file that cannot be read, and for an adapter that does not fit.
@@ -134,6 +134,8 @@ def read_entries(source: Path, base: Path | None = None) -> dict[str, Entry]:
     lost = sorted(set(listed) - set(raw))
     if lost:
         raise CTInstructError(f"The index in {folder} lists {len(lost)} tensors that no file holds: {some(lost)}.")
+    if not plain:
+        return raw
     entries = {_plain_name(name): entry for name, entry in raw.items() if ".original_module." not in name}
     if any(_LORA.fullmatch(name) for name in entries):
         below = {} if base is None else read_entries(find_checkpoint(base))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -20,16 +18,15 @@ from ...modeling.saving_ctinstruct import MODEL_AUTO_MAP, add_auto_map, copy_cod
 from ...processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ...processing.processing_ctinstruct import CTInstructProcessor
 from ..chat_templates import QWEN2_VL_TEMPLATE
-from ..folders import ADAPTER, INDEX, TOKENIZER_FILES, WEIGHT_FILES, check_json_files, identify, read_object, require
+from ..folders import ADAPTER, TOKENIZER_FILES, WEIGHT_FILES, check_json_files, identify, read_object, require
 from .checkpoint import Entry, find_checkpoint, read_entries
 from .download import check_space, download
 from .rules import HEAD, convert_tensor
 from .settings import ADDED_TOKENS, HEADS, check_names, config_of
-from .shards import CODES, Layout, ShardWriter, bytes_of
+from .shards import DTYPES, Packer, Writer, as_it_is
 
 LANGUAGE_MODEL = "Qwen/Qwen2-VL-7B-Instruct"  # of the release, whose tokenizer it uses
 _QWEN_WORDS = 151657  # before the release's own tokens
-_SHARD_BYTES = 4 * 10**9
 _SMALL_FILES = ("config.json", "generation_config.json", ADAPTER, "*.index.json", *TOKENIZER_FILES)
 RELEASE_FILES = tuple(
     prefix + name
@@ -51,10 +48,11 @@ def convert_released(
     base: str | Path | None = None,
     revision: str | None = None,
     origin: str | None = None,
+    packer: Callable[[CTInstructConfig], Packer] | None = None,
 ) -> Path:
     """The release's weights -> a folder that `from_pretrained` loads.
 
-    Shard by shard and tensor by tensor: one tensor is in memory at a time.
+    Tensor by tensor: about a gigabyte is in memory at a time.
 
     Args:
         source: folder or file of the weights as `checkpoint.find_checkpoint` takes them, or a name on the Hub.
@@ -64,6 +62,7 @@ def convert_released(
         base: of an adapter, the folder or name of the model that it changes; by default what adapter_config.json names.
         revision: of a name on the Hub.
         origin: name and commit that the weights are of, kept in the config.
+        packer: from the model's config, how its weights are quantised; not at all by default.
 
     Raises:
         CTInstructError: where tensors are unknown or missing, all of them by name, and where the disk has no room; nothing is
@@ -85,12 +84,15 @@ def convert_released(
         raise CTInstructError(f"{settings_file} cannot be used: {first_line(error)}.") from error
     check_names(entries, config)
     words = _find_tokenizer(tokenizer, (folder, source), entries["model.embed_tokens.weight"].shape[0], progress)
-    check_space({output: sum(bytes_of(entry.dtype, entry.shape) for entry in entries.values())}, f"'{output}'")
+    check_space({output: sum(entry.nbytes for entry in entries.values())}, f"'{output}'")
+    packing = None if packer is None else packer(config)
     with whole_folder(output) as draft:
-        write_shards(entries, config, draft, progress)
+        write_shards(entries, config, Writer(draft, as_it_is if packing is None else packing.pack), progress)
         config.architectures = ["CTInstructForConditionalGeneration"]
-        config.dtype = entries["model.embed_tokens.weight"].meta.dtype
+        config.dtype = DTYPES[entries["model.embed_tokens.weight"].dtype]
         config.converted_from = origin
+        if packing is not None:
+            config.quantization_config = packing.settings
         config.save_pretrained(draft)
         add_auto_map(draft / "config.json", MODEL_AUTO_MAP["CTInstructForConditionalGeneration"])
         copy_code(Path(inspect.getfile(CTInstructForConditionalGeneration)), draft)
@@ -153,59 +155,19 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def write_shards(
-    entries: dict[str, Entry], config: CTInstructConfig, folder: Path, progress: Callable[[str], None]
+    entries: dict[str, Entry], config: CTInstructConfig, writer: Writer, progress: Callable[[str], None]
 ) -> None:
-    """All tensors under our names, in shards of at most 4 GB and one for the diagnosis heads, which the release spreads."""
-    shards: list[list[tuple[str, Layout]]] = [[]]
-    size = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].file), item[0])):
+    """All tensors under our names; the diagnosis heads, which the release spreads, at the end."""
+    ordered = sorted(entries.items(), key=lambda item: (str(item[1].file), item[0]))
+    for number, (name, entry) in enumerate(ordered, start=1):
         if HEAD.fullmatch(name):
             continue
-        layout: Layout = {
-            target: (CODES[part.dtype], tuple(part.shape)) for target, part in convert_tensor(name, entry.meta)
-        }
-        added = sum(bytes_of(*part) for part in layout.values())
-        if size + added > _SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, layout))
-        size += added
-    writer = Writer(folder, len(shards) + 1)
-    for number, shard in enumerate(shards, start=1):
-        progress(f"shard {number} of {len(shards)}")
-        writer.write(
-            {target: part for _, layout in shard for target, part in layout.items()},
-            (pair for name, _ in shard for pair in convert_tensor(name, entries[name].read())),
-        )
-    heads = gather_heads(entries, config)
-    layout = {name: (CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in heads.items()}
-    writer.write(layout, heads.items())
+        progress(f"tensor {number} of {len(ordered)}")
+        for target, tensor in convert_tensor(name, entry.read()):
+            writer.add(target, tensor)
+    for name, tensor in gather_heads(entries, config).items():
+        writer.add(name, tensor)
     writer.close()
-
-
-class Writer:
-    """The shards of a folder, one after the other, and their index."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.count = folder, count
-        self.number = self.size = 0
-        self.weight_map: dict[str, str] = {}
-
-    def write(self, layout: Layout, tensors: Any) -> None:
-        """A shard of tensors (name, tensor) in the order of its layout."""
-        self.number += 1
-        path = self.folder / f"model-{self.number:05d}-of-{self.count:05d}.safetensors"
-        shard = ShardWriter(path, layout)
-        for name, tensor in tensors:
-            shard.write(name, tensor)
-            del tensor
-        shard.close()
-        self.size += shard.size
-        self.weight_map.update(dict.fromkeys(layout, path.name))
-
-    def close(self) -> None:
-        index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def gather_heads(entries: dict[str, Entry], config: CTInstructConfig) -> dict[str, torch.Tensor]:

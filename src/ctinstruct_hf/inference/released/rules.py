@@ -144,13 +144,12 @@ def our_names(released_name: str) -> list[str]:
 
 
 def convert_tensor(released_name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One released tensor as the tensors of ours that it fills; a tensor without contents as such."""
+    """One released tensor as the tensors of ours that it fills."""
     for pattern, rule in _COMPILED:
         match = pattern.fullmatch(released_name)
         if match is None:
             continue
-        unused = not rule.names and not tensor.is_meta
-        if unused and released_name.endswith(".beta") and bool((tensor != 0).any()):
+        if not rule.names and released_name.endswith(".beta") and bool((tensor != 0).any()):
             raise CTInstructError(f"'{released_name}' is not zero; the release's norms have no bias.")
         if rule.change is not None:
             tensor = rule.change(tensor)
