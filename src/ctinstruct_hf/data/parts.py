@@ -54,7 +54,7 @@ def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
     data = data_of(part)
     if is_made(data):
         source, _, what = data.partition(":")
-        MADE[source].dataset.check_name(what)
+        MADE[source].dataset.refs_of(what)
     elif not (Path(data) / kind).is_dir():
         raise CTInstructError(
             f"Part '{name}': {Path(data) / kind} does not exist; make it with ctinstruct data prepare."

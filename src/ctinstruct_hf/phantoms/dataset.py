@@ -48,13 +48,8 @@ def name_of(settings: Any) -> str:
         raise CTInstructError(f"there is no kind '{settings['kind']}', use one of {', '.join(KINDS)}")
     without = "".join(f":-{name}" for name in settings.get("without", ()))
     name = f"{settings.get('kind', 'trunk')}:{seeds[0]}-{seeds[1]}{without}"
-    check_name(name)
-    return name
-
-
-def check_name(name: str) -> None:
-    """Raises CTInstructError where there is no such set."""
     refs_of(name)
+    return name
 
 
 def refs_of(name: str) -> list[PhantomRef]:

@@ -11,7 +11,7 @@ from ..modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DI
 from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
-from .structures import FINDINGS
+from .structures import FINDINGS, ORGANS, UNIONS
 from .vocabulary import train_tokenizer
 
 
@@ -25,7 +25,11 @@ def tiny_processor() -> CTInstructProcessor:
 def tiny_config() -> CTInstructConfig:
     """The `tiny` preset, with the phantoms' findings as a third list of diseases."""
     lists = {"ct_rate": CT_RATE_DISEASES, "phantom": FINDINGS, "rad_chestct": RAD_CHESTCT_DISEASES}
-    return CTInstructConfig.preset("tiny", disease_lists={name: list(diseases) for name, diseases in lists.items()})
+    return CTInstructConfig.preset(
+        "tiny",
+        disease_lists={name: list(diseases) for name, diseases in lists.items()},
+        structures=[*ORGANS, *UNIONS, *FINDINGS],
+    )
 
 
 def build_tiny(folder: Path, seed: int = 0) -> None:

@@ -17,7 +17,7 @@ class Made:
     """A source that makes its scans.
 
     Args:
-        package: its package; its module `dataset` has `cases(name)`, `check_name(name)`, `of_slices(name)` and `name_of(settings)`,
+        package: its package; its module `dataset` has `cases(name)`, `refs_of(name)`, `of_slices(name)` and `name_of(settings)`,
             which gives the name of what a recipe describes.
         example: a name.
         summary: what it is.
