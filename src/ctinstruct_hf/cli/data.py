@@ -18,7 +18,10 @@ def prepare(
     source: Annotated[
         str, typer.Argument(help="ct_rate, totalsegmentator, nnunet …; ctinstruct data sources lists them.")
     ],
-    folder: Annotated[Path, typer.Option("-i", "--input", help="The data set as downloaded; of scans that are made, which: trunk:0-700.")],
+    folder: Annotated[
+        Path,
+        typer.Option("-i", "--input", help="The data set as downloaded; of scans that are made, which: trunk:0-700."),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; an interrupted run goes on.")],
     seed: Annotated[int, typer.Option(help="Of phrasings and choices.")] = 0,
     segmentations: Annotated[int, typer.Option(help="Requests for masks a case.")] = 4,
