@@ -283,6 +283,7 @@ class Study(EncodedScans):
             self._note(one.note for one in named.values())
             ids, states = self._states(ask_diagnosis(asked), answer_diagnosis(asked))
             scores = self.model.answer_diseases(ids, states, torch.tensor(rows, device=states.device))
+            assert scores is not None
             values = dict(zip(asked, scores.float().sigmoid().tolist(), strict=True))
             for name in group:
                 found.setdefault(name, values[named[name].names[0]])

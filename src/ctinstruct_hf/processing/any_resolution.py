@@ -9,11 +9,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 Size = tuple[int, int, int]
+
+
+class Slices(Protocol):
+    """A volume [D, H, W] of which slices are taken: a tensor, or what makes them when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, index: Any) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ def axis_weights(
 
 
 def resized_slices(
-    volume: torch.Tensor, size: Size, corners: bool = False, chunk: int = 4, antialias: bool = False
+    volume: Slices, size: Size, corners: bool = False, chunk: int = 4, antialias: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Trilinear resize, a few slices at a time, so that nothing of the volume's size is made.
 
@@ -219,7 +229,7 @@ def resized_slices(
         yield first, slices
 
 
-def place_on_canvas(box: torch.Tensor, fit: CanvasFit, fill: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def place_on_canvas(box: Slices, fit: CanvasFit, fill: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The fitted box resized (linear) onto its canvas, cut into patches.
 
     Args:

@@ -168,7 +168,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         heights = {tuple(rows.shape[1:]) for rows in pixels}
         if len(heights) != 1:
             raise CTInstructError("images is empty: give at least one volume.")
-        data = {
+        data: dict[str, Any] = {
             "pixel_values": pixels[0] if len(pixels) == 1 else torch.cat(pixels),
             "patch_grid": torch.tensor(grids),
             "slice_mask": torch.cat(masks),
@@ -301,7 +301,10 @@ class Clipped:
 
     def __init__(self, tensor: torch.Tensor, low: float, high: float) -> None:
         self.tensor, self.low, self.high = tensor, low, high
-        self.shape = tensor.shape
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.tensor[index].float().clamp_(self.low, self.high)

@@ -65,7 +65,7 @@ class CTInstructProcessor(ProcessorMixin):
         disease_lists: {name: diseases}, those of the model's config; kept in the order of their names, as there.
     """
 
-    valid_processor_kwargs = CTInstructProcessorKwargs
+    valid_processor_kwargs: Any = CTInstructProcessorKwargs
     # defaults of calls
     text_kwargs = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
     images_kwargs = {"return_tensors": "pt"}
@@ -167,7 +167,7 @@ class CTInstructProcessor(ProcessorMixin):
             raise CTInstructError(f"{', '.join(sorted(unknown - of_generate))}: the processor has no such argument.")
         return {name: value for name, value in options.items() if name not in of_generate}
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
         """Raises CTInstructError where texts and images do not fit each other."""
         if images is None and text is None:
             raise CTInstructError("Give images, text or both.")
@@ -182,9 +182,15 @@ class CTInstructProcessor(ProcessorMixin):
             for one, part in zip(text, images, strict=True):
                 self._check_places([one], len(flatten_images(part)))
 
-    def _merge_kwargs(self, *args: Any, tokenizer_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def _merge_kwargs(
+        self,
+        ModelProcessorKwargs: Any = None,
+        tokenizer_init_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         settings = {name: value for name, value in (tokenizer_init_kwargs or {}).items() if name in _TOKENIZER_OPTIONS}
-        return super()._merge_kwargs(*args, tokenizer_init_kwargs=settings, **kwargs)
+        return super()._merge_kwargs(ModelProcessorKwargs, settings, *args, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         batch = self.image_processor(flatten_images(images), **kwargs)
@@ -213,7 +219,9 @@ class CTInstructProcessor(ProcessorMixin):
         self._check_places(texts, len(tokens))
         return self.get_text_with_replacements(list(texts), [IMAGE_TOKEN * count for count in tokens])[0]
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in Transformers, of messages whose content is text, or a list of {"type": "text", "text": …},
         {"type": "image", "image": …} (or `url`, `path`, `base64`, or none of them where images come apart) and
         {"type": "image_url", "image_url": {"url": …}}.
@@ -232,7 +240,7 @@ class CTInstructProcessor(ProcessorMixin):
             [self._checked(message) for message in getattr(messages, "messages", messages)]
             for messages in ([listed] if single else listed)
         ]
-        return super().apply_chat_template(checked[0] if single else checked, chat_template, **kwargs)
+        return super().apply_chat_template(checked[0] if single else checked, chat_template, *args, **kwargs)
 
     def _checked(self, message: Any) -> dict[str, Any]:
         """A message whose content the template knows, without control tokens."""

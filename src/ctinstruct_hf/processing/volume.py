@@ -166,7 +166,7 @@ class CTVolume:
         except ImportError as error:
             raise CTInstructError("to_monai needs MONAI: pip install monai.") from error
         stored = np.ascontiguousarray(as_stored(self._same_shape(array)).transpose(2, 1, 0))
-        return MetaTensor(stored[None], affine=self.affine.copy(), meta={"space": "RAS"})
+        return MetaTensor(stored[None], affine=self.affine.copy(), meta={"space": "RAS"})  # type: ignore[arg-type]  # it converts
 
     def _same_shape(self, array: Any) -> np.ndarray:
         found = self.hu if array is None else as_numpy(array)
@@ -212,10 +212,10 @@ def spacing_in_mm(spacing: Any, what: str) -> list[float]:
     """
     values = spacing.tolist() if hasattr(spacing, "tolist") else spacing
     values = list(values) if isinstance(values, list | tuple) else []
-    usable = [value for value in values if isinstance(value, numbers.Real) and not isinstance(value, bool)]
+    usable = [float(value) for value in values if isinstance(value, numbers.Real) and not isinstance(value, bool)]
     if len(values) != 3 or len(usable) != 3 or not all(0 < value < np.inf for value in usable):
         raise CTInstructError(f"{what}: spacing is {spacing!r:.80}, expected three positive numbers in mm.")
-    return [float(value) for value in usable]
+    return usable
 
 
 def check_affine(affine: np.ndarray, what: str) -> None:

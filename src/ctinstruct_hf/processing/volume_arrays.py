@@ -40,7 +40,8 @@ def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limi
             raise CTInstructError(
                 f"{sidecar.name} has no 'spacing': expected {{\"spacing\": [d, h, w]}} in mm."
             ) from error
-        spacing = tuple(spacing_in_mm(stored, sidecar.name))
+        depth, height, width = spacing_in_mm(stored, sidecar.name)
+        spacing = (depth, height, width)
     if spacing is None:
         raise CTInstructError(
             f"{path.name} has no voxel spacing: pass spacing=(depth, height, width) in mm, or {sidecar.name}."

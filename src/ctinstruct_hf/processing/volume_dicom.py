@@ -105,6 +105,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     if hu.dtype != np.int16:  # whole values are cleaned slice by slice as they are read
         hu = clean_hu(hu, name, warnings, in_place=True, keep_padding=limit.keep_padding)
 
+    assert first.pixel_spacing is not None
+    between_rows, between_columns = first.pixel_spacing  # mm
     normal = np.cross(*first.orientation)
     positions = np.array([one.position for one in slices])
     distances = positions @ normal - first.position @ normal
@@ -112,9 +114,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     if step < SMALLEST_STEP:
         raise CTInstructError(f"{name} has slices {step:.2g} mm apart: its positions are broken.")
     affine = np.eye(4)
-    # pixel spacing is (between rows, between columns); i counts columns
-    affine[:3, 0] = first.orientation[0] * first.pixel_spacing[1]
-    affine[:3, 1] = first.orientation[1] * first.pixel_spacing[0]
+    affine[:3, 0] = first.orientation[0] * between_columns
+    affine[:3, 1] = first.orientation[1] * between_rows
     affine[:3, 2] = normal * step
     affine[:3, 3] = first.position
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
@@ -133,8 +134,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     drift = positions - first.position
     shifts = np.stack(
         [
-            drift @ first.orientation[0] / first.pixel_spacing[1],
-            drift @ first.orientation[1] / first.pixel_spacing[0],
+            drift @ first.orientation[0] / between_columns,
+            drift @ first.orientation[1] / between_rows,
         ],
         axis=1,
     )
@@ -152,7 +153,7 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
         lean = drift - distances[:, None] * normal
         slope = lean[-1] / distances[-1]
         beside = float(np.linalg.norm(lean - distances[:, None] * slope, axis=1).max())
-        if beside <= 0.5 * min(first.pixel_spacing):
+        if beside <= 0.5 * min(between_rows, between_columns):
             angle = np.degrees(np.arctan(np.linalg.norm(slope)))
             warnings.append(f"The gantry was tilted by {angle:.1f} degrees: resampled to an upright grid.")
         else:

@@ -86,7 +86,7 @@ def read_exactly(stream: Any, size: int, name: str, head: bytes = b"") -> np.nda
     buffer = np.empty(size, dtype=np.uint8)
     filled = min(len(head), size)
     buffer[:filled] = np.frombuffer(head[:filled], np.uint8)
-    view = memoryview(buffer)
+    view = buffer.data
     while filled < size:
         count = stream.readinto(view[filled : filled + 2**22])
         if not count:

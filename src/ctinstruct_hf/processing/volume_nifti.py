@@ -83,10 +83,10 @@ def _read_header(stream: Any, name: str, pair: bool) -> tuple[Any, bytes]:
     length = 540 if 540 in sizes else 348
     if len(start) < length:
         raise CTInstructError(f"{name} is cut short inside its header.")
-    kind = nib.Nifti2Header if length == 540 else nib.Nifti1Header
+    header: type[Any] = nib.Nifti2Header if length == 540 else nib.Nifti1Header
     if pair and length == 348 and start[344:347] not in (b"n+1", b"ni1"):
-        kind = nib.spm2analyze.Spm2AnalyzeHeader
-    return kind(start[:length], check=False), start
+        header = nib.spm2analyze.Spm2AnalyzeHeader
+    return header(start[:length], check=False), start
 
 
 def _read_voxels(stream: Any, header: Any, already: bytes, name: str, limit: Limits, packed: int | None) -> np.ndarray:

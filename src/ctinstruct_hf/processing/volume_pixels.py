@@ -128,6 +128,7 @@ def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], 
         if highest >= 2**15 and highest * slope + intercept > 16000:
             stored = stored.view(np.int16)
             wrong_sign.append(one.path.name)
+    values: np.ndarray
     if np.dtype(dtype) == np.int16:
         lowest = np.iinfo(np.int16).min if keep_padding else AIR_HU
         low, high = int(stored.min()) + int(intercept), int(stored.max()) + int(intercept)
@@ -205,7 +206,7 @@ def _decompressed(data: Any, name: str, syntax: UID) -> np.ndarray:
     bare = Dataset()
     bare.file_meta = FileMetaDataset()
     bare.file_meta.TransferSyntaxUID = syntax
-    bare.file_meta.MediaStorageSOPClassUID = bare.SOPClassUID = SECONDARY_CAPTURE
+    bare.file_meta.MediaStorageSOPClassUID = bare.SOPClassUID = UID(SECONDARY_CAPTURE)
     bare.file_meta.MediaStorageSOPInstanceUID = bare.SOPInstanceUID = pydicom.uid.generate_uid()
     for tag in ("Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
         if tag in data:
@@ -265,7 +266,7 @@ def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
     with open(one.path, "rb") as stream:
         if not _at_plain_pixels(stream, header, syntax, hu.size):
             return False
-        if stream.readinto(memoryview(hu).cast("B")) != hu.nbytes:
+        if stream.readinto(hu.data.cast("B")) != hu.nbytes:
             return False
     low, high = int(hu.min()), int(hu.max())
     signed = integer(header, "PixelRepresentation", 0) == 1

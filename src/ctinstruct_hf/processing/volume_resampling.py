@@ -48,7 +48,7 @@ class SliceResampling:
                     ..., index
                 ]
                 shift = np.rint(self.shifts[index]) if nearest else self.shifts[index]
-                upright[index] = shifted(canvas, *shift, fill=fill)
+                upright[index] = shifted(canvas, float(shift[0]), float(shift[1]), fill)
                 for old in [key for key in upright if key < index - 1]:
                     del upright[old]
             return upright[index]
