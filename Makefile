@@ -61,5 +61,10 @@ tiny: ## train the bundled checkpoint again: two hours and a half on two cores; 
 	@$(BIN)/ctinstruct calibrate --model runs/tiny-reports/model --data phantoms:trunk:3400-3600
 	@$(BIN)/python scripts/bundle_tiny.py -i runs/tiny-reports/model
 
+full-size: ## a random checkpoint of the release's size: converted, quantised, asked; hours on two cores, 45 GB of disk
+	@scripts/install.sh dev
+	@$(BIN)/python scripts/full_size.py --scan ../shared/data/chest_lidc0001 --tensors ../shared/reference/released_full_tensors.json \
+		--work $${TMPDIR:-/tmp}/ctinstruct-full-size
+
 clean:
 	rm -rf .venv .venv-* .conformance demo_output build dist site
