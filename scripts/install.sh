@@ -27,6 +27,7 @@ if [ "$extra" = dev ]; then
     "${pip[@]}" --no-deps -c constraints.txt "$part" || echo "$part is not to be had: some tests will be skipped." >&2
   done
   scripts/install_chromium.sh || echo "Tests of the page will be skipped." >&2
+  scripts/install_pacs.sh || echo "Tests with Orthanc, DCMTK and dciodvfy will be skipped." >&2
   scripts/install_wordnet.sh || echo "Tests of METEOR will be skipped." >&2
 fi
 echo "$wanted" > "$stamp"

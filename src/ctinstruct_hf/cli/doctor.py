@@ -27,6 +27,8 @@ class Finding:
 # what a normal user can do without -> (module, how it is installed, what for)
 OPTIONAL = {
     "DICOM SEG": ("highdicom", "pip install 'ctinstruct-hf[dicom-seg]'"),
+    "DICOMweb": ("dicomweb_client", "pip install 'ctinstruct-hf[pacs]'"),
+    "DIMSE": ("pynetdicom", "pip install 'ctinstruct-hf[pacs]'"),
     "the page": ("fastapi", "pip install 'ctinstruct-hf[app]'"),
     "many scans on several machines": ("ray", "pip install 'ctinstruct-hf[ray]'"),
     "scores of texts": ("nltk", "pip install 'ctinstruct-hf[eval]'"),

@@ -30,10 +30,18 @@ if TYPE_CHECKING:
 
     from ..inference.predict import Request
     from ..inference.scans import Scan, Scans
+    from ..pacs.addresses import Address
+
+_READING = ("model", "revision", "dtype", "series", "spacing", "names")  # of `predict_study`
 
 
 def predict(
-    inputs: Annotated[list[Path], typer.Option("-i", "--input", help="A scan, or a folder of scans; repeatable.")],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "-i", "--input", help="A scan, a folder of scans, or dicomweb+http(s)://…/studies/UID; repeatable."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     report: Annotated[bool, typer.Option("--report", help="Write a report.")] = False,
     ask: Annotated[list[str] | None, typer.Option("--ask", help="A question in words; repeatable.")] = None,
@@ -57,6 +65,12 @@ def predict(
         ),
     ] = None,
     spacing: Annotated[str | None, typer.Option("--spacing", help="mm depth,height,width, for files without.")] = None,
+    send: Annotated[
+        str | None,
+        typer.Option(
+            "--send", help="Store SEG and SR at dicomweb+http(s)://host:port/path or dimse://TITLE@host:port."
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes over many scans.")] = None,
     engine: Annotated[str, typer.Option("--engine", help="local, or ray for several machines.")] = "local",
     restart: Annotated[bool, typer.Option("--restart", help="Answer anew what an earlier run has finished.")] = False,
@@ -77,17 +91,20 @@ def predict(
     output type could not be written, all others were.
     """
     from rich.console import Console
-    from rich.markup import escape
 
     from ..data.names import read_names
     from ..files import remove_left_over
-    from ..inference.predict import Request, find_scans
+    from ..inference.predict import Request
+    from ..pacs.addresses import parse_address
+    from ..pacs.transfer import local_inputs, with_sent_types
 
     hide_progress_bars()
     remove_left_over()
-    request = Request(
-        report, list(ask or []), split_names(segment), diagnose, tuple(output_type or ("nifti",)), ml, keep_series_uid
-    )
+    destination = None if send is None else parse_address(send)
+    output_types = tuple(output_type or ("nifti",))
+    if destination is not None:
+        output_types = with_sent_types(output_types)
+    request = Request(report, list(ask or []), split_names(segment), diagnose, output_types, ml, keep_series_uid)
     request.report = request.report or request.empty
     if max_new_tokens is not None:
         request.generation["max_new_tokens"] = max_new_tokens
@@ -102,33 +119,48 @@ def predict(
         "spacing": _millimetres(spacing),
         "names": None if names is None else read_names(names),
     }
-    devices = _devices(device)
+    reading |= {"devices": _devices(device), "workers": workers, "engine": engine, "restart": restart}
     console = Console(stderr=True)
-    with console.status("looking for scans"):
-        scans = find_scans(inputs, series)
-    if not scans:
-        raise CTInstructError(f"{inputs[0]}: there is no scan. {_left_out(scans.skipped)}")
-    if scans.skipped:
-        console.print(escape(_left_out(scans.skipped)), highlight=False, soft_wrap=True)
-    if scans.is_one_study(inputs) and len(scans) > 1 and series is None:
-        listed = "; ".join(scan.description for scan in scans)
-        raise CTInstructError(
-            f"{inputs[0]} holds {len(scans)} CT series: choose by --series (UID, number, part of the description, largest, "
-            f"thinnest or all): {listed}."
-        )
-    if scans.is_one_study(inputs) and len(scans) == 1:
-        if len(devices) > 1:
-            raise CTInstructError(f"--device names {len(devices)} devices for one scan: give one.")
-        reading["device"] = devices[0] if devices else None
-        complete = _predict_scan(console, scans[0], output, request, reading)
-    else:
-        reading |= {"devices": devices, "workers": workers, "engine": engine, "restart": restart}
-        complete = _predict_scans(console, scans, output, request, reading)
+    with console.status("looking for scans") as status, local_inputs(inputs, show_steps(status)) as paths:
+        status.stop()
+        complete = _predict_paths(console, paths, output, request, reading, destination)
     if not complete:
         raise typer.Exit(3)
 
 
-def _predict_scan(console: Console, scan: Scan, output: Path, request: Request, options: dict[str, Any]) -> bool:
+def _predict_paths(
+    console: Console, paths: list[Path], output: Path, request: Request, options: dict[str, Any], send: Address | None
+) -> bool:
+    """Whether every output type of all scans was written."""
+    from rich.markup import escape
+
+    from ..inference.predict import find_scans
+
+    series, devices = options["series"], options["devices"]
+    with console.status("looking for scans"):
+        scans = find_scans(paths, series)
+    if not scans:
+        raise CTInstructError(f"{paths[0]}: there is no scan. {_left_out(scans.skipped)}")
+    if scans.skipped:
+        console.print(escape(_left_out(scans.skipped)), highlight=False, soft_wrap=True)
+    if scans.is_one_study(paths) and len(scans) > 1 and series is None:
+        listed = "; ".join(scan.description for scan in scans)
+        raise CTInstructError(
+            f"{paths[0]} holds {len(scans)} CT series: choose by --series (UID, number, part of the description, largest, "
+            f"thinnest or all): {listed}."
+        )
+    if not (scans.is_one_study(paths) and len(scans) == 1):
+        return _predict_scans(console, scans, output, request, options, send)
+    if len(devices) > 1:
+        raise CTInstructError(f"--device names {len(devices)} devices for one scan: give one.")
+    reading = {key: value for key, value in options.items() if key in _READING}
+    reading["device"] = devices[0] if devices else None
+    return _predict_scan(console, scans[0], output, request, reading, send)
+
+
+def _predict_scan(
+    console: Console, scan: Scan, output: Path, request: Request, options: dict[str, Any], send: Address | None
+) -> bool:
     """Whether every output type of the only scan was written."""
     from ..inference.predict import predict_study
 
@@ -136,12 +168,16 @@ def _predict_scan(console: Console, scan: Scan, output: Path, request: Request, 
         study = predict_study(scan, output, request, tell=show_steps(status, f"{scan.path.name}: "), **options)
     for note in study.warnings:
         console.print(as_note(f"{scan.path.name}: {note}"))
+    if send is not None:
+        _send(console, output, send)
     typer.echo(f"{output / 'report.html'}")
     console.print("Research use only. Not a diagnosis.")
     return not study.results.failures
 
 
-def _predict_scans(console: Console, scans: Scans, output: Path, request: Request, options: dict[str, Any]) -> bool:
+def _predict_scans(
+    console: Console, scans: Scans, output: Path, request: Request, options: dict[str, Any], send: Address | None
+) -> bool:
     """Whether every output type of all scans was written; raises CTInstructError where scans failed."""
     from rich.markup import escape
     from rich.progress import Progress
@@ -162,6 +198,10 @@ def _predict_scans(console: Console, scans: Scans, output: Path, request: Reques
     for outcome in outcomes:
         if outcome.changed:
             console.print(escape(f"{outcome.study} was answered anew: {outcome.changed} changed."), highlight=False)
+    if send is not None:
+        for outcome in outcomes:
+            if outcome.status != "failed":
+                _send(console, output / outcome.study, send)
     typer.echo(f"{output / 'results.csv'}")
     console.print("Research use only. Not a diagnosis.")
     failed = [f"{outcome.study}: {outcome.error}" for outcome in outcomes if outcome.status == "failed"]
@@ -169,6 +209,20 @@ def _predict_scans(console: Console, scans: Scans, output: Path, request: Reques
         more = f" And {len(failed) - 5} more, see {output / 'failures.csv'}." if len(failed) > 5 else ""
         raise CTInstructError(f"{len(failed)} of {len(scans)} scans failed. " + " ".join(failed[:5]) + more)
     return not counts["incomplete"]
+
+
+def _send(console: Console, folder: Path, address: Address) -> None:
+    """Store the DICOM objects of a folder of results."""
+    from rich.markup import escape
+
+    from ..pacs.transfer import result_files, send
+
+    files = result_files(folder)
+    try:
+        send(files, address)
+    except CTInstructError as error:
+        raise CTInstructError(f"{error} The results are in {folder}; the same command sends them again.") from error
+    console.print(escape(f"{len(files)} objects were stored at {address.server}."), highlight=False, soft_wrap=True)
 
 
 def _left_out(skipped: list[tuple[Path, str]], most: int = 5) -> str:

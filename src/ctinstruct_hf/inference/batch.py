@@ -9,6 +9,7 @@ import csv
 import json
 import logging
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -184,7 +185,8 @@ def what_changed(task: Task) -> str | None:
 def _remove_results(folder: Path) -> None:
     """The results of another scan, model or request: what is not written again must not be taken for the new ones."""
     old = [*folder.glob("masks/*.nii.gz"), *folder.glob("masks/*.json")]
-    old += [folder / place for output_type, (_, place) in WRITERS.items() if output_type != "nifti"]
+    old += [folder / place for output_type, (_, place) in WRITERS.items() if output_type not in ("nifti", "dicom-sr")]
+    shutil.rmtree(folder / WRITERS["dicom-sr"][1], ignore_errors=True)
     for file in [*old, folder / "findings.json", folder / "report.txt", folder / "report.html"]:
         file.unlink(missing_ok=True)
 

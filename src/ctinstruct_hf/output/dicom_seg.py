@@ -24,9 +24,9 @@ from .._version import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
 from .codes import CODES, coded, private_scheme
+from .colours import rgb
 from .dicom_source import Frame, check_dicom, decimals, derived_uid, source_frames, writing
 from .measure import stored
-from .report import COLOURS
 from .results import Origin
 
 SERIES_DESCRIPTION = "CTInstruct segmentation, research use only"
@@ -238,7 +238,6 @@ def _description(number: int, name: str, origin: Origin | None) -> Any:
     from highdicom.sr.coding import CodedConcept
 
     structure = coded(name)
-    colour = COLOURS[(number - 1) % len(COLOURS)]
     description = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=structure.label,
@@ -246,7 +245,7 @@ def _description(number: int, name: str, origin: Origin | None) -> Any:
         segmented_property_type=CodedConcept(structure.code, structure.scheme, structure.meaning),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm(origin),
-        display_color=hd.color.CIELabColor.from_rgb(*(int(colour[i : i + 2], 16) for i in (1, 3, 5))),
+        display_color=hd.color.CIELabColor.from_rgb(*rgb(number - 1)),
     )
     if structure.side:
         modifier = CodedConcept(structure.side[0], "SCT", structure.side[1])

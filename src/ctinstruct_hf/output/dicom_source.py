@@ -96,12 +96,13 @@ def derived_uid(seed: str | None, *parts: str) -> str:
 
 
 @no_quotes()
-def series_uid(volume: CTVolume) -> str | None:
-    """The SeriesInstanceUID of a DICOM scan on disk."""
+def study_and_series(volume: CTVolume) -> tuple[str | None, str | None]:
+    """StudyInstanceUID and SeriesInstanceUID of a DICOM scan on disk."""
     for file in volume.source.dicom_files[:1]:
-        found = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=["SeriesInstanceUID"])
-        return str(found.get("SeriesInstanceUID") or "") or None
-    return None
+        tags: list[Any] = ["StudyInstanceUID", "SeriesInstanceUID"]
+        found = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
+        return tuple(str(found.get(tag) or "") or None for tag in tags)  # type: ignore[return-value]
+    return None, None
 
 
 @dataclass
@@ -197,4 +198,4 @@ def _valid(header: Any, keyword: str, notes: list[str]) -> str:
     return kept
 
 
-__all__ = ["LPS", "Frame", "check_dicom", "decimals", "derived_uid", "series_uid", "source_frames", "writing"]
+__all__ = ["LPS", "Frame", "check_dicom", "decimals", "derived_uid", "source_frames", "study_and_series", "writing"]

@@ -12,11 +12,12 @@ from .._version import __version__
 from ..errors import CTInstructError
 from ..files import whole_folder, why_unwritable
 from ..processing.volume import CTVolume
-from .dicom_source import series_uid
+from .dicom_source import study_and_series
+from .dicom_sr import findings_of
 from .measure import measure
 from .report import write_page
 from .results import Origin, Results
-from .types import OUTPUT_TYPES
+from .types import OUTPUT_TYPES, WITHOUT_MASKS
 from .writers import WRITERS as _WRITERS
 from .writers import Job, check_output, file_name, file_names
 
@@ -62,9 +63,10 @@ def save_results(
     results.notes, results.failures = [], {}
     with whole_folder(folder) as draft:
         segmentation = {name: measure(volume, mask) for name, mask in results.masks.items()}
+        job.measurements = findings_of(results, segmentation)
         for output_type in output_types:
             write, place = _WRITERS[output_type]
-            if not results.masks:
+            if not results.masks and output_type not in WITHOUT_MASKS:
                 continue
             try:
                 files, notes = write(job, results.masks, draft / place, multi_label)
@@ -85,7 +87,7 @@ def save_results(
             "package_version": __version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "source": volume.source.name,
-            **({"series_uid": series_uid(volume)} if keep_series_uid else {}),
+            **({"series_uid": study_and_series(volume)[1]} if keep_series_uid else {}),
             "model": origin.model,
             "model_fingerprint": origin.fingerprint,
             "model_commit": origin.commit,

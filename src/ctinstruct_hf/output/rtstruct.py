@@ -20,9 +20,9 @@ from .._version import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
 from .codes import coded
+from .colours import rgb
 from .dicom_source import Frame, check_dicom, decimals, derived_uid, source_frames, writing
 from .measure import stored
-from .report import COLOURS
 
 SERIES_DESCRIPTION = "CTInstruct structures, research use only"
 _STUDY_COMPONENT = "1.2.840.10008.3.1.2.3.1"  # retired, and still what the module asks for
@@ -97,8 +97,7 @@ def _add_region(
     region.ReferencedFrameOfReferenceUID = dataset.FrameOfReferenceUID
     region.ROIName, region.ROIGenerationAlgorithm = structure.label, "AUTOMATIC"
     region.ROIDescription = "Research use only"
-    colour = COLOURS[(number - 1) % len(COLOURS)]
-    drawn.ROIDisplayColor = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+    drawn.ROIDisplayColor = list(rgb(number - 1))
     items: list[Any] = []
     for k, frame in enumerate(frames):
         for ring in contours(grid[:, :, k]) if grid[:, :, k].any() else ():

@@ -1,7 +1,8 @@
 """Names of what results can be written as; imports nothing, since the command line's help needs them."""
 
 # in the order of writing: DICOM SR and FHIR refer to the masks' files
-OUTPUT_TYPES = ("nifti", "nrrd", "dicom-seg", "rtstruct")
+OUTPUT_TYPES = ("nifti", "nrrd", "dicom-seg", "rtstruct", "dicom-sr", "fhir")
+WITHOUT_MASKS = ("dicom-sr", "fhir")  # written where there is only text or a probability, too
 
 
 def output_type(name: str) -> str:
@@ -9,4 +10,4 @@ def output_type(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-__all__ = ["OUTPUT_TYPES", "output_type"]
+__all__ = ["OUTPUT_TYPES", "WITHOUT_MASKS", "output_type"]

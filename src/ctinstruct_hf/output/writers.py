@@ -8,7 +8,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
 from .dicom_seg import check_dicom_seg, save_dicom_seg
+from .dicom_sr import check_dicom_sr, save_dicom_sr
+from .fhir import check_fhir, save_fhir
 from .nifti import save_label_map, save_mask
 from .nrrd import save_nrrd
 from .results import Origin, Results
@@ -33,12 +35,14 @@ class Job:
 
     Attributes:
         asked: the request as settings.
+        measurements: {name: numbers} of masks and findings, see `dicom_sr.save_dicom_sr`.
     """
 
     results: Results
     volume: CTVolume
     origin: Origin
     asked: dict[str, Any] | None = None
+    measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def seed(self) -> str | None:
@@ -81,6 +85,8 @@ def check_output(volume: CTVolume, output_types: Iterable[str]) -> tuple[str, ..
         CTInstructError: for one that is unknown or that this scan cannot have.
     """
     wanted = {output_type(name) for name in output_types}
+    if "dicom-sr" in wanted:  # which refers to the segments
+        wanted.add("dicom-seg")
     unknown = sorted(wanted - set(OUTPUT_TYPES))
     if unknown:
         raise CTInstructError(f"output type {', '.join(unknown)} is unknown: use {', '.join(OUTPUT_TYPES)}.")
@@ -128,13 +134,43 @@ def _write_rtstruct(
     return dict.fromkeys(masks, ""), save_rtstruct(job.volume, masks, path, seed=job.seed)
 
 
+def _write_dicom_sr(
+    job: Job, masks: dict[str, np.ndarray], folder: Path, multi_label: bool
+) -> tuple[dict[str, str], list[str]]:
+    segmentation = folder.parent / WRITERS["dicom-seg"][1]
+    notes = save_dicom_sr(
+        job.volume,
+        job.results,
+        job.origin,
+        job.measurements,
+        folder,
+        segmentation=segmentation if segmentation.is_file() else None,
+        seed=job.seed,
+    )
+    return {}, notes
+
+
+def _write_fhir(
+    job: Job, masks: dict[str, np.ndarray], path: Path, multi_label: bool
+) -> tuple[dict[str, str], list[str]]:
+    save_fhir(job.volume, job.results, job.origin, job.measurements, path, seed=job.seed)
+    return {}, []
+
+
 WRITERS: dict[str, tuple[Write, str]] = {
     "nifti": (_write_nifti, "masks"),
     "nrrd": (_write_nrrd, "masks.seg.nrrd"),
     "dicom-seg": (_write_dicom_seg, "masks.dcm"),
     "rtstruct": (_write_rtstruct, "rtstruct.dcm"),
+    "dicom-sr": (_write_dicom_sr, "dicom_sr"),
+    "fhir": (_write_fhir, "fhir.json"),
 }
 # raises CTInstructError for a scan that cannot have the type
-_CHECKS: dict[str, Callable[[CTVolume], None]] = {"dicom-seg": check_dicom_seg, "rtstruct": check_rtstruct}
+_CHECKS: dict[str, Callable[[CTVolume], None]] = {
+    "dicom-seg": check_dicom_seg,
+    "rtstruct": check_rtstruct,
+    "dicom-sr": check_dicom_sr,
+    "fhir": check_fhir,
+}
 
 __all__ = ["WRITERS", "Job", "check_output", "file_name", "file_names"]
