@@ -11,7 +11,7 @@ import typer
 from ..errors import CTInstructError
 from ..output.types import OUTPUT_TYPES, output_type
 from ..threads import choose_threads
-from . import data, demo, doctor, evaluate, hub, predict, serve, train
+from . import data, demo, doctor, evaluate, hub, predict, serve, train, watch
 
 app = typer.Typer(
     name="ctinstruct",
@@ -24,6 +24,7 @@ app = typer.Typer(
 VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo.demo,
     "predict": predict.predict,
+    "watch": watch.watch,
     "app": serve.serve,
     "convert": hub.convert,
     "pretrain": train.pretrain,

@@ -24,6 +24,10 @@ _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 _ANY_SYNTAX = (("application/dicom", "*"),)
 
 
+class NothingWanted(CTInstructError):
+    """A study without CT, or whose CT series are none of those wanted."""
+
+
 @dataclass(frozen=True)
 class FoundStudy:
     """A study of a search; dates as the archive writes them (YYYYMMDD)."""
@@ -32,6 +36,7 @@ class FoundStudy:
     date: str
     description: str
     modalities: tuple[str, ...]
+    images: int | None
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def search_studies(address: Address, dates: str = "", patient: str = "", limit: 
     """Studies with CT, the newest first.
 
     Args:
-        dates: YYYYMMDD or YYYYMMDD-YYYYMMDD.
+        dates: YYYYMMDD, or a range YYYYMMDD-YYYYMMDD of which an end may be left out.
         patient: a PatientID; sent to the server and kept nowhere.
 
     Raises:
@@ -159,7 +164,7 @@ def search_studies(address: Address, dates: str = "", patient: str = "", limit: 
     with asking(address, "studies were searched"):
         found = client.search_for_studies(
             search_filters={key: value for key, value in filters.items() if value},
-            fields=["StudyDescription", "ModalitiesInStudy"],
+            fields=["StudyDescription", "ModalitiesInStudy", "NumberOfStudyRelatedInstances"],
             limit=limit,
         )
         if not all(_value(one, "0020000D") for one in found):
@@ -170,6 +175,7 @@ def search_studies(address: Address, dates: str = "", patient: str = "", limit: 
                 date=str(_value(one, "00080020") or ""),
                 description=str(_value(one, "00081030") or ""),
                 modalities=tuple(str(name) for name in one.get("00080061", {}).get("Value", [])),
+                images=_value(one, "00201208"),
             )
             for one in found
         ]
@@ -241,10 +247,10 @@ def fetch_study(
     scans = [one for one in chosen if one.modality == "CT"]
     if not scans:
         held = ", ".join(sorted({one.modality or "unknown" for one in chosen}))
-        raise CTInstructError(f"{address.server}: the study has no CT series (it has {held}).")
+        raise NothingWanted(f"{address.server}: the study has no CT series (it has {held}).")
     scans = [one for one in scans if wanted(one)]
     if not scans:
-        raise CTInstructError(f"{address.server}: no CT series of the study is one of those wanted.")
+        raise NothingWanted(f"{address.server}: no CT series of the study is one of those wanted.")
     client = open_client(address)
     for number, series in enumerate(scans, start=1):
         target = folder / f"series-{number}"
@@ -287,4 +293,13 @@ def store(files: Sequence[Path], address: Address) -> None:
         )
 
 
-__all__ = ["FoundSeries", "FoundStudy", "asking", "fetch_study", "list_series", "search_studies", "store"]
+__all__ = [
+    "FoundSeries",
+    "FoundStudy",
+    "NothingWanted",
+    "asking",
+    "fetch_study",
+    "list_series",
+    "search_studies",
+    "store",
+]
