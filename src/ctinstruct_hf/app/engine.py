@@ -135,6 +135,7 @@ class Engine:
         self.studies: dict[str, OpenStudy] = {}
         self.uploads = Uploads(self.root, self.limits)
         self.jobs: dict[str, Job] = {}
+        self.observers: list[Callable[[Job], None]] = []
         self.line: deque[Job] = deque()
         self.current: list[Job] = []
         self.changed = threading.Condition()
@@ -263,8 +264,11 @@ class Engine:
 
     # jobs
 
-    def submit(self, study: str, kind: str, words: dict[str, Any]) -> Job:
+    def submit(self, study: str, kind: str, words: dict[str, Any], most: int | None = None) -> Job:
         """Put a job at the end of the line.
+
+        Args:
+            most: tokens of an answer; the server's limit by default.
 
         Raises:
             KeyError: for a study that is not there.
@@ -283,7 +287,7 @@ class Engine:
         with self.changed:
             if len(self.line) >= self.limits.waiting:
                 raise Busy("Too many questions are waiting: try again later.")
-            job = Job(kind, study, words)
+            job = Job(kind, study, words, most=most, observers=self.observers)
             ended = [other.id for other in self.jobs.values() if other.ended is not None]
             for other in ended[: max(0, len(ended) - _KEPT_JOBS)]:
                 self.jobs.pop(other)
@@ -398,7 +402,9 @@ class Engine:
         if job.kind in ("ask", "report"):
             generation: dict[str, Any] = {
                 "max_new_tokens": self.limits.new_tokens,
-                "stopping_criteria": StoppingCriteriaList([Watch(jobs, self.limits.new_tokens)]),
+                "stopping_criteria": StoppingCriteriaList(
+                    [Watch(jobs, self.limits.new_tokens, study.closing_tokens())]
+                ),
             }
         if job.kind == "report":
             before = study.results.report
@@ -413,6 +419,8 @@ class Engine:
             return [{"diagnosis": study.diagnose(asked_for), "warnings": _notes(notes)}]
         if job.kind == "segment":
             return [self._segment(one, job.words["structures"], step)]
+        for asked in jobs:
+            asked.prompt_tokens = study.prompt_tokens(study.structures.question(asked.words["question"])[0])
         kept = len(study.results.answers)
         answers = study.ask_many([job.words["question"] for job in jobs], **generation)
         pairs = study.results.answers[kept:]

@@ -97,19 +97,19 @@ async def parts(request: Request, seconds: float) -> AsyncIterator[bytes]:
         yield part
 
 
-async def read_json(request: Request, seconds: float) -> dict[str, Any]:
-    """The body as an object; small, since nothing large is sent as JSON.
+async def read_json(request: Request, seconds: float, most: int = MOST_JSON) -> dict[str, Any]:
+    """The body as an object of at most `most` bytes.
 
     Raises:
         CTInstructError: for anything else.
     """
-    body = b""
+    body = bytearray()
     async for part in parts(request, seconds):
         body += part
-        if len(body) > MOST_JSON:
+        if len(body) > most:
             raise CTInstructError("The JSON is too long; a file is sent with its name: /api/studies?name=scan.nii.gz.")
     try:
-        found = json.loads(body or b"{}")
+        found = json.loads(bytes(body) or b"{}")
         json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise CTInstructError("The request is not JSON; a file is sent with its name: /api/studies?name=scan.nii.gz.") from error  # fmt: skip

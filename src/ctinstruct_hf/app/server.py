@@ -27,6 +27,9 @@ from .._version import __version__
 from ..errors import CTInstructError
 from ..inference.models import notes_on
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
+from .keys import KeyGuard, api_error
+from .metrics import add_metrics
+from .openai_api import NoSuchModel, add_openai
 from .receiving import is_form, read_json, receive, refuse_unknown
 
 STATIC = Path(__file__).parent / "static"
@@ -53,7 +56,14 @@ _DOWNLOADS = {
 }
 
 
-def create_app(engine: Engine, hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]"), page: bool = True) -> FastAPI:  # fmt: skip
+def create_app(
+    engine: Engine,
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]"),
+    page: bool = True,
+    key: str | None = None,
+    files: Path | None = None,
+    log: Callable[[str], None] | None = None,
+) -> FastAPI:
     """The application over an engine, which is closed with it.
 
     Args:
@@ -61,6 +71,9 @@ def create_app(engine: Engine, hosts: tuple[str, ...] = ("127.0.0.1", "localhost
         hosts: names by which the server may be called; others are refused, so that no page from elsewhere reaches it
             by a name of its own.
         page: serve the page too, not only the interface.
+        key: nothing is served without it.
+        files: folder of scans that chats may name by `file://`.
+        log: called with a line of JSON for every job that ended.
     """
 
     @asynccontextmanager
@@ -71,6 +84,8 @@ def create_app(engine: Engine, hosts: tuple[str, ...] = ("127.0.0.1", "localhost
     app = FastAPI(title="CTInstruct", version=__version__, description=NOTICE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")  # fmt: skip
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
+    if key is not None:
+        app.add_middleware(KeyGuard, key=key)
     app.add_middleware(_Guard)
 
     _add_errors(app, engine)
@@ -79,6 +94,8 @@ def create_app(engine: Engine, hosts: tuple[str, ...] = ("127.0.0.1", "localhost
     _add_studies(app, engine)
     _add_jobs(app, engine)
     _add_downloads(app, engine)
+    add_openai(app, engine, files)
+    add_metrics(app, engine, log)
     return app
 
 
@@ -86,34 +103,37 @@ def _add_errors(app: FastAPI, engine: Engine) -> None:
     """Every error is one sentence as JSON."""
 
     @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> JSONResponse:
-        return _refusal(503, str(error), {"Retry-After": "5"})
+    async def busy(request: Request, error: Busy) -> JSONResponse:
+        return _refusal(503, str(error), {"Retry-After": "5"}, request)
 
     @app.exception_handler(SeveralSeries)
-    async def choose(_: Request, error: SeveralSeries) -> JSONResponse:
+    async def choose(request: Request, error: SeveralSeries) -> JSONResponse:
+        if request.url.path.startswith("/v1/"):
+            engine.uploads.drop(error.upload)
+            return _refusal(400, engine.sentence(error), None, request)
         content = {"error": engine.sentence(error), "upload": error.upload, "series": error.series}
         return JSONResponse(content, status_code=300, headers=_HEADERS)
 
     @app.exception_handler(CTInstructError)
-    async def wrong(_: Request, error: CTInstructError) -> JSONResponse:
-        return _refusal(400, engine.sentence(error))
+    async def wrong(request: Request, error: CTInstructError) -> JSONResponse:
+        return _refusal(404 if isinstance(error, NoSuchModel) else 400, engine.sentence(error), None, request)
 
     @app.exception_handler(KeyError)
-    async def missing(_: Request, error: KeyError) -> JSONResponse:
-        return _refusal(404, "It is not there, or not any more: open the study again.")
+    async def missing(request: Request, error: KeyError) -> JSONResponse:
+        return _refusal(404, "It is not there, or not any more: open the study again.", None, request)
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         places = ", ".join(dict.fromkeys(str(one["loc"][-1]) for one in error.errors()))
-        return _refusal(422, f"{places} is missing or has no such value.")
+        return _refusal(422, f"{places} is missing or has no such value.", None, request)
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return _refusal(error.status_code, f"{error.detail}.", dict(error.headers or {}))
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return _refusal(error.status_code, f"{error.detail}.", dict(error.headers or {}), request)
 
 
 class _Guard:
@@ -199,8 +219,15 @@ class _InTurn:
             self.here -= 1
 
 
-def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": sentence}, status_code=status, headers={**_HEADERS, **(headers or {})})
+def _refusal(
+    status: int, sentence: str, headers: dict[str, str] | None = None, request: Request | None = None
+) -> JSONResponse:
+    """One sentence, as the interface that was called writes errors."""
+    content: dict[str, Any] = {"error": sentence}
+    if request is not None and request.url.path.startswith("/v1/"):
+        code = "model_not_found" if status == 404 and "model" in sentence else None
+        content = api_error(status, sentence, code)
+    return JSONResponse(content, status_code=status, headers={**_HEADERS, **(headers or {})})
 
 
 def _add_page(app: FastAPI) -> None:
@@ -406,8 +433,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(engine: Engine, host: str, port: int, page: bool = True, told: Callable[[str], None] = print) -> None:
-    """Serve until interrupted."""
+def run(
+    engine: Engine,
+    host: str,
+    port: int,
+    page: bool = True,
+    told: Callable[[str], None] = print,
+    key: str | None = None,
+    files: Path | None = None,
+    log: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until interrupted; see `create_app`."""
     import uvicorn
 
     try:
@@ -416,8 +452,9 @@ def run(engine: Engine, host: str, port: int, page: bool = True, told: Callable[
         engine.close()
         raise
     shown = f"[{host}]" if ":" in host else host
-    hosts = ("127.0.0.1", "localhost", "[::1]", shown)
-    config = uvicorn.Config(create_app(engine, hosts, page), log_level="warning", access_log=False)
+    # with a key, a page from elsewhere gains nothing by a name of its own
+    hosts = ("*",) if key is not None else ("127.0.0.1", "localhost", "[::1]", shown)
+    config = uvicorn.Config(create_app(engine, hosts, page, key, files, log), log_level="warning", access_log=False)
     try:
         told(f"http://{shown}:{listener.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listener])

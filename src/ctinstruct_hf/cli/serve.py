@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,8 @@ from .shared import (
     hide_progress_bars,
 )
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # this computer only
+
 
 def serve(
     host: Annotated[
@@ -30,6 +33,16 @@ def serve(
     max_upload: Annotated[float, typer.Option("--max-upload", help="GiB of the files of one study.")] = 2.0,
     studies: Annotated[int, typer.Option("--studies", help="Open at once.")] = 4,
     waiting: Annotated[int, typer.Option("--waiting", help="Questions in the line before more are refused.")] = 16,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", envvar="CTINSTRUCT_API_KEY", help="Serve nothing without it; needed beyond this computer."
+        ),
+    ] = None,
+    files: Annotated[
+        Path | None, typer.Option("--files", help="Folder of scans that chats may name by file://.")
+    ] = None,
+    log_jobs: Annotated[bool, typer.Option("--log-jobs", help="A line of JSON for every job, without names.")] = False,
     names: NamesOption = None,
     model: ModelOption = None,
     revision: RevisionOption = None,
@@ -38,6 +51,13 @@ def serve(
     quantize: QuantizeOption = None,
 ) -> None:
     """A local page to open a scan, see it, ask, and mark structures; the same as an HTTP interface."""
+    if host not in LOOPBACK and not api_key:
+        raise CTInstructError(
+            f"--host {host} can be reached from other computers: set CTINSTRUCT_API_KEY or --api-key, without which nothing "
+            "is served there."
+        )
+    if files is not None and not files.is_dir():
+        raise CTInstructError(f"--files {files} is no folder.")
     try:
         from ..app.engine import Engine, Limits
         from ..app.server import run
@@ -54,12 +74,14 @@ def serve(
     engine = Engine(model, device, dtype, limits, revision, None if names is None else read_names(names), quantize)
 
     def announce(address: str) -> None:
-        typer.echo(f"Research use only. The page is at {address}" if not api else f"Research use only. {address}/api")
-        if host not in ("127.0.0.1", "localhost", "::1"):
-            typer.echo("Whoever reaches this address can use it: there is no password.", err=True)
-        elif browser and not api and sys.stdout.isatty():
+        page = f"{address}/?key=…" if api_key else address
+        typer.echo(
+            f"Research use only. {address}/api and {address}/v1" if api else f"Research use only. The page is at {page}"
+        )
+        if host in LOOPBACK and not api_key and browser and not api and sys.stdout.isatty():
             import webbrowser
 
             webbrowser.open(address)
 
-    run(engine, host, port, page=not api, told=announce)
+    log = (lambda line: typer.echo(line, err=True)) if log_jobs else None
+    run(engine, host, port, page=not api, told=announce, key=api_key or None, files=files, log=log)

@@ -217,11 +217,19 @@ class EncodedScans:
 
     def _until_its_end(self, new: torch.Tensor) -> str:
         """The text of new tokens; what follows the closing token fills the batch."""
-        closing = self.model.generation_config.eos_token_id
-        closing = closing if isinstance(closing, list) else [closing]
-        closing = [*(token for token in closing if token is not None), self.processor.tokenizer.eos_token_id]
+        closing = self.closing_tokens()
         ends = torch.isin(new, torch.tensor(closing, device=new.device)).nonzero()
         return self.processor.tokenizer.decode(new[: int(ends[0]) + 1] if len(ends) else new)
+
+    def closing_tokens(self) -> list[int]:
+        """Ids that end an answer."""
+        closing = self.model.generation_config.eos_token_id
+        closing = closing if isinstance(closing, list) else [closing]
+        return [*(token for token in closing if token is not None), self.processor.tokenizer.eos_token_id]
+
+    def prompt_tokens(self, conversation: Conversation) -> int:
+        """How many tokens the model reads before it answers: those of the scans and of the words."""
+        return int(self._ids(conversation).shape[1])
 
     @torch.inference_mode()
     def read(self, answered: Sequence[tuple[Conversation, str]]) -> list[Reply]:
