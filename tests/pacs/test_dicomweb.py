@@ -82,6 +82,7 @@ def test_what_is_fetched_is_the_series_voxel_for_voxel(tmp_path: Path, orthanc: 
     found = dicomweb.fetch_study(address, tmp_path / "all")
     assert sorted(one.description for one in found) == ["thick", "thin"]
     assert len(list((tmp_path / "all").iterdir())) == 2
+    assert not [file for file in (tmp_path / "all").rglob("*") if "1.2." in str(file.relative_to(tmp_path))]
     dicomweb.fetch_study(address, tmp_path / "one", wanted=lambda series: series.body_part == "CHEST")
     assert np.array_equal(read_volume(tmp_path / "one").hu, asymmetric((6, 32, 32)))
 

@@ -269,7 +269,7 @@ def test_fifty_studies_with_one_bad_in_ten_and_two_kills_are_each_answered_once(
     for number in range(50):
         uid = generate_uid()
         folder = dicom_series(
-            tmp_path / "files" / str(number), HU, StudyInstanceUID=uid, SeriesInstanceUID=f"{uid}.1"[:64]
+            tmp_path / "files" / str(number), HU, StudyInstanceUID=uid, SeriesInstanceUID=generate_uid()
         )
         (bad if number % 10 == 3 else good).append(str(uid))
         for file in folder.iterdir() if number % 10 == 3 else ():

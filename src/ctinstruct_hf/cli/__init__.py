@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from ..errors import CTInstructError
 from ..output.types import OUTPUT_TYPES, output_type
 from ..threads import choose_threads
 from . import data, demo, doctor, evaluate, hub, predict, serve, train, watch
+from .configuration import read_configuration
 
 app = typer.Typer(
     name="ctinstruct",
@@ -45,8 +47,14 @@ app.add_typer(data.data_app, name="data")
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML of options by verb, {app: {port: 8000}}; the command line's come first."),
+    ] = None,
 ) -> None:
     context.obj = {"debug": debug}
+    if config is not None:
+        context.default_map = read_configuration(config, context.command)
 
 
 def spread(arguments: list[str]) -> list[str]:

@@ -76,7 +76,7 @@ def serve(
     def announce(address: str) -> None:
         page = f"{address}/?key=…" if api_key else address
         typer.echo(
-            f"Research use only. {address}/api and {address}/v1" if api else f"Research use only. The page is at {page}"
+            f"Research use only. {address}/v1 and {address}/api" if api else f"Research use only. The page is at {page}"
         )
         if host in LOOPBACK and not api_key and browser and not api and sys.stdout.isatty():
             import webbrowser

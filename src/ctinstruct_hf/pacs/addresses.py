@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 from ..errors import CTInstructError
 
 WEB, DIMSE = ("dicomweb+http", "dicomweb+https"), "dimse"
-_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+_UID = re.compile(r"[0-9][0-9.]*")
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,14 @@ def parse_address(text: str) -> Address:
     return Address(scheme, base, study or None, series or None, host=parts.hostname)
 
 
-__all__ = ["DIMSE", "WEB", "Address", "is_address", "parse_address"]
+def hashed(text: str) -> str:
+    """A text that identifies as one that does not, the same each time."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def object_name(instance: str) -> str:
+    """The name of an object's file: errors quote names of files, so it holds no UID."""
+    return f"{hashed(instance)[:16]}.dcm"
+
+
+__all__ = ["DIMSE", "WEB", "Address", "hashed", "is_address", "object_name", "parse_address"]

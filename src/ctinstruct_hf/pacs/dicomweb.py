@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import CTInstructError
 from ..output.dicom_source import no_quotes
-from .addresses import Address
+from .addresses import Address, object_name
 
 TIMEOUT = (10, 120)  # seconds to connect, and to wait for the next bytes
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -51,7 +51,7 @@ class FoundSeries:
     images: int | None
 
 
-def open_client(address: Address, retries: int = 1) -> Any:
+def open_client(address: Address) -> Any:
     """A client of dicomweb-client for the server.
 
     Raises:
@@ -64,7 +64,8 @@ def open_client(address: Address, retries: int = 1) -> Any:
         raise CTInstructError("DICOMweb needs dicomweb-client: pip install 'ctinstruct-hf[pacs]'.") from error
     session = requests.Session()
     session.auth = _credentials()
-    client = DICOMwebClient(address.base, session=session, timeout=TIMEOUT)
+    # archives hold UIDs that are not conformant
+    client = DICOMwebClient(address.base, session=session, timeout=TIMEOUT, permissive_uid=True)
     client.set_http_retry_params(retry=False)
     return client
 
@@ -262,7 +263,7 @@ def fetch_study(
                     raise CTInstructError(f"{address.server} sent an image of another series than was asked for.")
                 count += 1
                 progress(f"image {count} of {series.images or '?'}")
-                data.save_as(target / f"{data.SOPInstanceUID}.dcm", enforce_file_format=True)
+                data.save_as(target / object_name(str(data.SOPInstanceUID)), enforce_file_format=True)
         if not count or (series.images is not None and count < series.images):
             raise CTInstructError(
                 f"{address.server} sent {count} of {series.images or 'the'} images of series {number}: the connection "

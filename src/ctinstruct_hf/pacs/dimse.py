@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 from ..errors import CTInstructError
 from ..files import whole_file
 from ..output.dicom_source import no_quotes
-from .addresses import Address
+from .addresses import Address, hashed, object_name
 
 TITLE = "CTINSTRUCT"
 _NOT_UNDERSTOOD, _NO_SPACE = 0xC000, 0xA700
@@ -73,7 +72,7 @@ def store(files: Sequence[Path], address: Address) -> None:
 def listening(folder: Path, address: Address) -> Iterator[None]:
     """Take what is sent by C-STORE, and answer C-ECHO, while the block runs.
 
-    Objects lie in a folder a study, `<hash of its UID>/<SOPInstanceUID>.dcm`, each whole from the moment it has that name.
+    Objects lie in a folder a study, both named by hashes of their UIDs, each whole from the moment it has its name.
 
     Args:
         folder: to write into.
@@ -122,16 +121,11 @@ def _keep(event: Any, folder: Path) -> int:
         study = str(event.dataset.get("StudyInstanceUID") or "")
     if not instance.is_valid or not study:
         return _NOT_UNDERSTOOD
-    place = folder / study_folder(study)
+    place = folder / hashed(study)[:24]
     place.mkdir(parents=True, exist_ok=True)
-    with whole_file(place / f"{instance}.dcm") as draft:
+    with whole_file(place / object_name(instance)) as draft:
         draft.write_bytes(event.encoded_dataset())
     return 0x0000
 
 
-def study_folder(study: str) -> str:
-    """The folder of a study: its UID hashed, which is as long for every study and tells nothing."""
-    return hashlib.sha256(study.encode()).hexdigest()[:24]
-
-
-__all__ = ["listening", "store", "study_folder"]
+__all__ = ["listening", "store"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from ..files import temporary_folder
 from ..inference.scans import VOLUME_SUFFIXES, Scan, find_scans, scan_name
 from ..output.dicom_source import no_quotes
 from . import dicomweb
-from .addresses import Address
+from .addresses import Address, hashed
 from .orders import Order
 from .transfer import matches
 
@@ -85,7 +84,7 @@ class FolderSource:
             if not status:
                 continue
             state = (len(status), sum(one.st_size for one in status), max(one.st_mtime_ns for one in status))
-            key = _hash(uid or f"{path.name} {state}")
+            key = hashed(uid or f"{path.name} {state}")
             one = found.setdefault(key, Candidate(key, (), source=path.name))
             one.files.append(path)
             one.state = (*one.state, state)
@@ -147,7 +146,7 @@ class WebSource:
             dates = f"{today - datetime.timedelta(days=self.order.days):%Y%m%d}-"
         found = dicomweb.search_studies(self.address, dates=dates, limit=_MOST_STUDIES)
         kept = self.order.keep_study_uid
-        return [Candidate(_hash(one.uid), one.images, one.uid if kept else "", uid=one.uid) for one in found]
+        return [Candidate(hashed(one.uid), one.images, one.uid if kept else "", uid=one.uid) for one in found]
 
     @contextmanager
     def scans(self, study: Candidate) -> Iterator[list[Scan]]:
@@ -176,10 +175,6 @@ class WebSource:
 
     def release(self, study: Candidate) -> None:
         return
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 __all__ = ["Candidate", "FolderSource", "Source", "WebSource"]
