@@ -220,6 +220,12 @@ def test_a_study_that_ends_the_process_again_and_again_is_a_failure(tmp_path: Pa
     assert "ended 3 times" in (mine.folder / "failures.csv").read_text()
 
 
+def test_a_source_that_cannot_be_asked_ends_a_single_pass_with_its_sentence(tmp_path: Path, untrained: Path) -> None:
+    pytest.importorskip("dicomweb_client", reason="dicomweb-client is not installed")
+    with pytest.raises(CTInstructError, match="cannot be reached"):
+        watch(order(tmp_path, untrained, input=f"dicomweb+http://127.0.0.1:{free_port()}"), once=True)
+
+
 def test_two_processes_do_not_share_a_ledger(tmp_path: Path) -> None:
     first = Ledger(tmp_path)
     with pytest.raises(CTInstructError, match="Another ctinstruct watch works"):

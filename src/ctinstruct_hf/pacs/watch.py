@@ -56,7 +56,7 @@ class Watch:
         self.destination = None if order.send is None else parse_address(order.send)
         self.request = order.request()
         self._seen: dict[str, tuple[Any, float]] = {}
-        self.trouble = ""
+        self.trouble, self.unreachable = "", False
         if self.destination is None and ledger.entries("sending"):
             raise CTInstructError("Earlier results are to be sent yet: give the request its send: … again.")
         resolve_model(order.model, order.revision)  # a model that is not there is an error now, not of every study
@@ -68,7 +68,9 @@ class Watch:
             candidates = self.source.studies()
         except CTInstructError as error:
             self._trouble(str(error))
+            self.unreachable = True
             return moved
+        self.unreachable = False
         now, seen = time.monotonic(), {}
         for one in candidates:
             state, since = self._seen.get(one.key, (None, now))
@@ -159,6 +161,8 @@ def watch(order: Order, *, once: bool = False, log: Callable[[str], None] = lamb
             log(f"Watching {parse_address(order.input).server if is_address(order.input) else order.input}.")
             while True:
                 moved = service.look()
+                if once and service.unreachable:
+                    raise CTInstructError(service.trouble)
                 if once and not moved and not service.unfinished:
                     break
                 if not moved:
