@@ -51,8 +51,8 @@ def write_submission(predictions: Predictions, path: Path) -> int:
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise CTInstructError(f"volumes have more than one report: {', '.join(twice[:5])}.")
-    told = submission([(name, record.prediction) for name, record in zip(names, records, strict=True)])
-    write_whole(path, json.dumps(told, indent=1, ensure_ascii=False))
+    content = submission([(name, record.prediction) for name, record in zip(names, records, strict=True)])
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
     return len(records)
 
 

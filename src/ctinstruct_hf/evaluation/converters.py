@@ -1,6 +1,6 @@
 """What other systems' own evaluation scripts write, as records of `predictions`.
 
-m3d        M3D's `eval_close_vqa.csv`, `eval_open_vqa.csv`, `eval_caption.csv` (told apart by their columns)
+m3d        M3D's `eval_close_vqa.csv`, `eval_open_vqa.csv`, `eval_caption.csv` (recognised by their columns)
 radfm      RadFM's `output_whole_2_epoch….csv`: Question, Ground Truth, Pred, belong_to
 ct_chat    CT-CHAT's `output_validation_….json`, with CT-RATE's `valid_vqa.json` for the right answers
 released   the CTInstruct release's `<task>.json`: {"metric": …, "1": {"predict", "ground_truth", "question", …}}
@@ -24,33 +24,33 @@ _MARKS = ("<image>\n", "<image>", "<report_generation>", "<short_answer>", "<lon
 
 
 def convert_predictions(
-    kind: str, path: Path, references: Path | None = None, dataset: str = "", system: str | None = None
+    converter: str, path: Path, references: Path | None = None, dataset: str = "", system: str | None = None
 ) -> Predictions:
     """Predictions of another system from its own file.
 
     Args:
-        kind: of `CONVERTERS`.
+        converter: of `CONVERTERS`.
         path: the file.
         references: the right answers, where the file lacks them (ct_chat).
-        dataset: name of the data set, for tables (ct_rate, rp3d_vqa …); each kind has its own by default.
+        dataset: name of the data set, for tables (ct_rate, rp3d_vqa …); each converter has a default.
         system: its name in tables.
 
     Raises:
         CTInstructError: for a file of another form, naming it and what it lacks.
     """
-    if kind not in CONVERTERS:
-        raise CTInstructError(f"'{kind}' is not known: use {', '.join(CONVERTERS)}.")
+    if converter not in CONVERTERS:
+        raise CTInstructError(f"'{converter}' is not known: use {', '.join(CONVERTERS)}.")
     for one in (path, references):
         if one is not None and not one.is_file():
             raise CTInstructError(f"{one} does not exist.")
-    name, usual, convert = CONVERTERS[kind]
+    name, usual, convert = CONVERTERS[converter]
     records = list(convert(path, references))
     if not records:
         raise CTInstructError(f"{path.name} has no sample.")
     for record in records:
         record.dataset = dataset or record.dataset or usual
     check_ids(records, path.name)
-    return Predictions(system or name, records, path.parent, {"converted_from": kind})
+    return Predictions(system or name, records, path.parent, {"converted_from": converter})
 
 
 def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
@@ -63,32 +63,34 @@ def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
         return list(reader)
 
 
-def _json(path: Path, kind: type) -> Any:
+def _json(path: Path, expected: type) -> Any:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CTInstructError(f"{path.name} is no JSON: {error}") from error
-    if not isinstance(read, kind):
-        raise CTInstructError(f"{path.name} holds {type(read).__name__}, expected {kind.__name__}.")
+    if not isinstance(read, expected):
+        raise CTInstructError(f"{path.name} holds {type(read).__name__}, expected {expected.__name__}.")
     return read
 
 
 def _m3d(path: Path, references: Path | None) -> Iterator[Record]:
     with path.open(encoding="utf-8", newline="") as file:
         columns = next(csv.reader(file), [])
-    if "Answer Choice" in columns:
-        for index, row in enumerate(_rows(path, ("Question", "Answer", "Answer Choice", "Pred"))):
-            answer = f"{row['Answer Choice']}. {row['Answer']}".strip()
-            yield Record(f"{path.stem}-{index}", "multiple_choice", question=row["Question"], prediction=row["Pred"],
-                         reference=answer, options=options_of(row["Question"]))  # fmt: skip
-    elif "Ground Truth" in columns:
-        for index, row in enumerate(_rows(path, ("Question", "Ground Truth", "pred"))):
-            yield Record(f"{path.stem}-{index}", "caption", question=row["Question"], prediction=row["pred"].strip(),
-                         reference=row["Ground Truth"].strip())  # fmt: skip
-    else:
-        for index, row in enumerate(_rows(path, ("Question", "Answer", "Pred"))):
-            yield Record(f"{path.stem}-{index}", "question", question=row["Question"], prediction=row["Pred"].strip(),
-                         reference=row["Answer"].strip())  # fmt: skip
+    # task, columns, and how the prediction's and the right answer's are called
+    task, needed, predicted, right = (
+        ("multiple_choice", ("Question", "Answer", "Answer Choice", "Pred"), "Pred", "Answer")
+        if "Answer Choice" in columns
+        else ("caption", ("Question", "Ground Truth", "pred"), "pred", "Ground Truth")
+        if "Ground Truth" in columns
+        else ("question", ("Question", "Answer", "Pred"), "Pred", "Answer")
+    )
+    for index, row in enumerate(_rows(path, needed)):
+        record = Record(f"{path.stem}-{index}", task, question=row["Question"], prediction=row[predicted].strip(),
+                        reference=row[right].strip())  # fmt: skip
+        if task == "multiple_choice":
+            record.reference = f"{row['Answer Choice']}. {row['Answer']}".strip()
+            record.options = options_of(row["Question"])
+        yield record
 
 
 def _unlisted(cell: str) -> str:
@@ -120,36 +122,35 @@ def _ct_chat(path: Path, references: Path | None) -> Iterator[Record]:
         raise CTInstructError(
             "ct_chat needs --references: CT-RATE's valid_vqa.json, since the file has no right answers."
         )
-    said = _json(path, list)
+    answered = _json(path, list)
     right = _json(references, list)
-    if len(said) != len(right):
-        raise CTInstructError(f"{path.name} has {len(said)} conversations, {references.name} {len(right)}.")
-    for place, (out, truth) in enumerate(zip(said, right, strict=True)):
+    if len(answered) != len(right):
+        raise CTInstructError(f"{path.name} has {len(answered)} conversations, {references.name} {len(right)}.")
+    for index, (out, truth) in enumerate(zip(answered, right, strict=True)):
         try:
             answers, turns = out["conversations_out"], truth["conversations"]
-            name = str(truth.get("id", place))
+            name = str(truth.get("id", index))
             if _plain_name(out["image"]) != _plain_name(truth["image"]):
                 raise CTInstructError(
-                    f"{path.name}, conversation {place}: it is about {out['image']}, {references.name} about {truth['image']}."
+                    f"{path.name}, conversation {index}: it is about {out['image']}, {references.name} about {truth['image']}."
                 )
-            asked = [index for index, turn in enumerate(turns) if turn["from"] == "human"]
+            asked = [turn for turn, content in enumerate(turns) if content["from"] == "human"]
             if len(asked) != len(answers):
                 raise CTInstructError(
-                    f"{path.name}, conversation {place}: {len(answers)} answers for {len(asked)} questions."
+                    f"{path.name}, conversation {index}: {len(answers)} answers for {len(asked)} questions."
                 )
-            for number, (index, answer) in enumerate(zip(asked, answers, strict=True)):
-                kind = turns[index].get("type", "")
-                question = _without_marks(turns[index]["value"])
+            for number, (turn, answer) in enumerate(zip(asked, answers, strict=True)):
+                question = _without_marks(turns[turn]["value"])
                 spoken = re.sub(r"</?s>|<\|[^|]*\|>", "", answer["answer"]).strip()
                 record = Record(f"{name}-{number}", "question", question=question, prediction=spoken,
-                                reference=turns[index + 1]["value"].strip())  # fmt: skip
-                if kind == "report_generation":
+                                reference=turns[turn + 1]["value"].strip())  # fmt: skip
+                if turns[turn].get("type") == "report_generation":
                     record.task = "report"
-                elif kind == "multiple_choice":
+                elif turns[turn].get("type") == "multiple_choice":
                     record.task, record.options = "multiple_choice", options_of(question)
                 yield record
         except (KeyError, IndexError, TypeError) as error:
-            raise CTInstructError(f"{path.name}, conversation {place} has another form: {error!r}.") from error
+            raise CTInstructError(f"{path.name}, conversation {index} has another form: {error!r}.") from error
 
 
 def _without_marks(text: str) -> str:

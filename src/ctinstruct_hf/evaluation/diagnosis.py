@@ -111,10 +111,10 @@ def calibration(probabilities: Any, labels: Any, bins: int = 10) -> dict[str, An
     scores, truth = _checked(probabilities, labels)
     known = truth >= 0
     score, positive = scores[known], truth[known]
-    place = np.minimum((score * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    confidence = np.bincount(place, score, bins) / np.maximum(counts, 1)
-    frequency = np.bincount(place, positive, bins) / np.maximum(counts, 1)
+    bin_of = np.minimum((score * bins).astype(int), bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
+    confidence = np.bincount(bin_of, score, bins) / np.maximum(counts, 1)
+    frequency = np.bincount(bin_of, positive, bins) / np.maximum(counts, 1)
     rows = [
         {
             "low": index / bins,

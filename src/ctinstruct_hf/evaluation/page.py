@@ -46,8 +46,8 @@ def write_comparison(systems: Sequence[SystemScores], folder: Path, pictures: bo
             (draft / "tables" / f"{number:02d}.csv").write_text(table.csv(), encoding="utf-8")
         for name, (_, picture) in drawn.items():
             (draft / f"{name}.png").write_bytes(picture)
-        told = [system.to_dict() for system in systems]
-        (draft / "scores.json").write_text(json.dumps(_plain(told), indent=1), encoding="utf-8")
+        scores = [_plain(system.to_dict()) for system in systems]
+        (draft / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
         (draft / "index.html").write_text(_page(systems, tables, drawn), encoding="utf-8")
     return tables
 
@@ -102,10 +102,10 @@ def _dice_picture(having: Sequence[tuple[str, Any]]) -> bytes:
     names = list(dict.fromkeys(name for _, scores in having for name in scores.details["_per_structure"]))
     figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(names) * max(len(having), 1)))
     step = 0.8 / len(having)
-    for place, (system, scores) in enumerate(having):
+    for number, (system, scores) in enumerate(having):
         rows = scores.details["_per_structure"]
         values = [rows.get(name, []) for name in names]
-        at = np.arange(len(names)) + place * step
+        at = np.arange(len(names)) + number * step
         means = [np.mean(one) if one else 0 for one in values]
         spread = [deviation(one) if one else 0 for one in values]
         axes.barh(at, means, step * 0.9, xerr=spread, label=system, error_kw={"lw": 0.7})

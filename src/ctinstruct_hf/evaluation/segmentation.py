@@ -43,8 +43,8 @@ def volume_dice(
     flat = [_labels(array) for array in (predicted, true)]
     sizes = np.zeros((3, most + 1), dtype=np.int64)
     for start in range(0, len(flat[0]), _CHUNK):
-        said, right = (array[start : start + _CHUNK] for array in flat)
-        for row, part in enumerate((said, right, right[said == right])):
+        prediction_part, truth_part = (array[start : start + _CHUNK] for array in flat)
+        for row, part in enumerate((prediction_part, truth_part, truth_part[prediction_part == truth_part])):
             sizes[row] += np.bincount(part, minlength=most + 1)[: most + 1]
     return {
         name: _dice(int(sizes[2][value]), int(sizes[0][value]), int(sizes[1][value])) for name, value in values.items()
@@ -134,26 +134,26 @@ def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, n
         CTInstructError: where a file cannot be read or lies outside of `folder`, or the two lie on different grids.
     """
     reference = mask["reference"]
-    told = reference if isinstance(reference, dict) else {"path": str(reference)}
-    values = [int(value) for value in told.get("values") or []]
-    said, affine = read_prediction(mask, folder)
-    path = str(told.get("path") or "")
+    labelled = reference if isinstance(reference, dict) else {"path": str(reference)}
+    values = [int(value) for value in labelled.get("values") or []]
+    predicted, affine = read_prediction(mask, folder)
+    path = str(labelled.get("path") or "")
     if not path:  # known to be absent
-        truth, other = np.zeros(said.shape, bool), affine
+        truth, other = np.zeros(predicted.shape, bool), affine
     else:
         # absolute: where `evaluate` found it in the data
         named = Path(path) if Path(path).is_absolute() else inside(folder, path, "the file of predictions")
         labels, other = _read_labels(named)
         truth = np.isin(labels, values) if values else labels > 0
-    if said.shape != truth.shape:
+    if predicted.shape != truth.shape:
         raise CTInstructError(
-            f"{mask['prediction']} has shape {said.shape}, its reference {truth.shape}: masks are compared on the scan's grid."
+            f"{mask['prediction']} has shape {predicted.shape}, its reference {truth.shape}: masks are compared on the scan's grid."
         )
     if affine is not None and other is not None and not np.allclose(affine, other, atol=1e-2):
         raise CTInstructError(f"{mask['prediction']} and its reference {path} have different affines.")
     known = affine if affine is not None else other
     spacing = np.ones(3) if known is None else np.linalg.norm(known[:3, :3], axis=0)
-    return said > 0, truth, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+    return predicted > 0, truth, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
 
 
 def read_prediction(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -230,28 +230,28 @@ def clinical_efficacy(
     """
     if len(predictions) != len(references):
         raise CTInstructError(f"There are {len(predictions)} predictions for {len(references)} references.")
-    said = np.array([list(label_report(text, uncertain).values()) for text in predictions], dtype=bool)
-    truth = np.full(said.shape, -1)
+    named = np.array([list(label_report(text, uncertain).values()) for text in predictions], dtype=bool)
+    truth = np.full(named.shape, -1)
     for row, reference in enumerate(references):
         if isinstance(reference, str):
             truth[row] = list(label_report(reference, uncertain).values())
         else:
             known = {name.lower(): value for name, value in reference.items()}
             truth[row] = [known.get(name, -1) for name in FINDINGS]
-    return precision_recall_f1(said, truth, FINDINGS)
+    return precision_recall_f1(named, truth, FINDINGS)
 
 
-def precision_recall_f1(said: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def precision_recall_f1(named: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Precision, recall and F1 of yes or no per column, with macro and micro means.
 
     Args:
-        said: bool [N, columns].
+        named: bool [N, columns].
         truth: [N, columns] of 1, 0, or −1 for unknown.
         names: of the columns.
     """
     kept = truth >= 0
-    hits = ((truth == 1) & said).sum(0)
-    claimed, positives = (said & kept).sum(0), (truth == 1).sum(0)
+    hits = ((truth == 1) & named).sum(0)
+    claimed, positives = (named & kept).sum(0), (truth == 1).sum(0)
 
     def three(hit: int, claim: int, positive: int) -> dict[str, float]:
         return {

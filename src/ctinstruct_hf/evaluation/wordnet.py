@@ -20,53 +20,16 @@ HOW_TO_GET = (
 # Debian's packages and ours, then what nltk has
 FOLDERS = (Path("/usr/share/wordnet"), Path("~/.cache/ctinstruct_hf/wordnet"))
 # the files of lexicographers, in the order of their numbers (lexnames(5WN)), which Debian leaves out
-_LEXNAMES = [
-    "adj.all",
-    "adj.pert",
-    "adv.all",
-    "noun.Tops",
-    "noun.act",
-    "noun.animal",
-    "noun.artifact",
-    "noun.attribute",
-    "noun.body",
-    "noun.cognition",
-    "noun.communication",
-    "noun.event",
-    "noun.feeling",
-    "noun.food",
-    "noun.group",
-    "noun.location",
-    "noun.motive",
-    "noun.object",
-    "noun.person",
-    "noun.phenomenon",
-    "noun.plant",
-    "noun.possession",
-    "noun.process",
-    "noun.quantity",
-    "noun.relation",
-    "noun.shape",
-    "noun.state",
-    "noun.substance",
-    "noun.time",
-    "verb.body",
-    "verb.change",
-    "verb.cognition",
-    "verb.communication",
-    "verb.competition",
-    "verb.consumption",
-    "verb.contact",
-    "verb.creation",
-    "verb.emotion",
-    "verb.motion",
-    "verb.perception",
-    "verb.possession",
-    "verb.social",
-    "verb.stative",
-    "verb.weather",
-    "adj.ppl",
-]
+_NOUNS = (
+    "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event",
+    "feeling", "food", "group", "location", "motive", "object", "person", "phenomenon", "plant",
+    "possession", "process", "quantity", "relation", "shape", "state", "substance", "time",
+)  # fmt: skip
+_VERBS = (
+    "body", "change", "cognition", "communication", "competition", "consumption", "contact", "creation",
+    "emotion", "motion", "perception", "possession", "social", "stative", "weather",
+)  # fmt: skip
+_LEXNAMES = ["adj.all", "adj.pert", "adv.all", *(f"noun.{name}" for name in _NOUNS), *(f"verb.{name}" for name in _VERBS), "adj.ppl"]  # fmt: skip
 
 
 def find_wordnet() -> Any:
@@ -94,11 +57,11 @@ def find_wordnet() -> Any:
         except LookupError:
             continue
     for folder in FOLDERS:
-        place = str(folder.expanduser())
-        if os.path.exists(os.path.join(place, "index.sense")):
-            roots.append(place)
-            if place not in data.path:  # nltk opens nothing outside its folders
-                data.path.append(place)
+        root = str(folder.expanduser())
+        if os.path.exists(os.path.join(root, "index.sense")):
+            roots.append(root)
+            if root not in data.path:  # nltk opens nothing outside its folders
+                data.path.append(root)
     problems = []
     for root in roots:
         try:

@@ -35,10 +35,10 @@ def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> 
         compared = agreement(**sources, threshold=settings.limits.get(name, THRESHOLD))
         if compared.consistent is None:
             continue
-        key, said = f"{scan}: {name}", list(compared.says)
+        key, speaking = f"{scan}: {name}", list(compared.says)
         found["contradictory"][key] = float(not compared.consistent)
         per_finding[name].append(found["contradictory"][key])
-        for first, second in ((a, b) for number, a in enumerate(said) for b in said[number + 1 :]):
+        for first, second in ((a, b) for number, a in enumerate(speaking) for b in speaking[number + 1 :]):
             found[f"{first} / {second}"][key] = float((first, second) in compared.disagree)
     scores.per_sample |= found
     scores.count = len(found["contradictory"])
@@ -53,25 +53,25 @@ def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> 
 def _sources(
     records: Sequence[Record], names: Sequence[str], settings: Settings
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(scan, finding, {source: what it says}) of everything that is said about these findings."""
+    """(scan, finding, {source: what it says}) of everything that records say about these findings."""
     known, reader = Names(names), ReportReader(names)
-    said: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
     for record in records:
         scan = record.scan or record.id.split("/")[0]
         if record.task == "report":
             for name, statement in reader.read(record.prediction).items():
-                said[scan, name].setdefault("report", statement.state)
+                found[scan, name].setdefault("report", statement.state)
         elif record.task == "question":
             asked = known.find(" ".join(_ASKED.sub(" ", record.question).split()))
             if asked.known and len(asked.names) == 1:
-                said[scan, asked.names[0]].setdefault("question", record.prediction)
+                found[scan, asked.names[0]].setdefault("question", record.prediction)
         for name, probability in record.probabilities.items():
-            said[scan, name].setdefault("probability", probability)
+            found[scan, name].setdefault("probability", probability)
         for mask in record.masks:
             named = known.find(str(mask["name"]))
             if named.known and len(named.names) == 1 and "prediction" in mask:
-                said[scan, named.names[0]].setdefault("mask", bool(read_prediction(mask, settings.folder)[0].any()))
-    for (scan, name), sources in said.items():
+                found[scan, named.names[0]].setdefault("mask", bool(read_prediction(mask, settings.folder)[0].any()))
+    for (scan, name), sources in found.items():
         yield scan, name, sources
 
 
