@@ -80,7 +80,7 @@ def evaluate(
         typer.Option("--split", help="train, validation or test; by default test, or validation without one."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Samples of each task.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Questions answered at once.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Questions about one scan answered at once.")] = 4,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of an answer.")] = 512,
     thresholds: ThresholdsOption = "validation",
     surface: SurfaceOption = False,

@@ -156,15 +156,15 @@ class StageTwo:
             options_of(text_of(job.messages[job.turn - 1])) if choice else []
             for job, choice in zip(jobs, chosen, strict=True)
         ]
-        replies = study.reply([job.messages[: job.turn] for job in jobs], **self.generation) if jobs else []
+        answers = study.write([job.messages[: job.turn] for job in jobs], **self.generation) if jobs else []
         return [
             job.record(
                 question=_question(job),
-                prediction=self.processor.write_out(reply.text),
+                prediction=self.processor.write_out(answer),
                 reference=text_of(job.sample.messages[job.turn]),  # type: ignore[union-attr]  # of stage two
                 options=listed,
             )
-            for job, reply, listed in zip(jobs, replies, options, strict=True)
+            for job, answer, listed in zip(jobs, answers, options, strict=True)
         ]
 
 
