@@ -35,8 +35,8 @@ from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
 from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
-from ctinstruct_hf.train.stage_one import load_stage_one, start_bridger
-from ctinstruct_hf.train.token_store import TokenStore
+from ctinstruct_hf.train.small_models.stage_one import load_stage_one, start_bridger
+from ctinstruct_hf.train.small_models.token_store import TokenStore
 from tests.train.test_pretrain import QUICK, losses
 
 SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1}
@@ -246,7 +246,7 @@ def test_a_frozen_tower_runs_once_and_the_tokens_are_as_good(
 ) -> None:
     recipe |= {"freeze": ["vision_tower"], "mixture": recipe["mixture"][::2], "max_steps": 3, "trainer": "transformers"}
     instruct({**recipe, "output_dir": str(tmp_path / "plain")})
-    instruct({**recipe, "output_dir": str(tmp_path / "kept"), "keep_tokens": True})
+    instruct({**recipe, "output_dir": str(tmp_path / "kept"), "small_model": {"keep_tokens": True}})
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     instruct({**recipe, "output_dir": str(tmp_path / "memory"), "keep_tokens": True, "cache": None})
@@ -272,8 +272,7 @@ def test_seg_is_taught_the_prompts_of_stage_one(recipe: dict[str, Any], stage_on
     recipe |= {
         "mixture": [part],
         "freeze": ["vision_tower", "segmentation_decoder"],
-        "keep_tokens": True,
-        "align_prompts": True,
+        "small_model": {"keep_tokens": True, "align_prompts": True},
         "config": {"names_masks": True},
         "max_steps": 25,
         "save_steps": 25,
@@ -302,7 +301,7 @@ def test_the_bridger_starts_with_what_the_category_grain_reads(
 ) -> None:
     from ctinstruct_hf.data.parts import load_part
 
-    changes = {"freeze": ["vision_tower"], "keep_tokens": True, "config": {"bridger": bridger}}
+    changes = {"freeze": ["vision_tower"], "small_model": {"keep_tokens": True}, "config": {"bridger": bridger}}
     settings, _ = parse_recipe({**recipe, **changes, "trainer": "transformers"}, InstructSettings)
     model, processor = build_model(settings)
     store = PatchStore(processor.image_processor, cache)
@@ -416,13 +415,14 @@ def test_qlora_trains_four_bits_and_saves_what_loads_without_them(
 
 @pytest.mark.slow
 def test_a_run_with_a_started_bridger_trains(recipe: dict[str, Any], tmp_path: Path) -> None:
-    frozen = {"freeze": ["vision_tower"], "keep_tokens": True, "max_steps": 2, "save_steps": 2}
-    instruct({**recipe, **frozen, "start_bridger": True})
+    frozen = {"freeze": ["vision_tower"], "small_model": {"keep_tokens": True}, "max_steps": 2, "save_steps": 2}
+    started = {"small_model": {"keep_tokens": True, "start_bridger": True}}
+    instruct({**recipe, **frozen, **started})
     instruct({**recipe, **frozen, "output_dir": str(tmp_path / "plain")})
     with_start, without = losses(tmp_path / "run"), losses(tmp_path / "plain")
     assert with_start[0]["loss"] != without[0]["loss"]
     adapters = {"lora": {"r": 4}, "output_dir": str(tmp_path / "lora")}
-    instruct({**recipe, **frozen, **adapters, "start_bridger": True})
+    instruct({**recipe, **frozen, **adapters, **started})
     plain, adapted = (
         CTInstructForConditionalGeneration.from_pretrained(tmp_path / name / "model").model.bridger.weight
         for name in ("plain", "lora")
@@ -627,6 +627,10 @@ def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], sta
         ({"mixture": [{"dataset": "/nowhere"}]}, "does not exist"),
         ({"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 2]}, "tasks": ["poem"]}]}, "unknown tasks poem"),
         ({"keep_tokens": True}, "keep_tokens needs a frozen tower"),
+        ({"small_model": {"keep_tokens": True}}, "keep_tokens needs a frozen tower"),
+        ({"small_model": {"keeps_tokens": True}}, "small_model has unknown keys: keeps_tokens; known are positive_voxels"),
+        ({"small_model": True}, "small_model is True: write its keys"),
+        ({"small_model": {"positive_voxels": 3}}, "positive_voxels is 3"),
         ({"load_in_4bit": True}, "load_in_4bit needs lora"),
         ({"align_prompts": True}, "align_prompts needs vision"),
         ({"start_bridger": True}, "start_bridger needs vision"),
@@ -679,7 +683,9 @@ def test_bundled_recipes_are_whole(
             (tmp_path / part["dataset"] / "instructions").mkdir(parents=True, exist_ok=True)
     if "model" in told:  # a second pass goes on from the model of a first
         told["model"] = str(untrained)
-    told |= {"vision": str(stage_one), "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    told |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    if "vision" in told:
+        told["vision"] = str(stage_one)
     settings, arguments = parse_recipe({**told, "trainer": "transformers"}, InstructSettings)
     assert arguments.max_steps > 0
     assert settings.mixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -30,6 +31,7 @@ from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImage
 from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
 from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
 from ctinstruct_hf.train.recipe import parse_recipe, read_recipe, recipe_names
+from ctinstruct_hf.train.small_models.settings import SmallPretraining
 from ctinstruct_hf.train.tables import COLUMNS, ROWS, recipe_of_row, run_table
 from ctinstruct_hf.train.text_encoders import find_text_encoder, load_text_encoder
 
@@ -99,7 +101,7 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
         "metric_for_best_model": "eval_dice",
         "save_steps": 3,
         "learning_rates": {"vision_tower.attention": 1e-4},
-        "positive_voxels": {"weight": 5, "steps": 4, "power": 0.5},
+        "small_model": {"positive_voxels": {"weight": 5, "steps": 4, "power": 0.5}, "spread_texts": True},
         "loss_weights": {"contrastive": 0.1},
     }
     scores = pretrain(recipe)
@@ -133,7 +135,7 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
 
 def test_batch_norms_stand_still_from_a_share_of_the_steps_on(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 4, "save_steps": 1}
-    recipe |= {"save_total_limit": None, "freeze_batch_norm_from": 0.5}
+    recipe |= {"save_total_limit": None, "small_model": {"freeze_batch_norm_from": 0.5}}
     pretrain(recipe)
     statistics = []
     for step in (1, 2, 3, 4):
@@ -161,7 +163,7 @@ def test_hard_names_count_from_a_step_on(recipe: dict[str, Any], monkeypatch: py
     )
     recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 4, "evaluation": None}
     recipe |= {"eval_strategy": "no", "metric_for_best_model": None, "save_strategy": "no"}
-    pretrain({**recipe, "hard_names": {"power": 1.5, "from": 0.5}})
+    pretrain({**recipe, "small_model": {"hard_names": {"power": 1.5, "from": 0.5}}})
     assert powers == [0.0, 0.0, 1.5, 1.5]
     model = CTInstructForPretraining.from_pretrained(Path(recipe["output_dir"]) / "model")
     assert "pleural effusion on the left" in model.config.disease_lists["stage one"]
@@ -400,6 +402,9 @@ def test_fsdp_trains_as_ddp_does_saves_scores_and_resumes(recipe: dict[str, Any]
     ({"vision": {"keeps_slices": True}}, "set both or none"),
     ({"positive_voxels": {"heavy": 2}}, "positive_voxels has unknown heavy"),
     ({"hard_names": {"strength": 2}}, "hard_names has unknown strength"),
+    ({"small_model": {"hard_names": {"strength": 2}}}, "hard_names has unknown strength"),
+    ({"small_model": {"keep_tokens": True}}, "small_model has unknown keys: keep_tokens; known are positive_voxels, spread_texts"),
+    ({"keep_tokens": True}, "unknown keys: keep_tokens"),
     ({"batch_norm": "none"}, "batch_norm is 'none'"),
     ({"freeze_batch_norm_from": 2}, "freeze_batch_norm_from is 2"),
     ({"text_encoder": "/nowhere/at/all"}, "text_encoder '/nowhere/at/all' cannot be loaded"),
@@ -452,6 +457,17 @@ def test_recipes_build_on_each_other_and_take_changes(tmp_path: Path) -> None:
         read_recipe("huge")
     with pytest.raises(CTInstructError, match="write key=value"):
         read_recipe("tiny", ["max_steps"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_small_models_settings_count_in_their_block_and_beside_it_as_before(name: str) -> None:
+    recipe = read_recipe(name)
+    recipe |= {"mixture": [{"phantoms": {"seeds": [0, 1]}}], "evaluation": None, "model": None}
+    block = recipe.pop("small_model", {})
+    assert not {field.name for field in dataclasses.fields(SmallPretraining)} & set(recipe)
+    inside, beside = (parse_recipe({**recipe, **more}, PretrainSettings)[0] for more in ({"small_model": block}, block))
+    assert inside.small_model == beside.small_model
+    assert (inside.small_model == SmallPretraining()) == (name == "paper")
 
 
 @pytest.mark.parametrize("name", recipe_names())

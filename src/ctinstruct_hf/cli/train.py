@@ -57,6 +57,7 @@ def pretrain(
 
 
 def instruct(
+    context: typer.Context,
     recipe: RecipeArgument = "tiny",
     changes: ChangesOption = None,
     vision: Annotated[
@@ -65,6 +66,10 @@ def instruct(
     output: OutputDirOption = None,
     resume: ResumeOption = None,
     restart: RestartOption = False,
+    preview: Annotated[
+        int | None,
+        typer.Option("--preview", min=1, help="Show so many samples as the model will read them; nothing is trained."),
+    ] = None,
 ) -> None:
     """Stage two: tune on instructions. Goes on where an interrupted run stopped."""
     from rich.console import Console
@@ -77,6 +82,15 @@ def instruct(
         settings["output_dir"] = str(output)
     if vision is not None:
         settings["vision"] = str(vision)
+    if preview is not None:
+        refuse_beside(context, "--preview", "resume", "restart")
+        from ..train.preview import MARKS
+        from ..train.preview import preview as show_samples
+
+        typer.echo(f"Between {MARKS[0]} and {MARKS[1]}: what counts for the loss.")
+        for path in show_samples(settings, preview, typer.echo):
+            typer.echo(f"masks: {path}")
+        return
     console = Console(stderr=True)
     metrics = run(settings, resume, restart, tell=lambda step: console.print(step, highlight=False, markup=False))
     for name, value in metrics.items():

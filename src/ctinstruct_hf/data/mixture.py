@@ -29,6 +29,7 @@ class MixtureEntry:
         weight: how often it is drawn, relative to the others.
         batch_size: samples a batch of it; the mixture's own by default. Slices come in larger batches than volumes.
         lengths: of the rows' texts; batches are then made of rows of like length, which saves padding.
+        groups: a number for each row; batches are then made of rows of one number, as far as they are full.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MixtureEntry:
     weight: float = 1.0
     batch_size: int | None = None
     lengths: Sequence[int] | None = None
+    groups: Sequence[int] | None = None
 
 
 @dataclass
@@ -130,19 +132,22 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
                 yield batch
 
     def _order(self, part: int, epoch: int) -> np.ndarray:
-        """The rows of a part in the order of an epoch: at random, in batches of like length where lengths are known."""
+        """The rows of a part in the order of an epoch: at random, in batches of one group, and of like length, where these are known."""
         entry = self.mixture.entries[part]
         rng = np.random.default_rng([self.seed, 103, part, epoch])
         order = rng.permutation(len(entry.rows))
-        if entry.lengths is None:
+        if entry.lengths is None and len(set(entry.groups or ())) < 2:
             return order
         size = entry.batch_size or self.batch_size
-        lengths = np.asarray(entry.lengths)
+        lengths = np.zeros(len(order)) if entry.lengths is None else np.asarray(entry.lengths)
+        groups = np.zeros(len(order)) if entry.groups is None else np.asarray(entry.groups)
         batches: list[np.ndarray] = []
-        for first in range(0, len(order), size * 50):  # sorted within some batches, which keeps it random
-            block = order[first : first + size * 50]
-            block = block[np.argsort(lengths[block], kind="stable")]
-            batches += [block[start : start + size] for start in range(0, len(block), size)]
+        for group in np.unique(groups):
+            members = order[groups[order] == group]
+            for first in range(0, len(members), size * 50):  # sorted within some batches, which keeps it random
+                block = members[first : first + size * 50]
+                block = block[np.argsort(lengths[block], kind="stable")]
+                batches += [block[start : start + size] for start in range(0, len(block), size)]
         whole, rest = [one for one in batches if len(one) == size], [one for one in batches if len(one) < size]
         places = rng.permutation(len(whole))
         return np.concatenate([*(whole[place] for place in places), *rest])

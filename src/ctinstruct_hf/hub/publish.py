@@ -13,6 +13,7 @@ from ..errors import CTInstructError, check_repository, refusal
 from ..inference.folders import (
     INDEX,
     MODEL_FILES,
+    adapter_base,
     file_inside,
     identify,
     read_object,
@@ -22,7 +23,7 @@ from ..inference.folders import (
 )
 
 _SCORES = "scores.json"  # of ctinstruct evaluate
-_SETTINGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+_SETTINGS = ("config.json", "adapter_config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
              "tokenizer_config.json")  # fmt: skip
 _NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
 
@@ -66,13 +67,16 @@ def make_plan(folder: Path, card: str) -> Plan:
     if missing:
         raise CTInstructError(f"{folder} is no whole model: it lacks {', '.join(missing)}.")
     settings = {name: read_object(folder / name) for name in _SETTINGS if (folder / name).exists()}
-    if not settings["config.json"].get("auto_map"):
+    adapters = adapter_base(folder) is not None  # the model that they belong to has the code
+    if not settings["config.json"].get("auto_map") and not adapters:
         raise CTInstructError(f"{folder} has no code files (auto_map): save the model with save_pretrained.")
     for name, values in settings.items():
         _refuse_paths(values, folder / name)
     weights = {file.name for file in weight_files(folder)[0]}
     tensor_shapes(folder)
     plain = {name for name in (*MODEL_FILES, _SCORES) if "*" not in name and name != "model.safetensors"}
+    if adapters:
+        plain |= {"adapter_config.json"}
     if weights == {"model.safetensors"}:
         plain.discard(INDEX)
     code = _code_files(folder, settings)

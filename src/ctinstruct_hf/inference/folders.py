@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CTInstructError, first_line
 
+BUNDLED = "bundled"  # the bundled model's name wherever a model is named
 BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "ctinstruct-tiny"
 ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
@@ -37,6 +38,8 @@ MODEL_FILES = (
     *TOKENIZER_FILES,
     *WEIGHT_FILES,
 )
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER, ADAPTER_WEIGHTS)
 _MOST_BYTES, _MOST_DEPTH = 2**23, 64  # of a JSON file
 _LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**28, INDEX: 2**28}  # of those that list words or tensors
 # weights that are there instead -> why they are not read
@@ -72,7 +75,7 @@ _USES = {
     "adapter": (
         "an adapter of {detail}, not a whole model",
         "merge it (peft's merge_and_unload, then save_pretrained of model and processor) and give that folder; the folder "
-        "model that ctinstruct instruct writes is merged already",
+        "model that ctinstruct instruct writes is merged already, or, with save: adapter, has the model's config and processor",
     ),
     "checkpoint": (
         "a checkpoint of a training run",
@@ -168,6 +171,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         CTInstructError: where there is none, the index cannot be read, or a file that it names is absent or elsewhere.
     """
     index = folder / INDEX
+    if adapter_base(folder) is not None:
+        return [file_inside(folder, ADAPTER_WEIGHTS, str(folder))], {}
     if not index.exists():
         whole = folder / "model.safetensors"
         if whole.is_file():
@@ -227,12 +232,29 @@ def some(names: Iterable[str], most: int = 20) -> str:
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
+def adapter_base(folder: Path) -> str | None:
+    """The model, by name or folder, that the adapters of a folder belong to, as `ctinstruct instruct` writes them with `save: adapter`:
+    beside config and processor; None for any other folder.
+
+    Raises:
+        CTInstructError: where one of the two configs cannot be read.
+    """
+    needed = (ADAPTER, "config.json", "processor_config.json")
+    if not all((folder / name).exists() for name in needed):
+        return None
+    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+    ours = read_object(folder / "config.json").get("model_type") == "ctinstruct"
+    return base if ours and isinstance(base, str) and base else None
+
+
 def identify(folder: Path) -> tuple[str, str]:
     """What a folder is, a key of `_USES`, and a detail for the sentence on it.
 
     Raises:
         CTInstructError: where its config.json cannot be read.
     """
+    if adapter_base(folder) is not None:
+        return "stage two", ""
     if (folder / ADAPTER).exists():
         base = read_object(folder / ADAPTER).get("base_model_name_or_path")
         return "adapter", f"'{base}'" if isinstance(base, str) and base else "another model"
@@ -306,5 +328,18 @@ def check_json_files(folder: Path) -> None:
             read_object(folder / name)
 
 
-__all__ = ["BUNDLED_MODEL", "MODEL_FILES", "check_json_files", "file_inside", "identify", "read_object", "require", "some", "tensor_shapes",
-           "weight_files"]  # fmt: skip
+__all__ = [
+    "ADAPTER_FILES",
+    "BUNDLED",
+    "BUNDLED_MODEL",
+    "MODEL_FILES",
+    "adapter_base",
+    "check_json_files",
+    "file_inside",
+    "identify",
+    "read_object",
+    "require",
+    "some",
+    "tensor_shapes",
+    "weight_files",
+]  # fmt: skip

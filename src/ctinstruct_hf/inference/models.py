@@ -26,10 +26,12 @@ from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from .chat_templates import check_template
 from .folders import (
-    ADAPTER,
+    ADAPTER_FILES,
+    BUNDLED,
     BUNDLED_MODEL,
     MODEL_FILES,
     WEIGHT_FILES,
+    adapter_base,
     check_json_files,
     read_object,
     require,
@@ -42,8 +44,7 @@ from .released.cache import LAYOUT_FILES, converted, is_converted, is_released, 
 
 logger = logging.getLogger(__name__)
 UNTRAINED = "The model has random weights: it shows how things work, its answers mean nothing."
-# an adapter is fetched too, so that a sentence can say what it is
-_FETCHED = [*MODEL_FILES, ADAPTER]
+_FETCHED = [*MODEL_FILES, *ADAPTER_FILES]
 _SECONDS = 8  # that the Hub has to answer which commit a name stands for
 
 
@@ -74,7 +75,7 @@ def resolve_model(
     in the cache is used. A `model` in the authors' layout is converted once, see `released.cache.converted`.
 
     Args:
-        model: a folder or a name on the Hub; the bundled model by default.
+        model: a folder or a name on the Hub; the bundled model by default, and by the name `bundled`.
         revision: a branch, tag or commit of a name on the Hub.
         argument: what the name was given as, for messages.
         progress: called with lines on how far a download and a conversion are.
@@ -82,7 +83,7 @@ def resolve_model(
     Raises:
         CTInstructError: where there is no such model; what the Hub says about it.
     """
-    if model is None:
+    if model is None or (str(model) == BUNDLED and not os.path.isdir(BUNDLED)):
         if revision is not None:
             raise CTInstructError(f"revision '{revision}' needs a model that is a name on the Hub.")
         if not (BUNDLED_MODEL / "config.json").exists():
@@ -126,7 +127,11 @@ def _snapshot(name: str, revision: str | None, argument: str) -> ResolvedModel:
         if index is not None:
             layout = Path(hf_hub_download(name, index, revision=latest.sha))
             if is_released(layout.parents[index.count("/")]):  # its weights come where they are wanted
-                patterns = [pattern for pattern in (*_FETCHED, *LAYOUT_FILES) if pattern not in WEIGHT_FILES[:2]]
+                patterns = [
+                    pattern
+                    for pattern in (*_FETCHED, *LAYOUT_FILES)
+                    if pattern not in (*WEIGHT_FILES[:2], ADAPTER_FILES[1])
+                ]
         wanted = [file for file in files if any(fnmatchcase(file, pattern) for pattern in patterns)]
         if found is None or found.name != latest.sha or not all((found / file).exists() for file in wanted):
             found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -150,7 +155,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
     """The snapshot of a revision in the cache of the Hub's client."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", ADAPTER, *LAYOUT_FILES):
+    for file in ("config.json", ADAPTER_FILES[0], *LAYOUT_FILES):
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
             return Path(found).parents[file.count("/")]
@@ -235,14 +240,34 @@ def load_model(
         logger.warning(precision.note)
     explaining = explaining_memory(resolved.name, shapes, precision.device, precision.dtype, quantize)
     with explaining, _explaining(resolved.folder):
-        network: Any = CTInstructForConditionalGeneration.from_pretrained(
-            resolved.folder, use_safetensors=True, trust_remote_code=False, **precision.loading()
-        )
+        network: Any = read_network(resolved.folder, **precision.loading())
         if before is not None:
             precision.cast(network)
         _check_generation(network)
     network.config._commit_hash = resolved.commit
     return network.eval().optimize_for_inference(), processor
+
+
+def read_network(folder: Path, **loading: Any) -> Any:
+    """The network of a folder in training mode as it was saved; adapters are merged into the model that they belong to.
+
+    Args:
+        folder: what `resolve_model` found.
+        loading: of `from_pretrained`, as `dtype` and `quantization_config`.
+    """
+    base = adapter_base(folder)
+    options = {"use_safetensors": True, "trust_remote_code": False, **loading}
+    if base is None:
+        return CTInstructForConditionalGeneration.from_pretrained(folder, **options)
+    from peft import PeftModel
+
+    config = CTInstructConfig.from_pretrained(folder)  # what was taught beside the weights, as its structures
+    network: Any = CTInstructForConditionalGeneration.from_pretrained(
+        resolve_model(base).folder, config=config, **options
+    )
+    merged: Any = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+    merged.config.name_or_path = str(folder)
+    return merged
 
 
 def load_stage_one(
@@ -297,7 +322,7 @@ def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGenera
 
     Args:
         folder: what `resolve_model` found.
-        kind: the class of the model.
+        kind: the class of the model; of adapters the model that they belong to is looked at.
 
     Returns:
         {tensor: shape}, of a quantised folder as they lie there.
@@ -305,7 +330,10 @@ def check_weights(folder: Path, kind: type[Any] = CTInstructForConditionalGenera
     Raises:
         CTInstructError: naming the file, or the tensors.
     """
+    base = adapter_base(folder)
     shapes = tensor_shapes(folder)
+    if base is not None:
+        return check_weights(resolve_model(base).folder, kind)
     with _explaining(folder):
         config = CTInstructConfig.from_pretrained(folder)
         _check_config(config)

@@ -24,7 +24,7 @@ from .quantization_ctinstruct import QuantizesItsLanguageModel
 from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .small_models_ctinstruct import prompt_loss
-from .training_ctinstruct import needs_labels
+from .training_ctinstruct import CountsBatchesOnce, needs_labels
 from .vision_attention_ctinstruct import CosineAttention
 from .vision_blocks_ctinstruct import PatchGrid, grid_rows, init_weights
 from .vision_ctinstruct import CTInstructVisionModel, CTInstructVisionOutput
@@ -63,7 +63,7 @@ class CTInstructOutput(CausalLMOutputWithPast):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
-class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, PreTrainedModel):
+class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, CountsBatchesOnce, PreTrainedModel):
     config_class = CTInstructConfig
     config: CTInstructConfig
     base_model_prefix = "model"

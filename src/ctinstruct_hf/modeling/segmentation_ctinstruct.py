@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from .configuration_ctinstruct import CTInstructSegmentationConfig
 from .saving_ctinstruct import SavesItsCode
 from .small_models_ctinstruct import DetailBlock
+from .training_ctinstruct import CountsBatchesOnce
 from .vision_blocks_ctinstruct import ConvNorm, checkpointed_blocks, eager_attention, init_weights
 
 
@@ -79,7 +80,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         return queries + self.down(F.relu(self.up(self.feed_forward_norm(queries))))
 
 
-class CTInstructSegmentationDecoder(SavesItsCode, PreTrainedModel):
+class CTInstructSegmentationDecoder(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
     """Masks of one image from the tower's maps and tokens, one per query."""
 
     config_class = CTInstructSegmentationConfig

@@ -1,12 +1,17 @@
-"""What Transformers' Trainer reads of a model's class."""
+"""What training needs of a model beside its forward: labels that are optional, running statistics that count a batch once."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 
 class ForwardWithLabels:
@@ -38,3 +43,52 @@ class ForwardWithLabels:
 def needs_labels(*needed: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorates a `forward` that ends in `**kwargs`; see `ForwardWithLabels`."""
     return lambda function: ForwardWithLabels(function, needed)
+
+
+class CountsBatchesOnce:
+    """For a `PreTrainedModel` with batch norms: gradient checkpointing, which runs blocks a second time in the backward pass, updates
+    their running statistics in the first run only."""
+
+    def _set_gradient_checkpointing(
+        self: Any,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        def run_twice(block: Callable[..., Any], *inputs: Any) -> Any:
+            done = False
+
+            def run(*inputs: Any) -> Any:
+                nonlocal done
+                again, done = done, True
+                if not again:
+                    return block(*inputs)
+                with _statistics_kept(_module_of(block)):
+                    return block(*inputs)
+
+            return gradient_checkpointing_func(run, *inputs)
+
+        super()._set_gradient_checkpointing(enable, run_twice, every_n_layers)  # type: ignore[misc]
+
+
+def _module_of(block: Callable[..., Any]) -> nn.Module | None:
+    """The module whose forward or call a checkpointed function is."""
+    owners = (*getattr(block, "args", ())[:1], getattr(getattr(block, "func", block), "__self__", None))
+    return next((owner for owner in owners if isinstance(owner, nn.Module)), None)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module | None) -> Iterator[None]:
+    """Batch norms normalise by the batch, as in training, and leave their running statistics as they are."""
+    norms = [] if module is None else [one for one in module.modules() if isinstance(one, _BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
+    counts = [None if count is None else count.clone() for _, _, count in before]
+    for norm, _, _ in before:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for (norm, momentum, tracked), count in zip(before, counts, strict=True):
+            norm.momentum = momentum
+            if tracked is not None and count is not None:
+                tracked.copy_(count)

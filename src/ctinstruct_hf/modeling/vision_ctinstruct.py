@@ -20,6 +20,7 @@ from .configuration_ctinstruct import CTInstructError, CTInstructVisionConfig
 from .released_ctinstruct import ReleasedSliceAttention
 from .saving_ctinstruct import SavesItsCode
 from .small_models_ctinstruct import StemWindows
+from .training_ctinstruct import CountsBatchesOnce
 from .vision_attention_ctinstruct import CosineAttention, SliceAttention, Trace
 from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, PatchGrid, checkpointed_blocks, grid_rows, init_weights
 from .vision_towers_ctinstruct import ResNet3D, ViT3D
@@ -98,7 +99,7 @@ TOWERS: dict[str, type[nn.Module]] = {"hybrid": SliceEncoder, "resnet3d": ResNet
 ATTENTION_LAYOUTS = {"paper": SliceAttention, "released": ReleasedSliceAttention}
 
 
-class CTInstructVisionModel(SavesItsCode, PreTrainedModel):
+class CTInstructVisionModel(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
     """The vision tower. `vision_config.architecture` chooses the paper's (`hybrid`) or one of its ablations."""
 
     config_class = CTInstructVisionConfig

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback
 
 from ..errors import CTInstructError
 
@@ -37,24 +36,6 @@ def set_batch_norm(model: nn.Module, mode: str) -> nn.Module:
                 module.eval()
                 module.train = lambda mode=True, module=module: module  # type: ignore[assignment, misc, method-assign]
     return model
-
-
-class FreezeBatchNorm(TrainerCallback):
-    """Batch norms keep their running statistics from a share of the steps on: a batch of one volume then is seen in training
-    as it is in inference.
-
-    Args:
-        share: 0 to 1 of `max_steps`.
-    """
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-        self.frozen = False
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.frozen and state.global_step >= self.share * state.max_steps:
-            set_batch_norm(model, "frozen")
-            self.frozen = True
 
 
 class _SumOverProcesses(torch.autograd.Function):

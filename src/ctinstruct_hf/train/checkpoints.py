@@ -102,14 +102,20 @@ FREE_KEYS = ("output_dir", "cache", "logging_steps", "save_steps", "eval_steps",
 
 
 def save_trained(folder: Path, model: Any, *parts: Any) -> None:
-    """A trained model and what belongs to it (tokenizer, processor) in one folder, which appears when it is whole."""
+    """A trained model, or adapters with the config of their model, and what belongs to it (tokenizer, processor) in one folder, which appears when it is whole."""
     if folder.exists():
         shutil.rmtree(folder)
     with whole_folder(folder) as temporary:
-        model.config.trained = True
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.config.trained = True
+        if base is not model:  # adapters alone
+            base.config.save_pretrained(temporary)
+            base.generation_config.save_pretrained(temporary)
         for part in (model, *parts):
             backend = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)
             if backend is not None:  # it remembers how the last batch was padded: no business of whoever loads it
                 backend.no_padding()
                 backend.no_truncation()
-            part.save_pretrained(temporary)
+            part.save_pretrained(
+                temporary, **({"save_embedding_layers": False} if part is not base and part is model else {})
+            )

@@ -20,6 +20,7 @@ from ..data.store import PatchStore, Prepared
 from ..data.templates import SEG_TOKEN
 from ..errors import CTInstructError
 from ..modeling.vision_ctinstruct import CTInstructVisionOutput
+from .augmentation import Augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -256,6 +257,7 @@ class InstructionCollator(_Collator):
         tokens: a store of the frozen tower's tokens, read instead of patches where a batch has no masks.
         names_masks: as in the model's config: answers of the paper's phrasing get the structure's name.
         prompts: gives [names, D_text] for names of structures: `<SEG>` is then taught by `prompt_labels`, no mask is read.
+        augmentation: changes each image and its masks together; None leaves them as they are.
     """
 
     kind = "instructions"
@@ -271,19 +273,20 @@ class InstructionCollator(_Collator):
         tokens: Any = None,
         prompts: Callable[[Sequence[str]], torch.Tensor] | None = None,
         names_masks: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__(store, processor.tokenizer, max_length, seed, max_skipped)
         if padding_side not in ("left", "right"):
             raise CTInstructError(f"padding_side is '{padding_side}': use left or right.")
         self.processor, self.padding_side, self.tokens = processor, padding_side, tokens
-        self.prompts, self.names_masks = prompts, names_masks
+        self.prompts, self.names_masks, self.augmentation = prompts, names_masks, augmentation
 
     def __call__(self, items: Sequence[Item | dict[str, Any]]) -> dict[str, Any]:
         """A batch from items of a mixture, or from plain rows as a `datasets.Dataset` gives them."""
         listed = [one if isinstance(one, Item) else Item(one, (), index) for index, one in enumerate(items)]
         paints = self.prompts is None and any(item.row.get("masks") for item in listed)
         light = self.tokens is not None and not paints
-        read = self.read_all(listed, lambda sample, rng: self._read(sample, light))
+        read = self.read_all(listed, lambda sample, rng: self._read(sample, light, rng))
         longest = max(len(one["input_ids"]) for one in read)
         batch: dict[str, Any] = {
             name: torch.stack([self._padded(one[name], longest, value) for one in read])
@@ -319,8 +322,11 @@ class InstructionCollator(_Collator):
         sides = (missing, 0) if self.padding_side == "left" else (0, missing)
         return torch.nn.functional.pad(row, sides, value=value)
 
-    def _read(self, sample: InstructionSample, light: bool) -> dict[str, Any]:
+    def _read(self, sample: InstructionSample, light: bool, rng: np.random.Generator | None = None) -> dict[str, Any]:
         images = [self.tokens.image(image) if light else self.store.image(image) for image in sample.images]
+        masks = self._masks(sample) if self.prompts is None else []
+        if self.augmentation is not None and rng is not None and not light:
+            images, masks = self._augmented(images, masks, rng)
         counts = [int(np.prod(row)) for image in images for row in image["patch_grid"].tolist()]
         if self.names_masks:
             sample = with_names(sample)
@@ -330,7 +336,7 @@ class InstructionCollator(_Collator):
             "labels": labels,
             "attention_mask": torch.ones_like(input_ids),
             "images": images,
-            "masks": self._masks(sample) if self.prompts is None else [],
+            "masks": [mask for _, mask in masks],
             "names": [mask.name for mask in sample.masks],
             "disease_labels": [float(label.value) for label in sample.labels],
             "disease_ids": self._diseases(sample),
@@ -350,10 +356,24 @@ class InstructionCollator(_Collator):
             raise CTInstructError(f"sample '{sample.id}' has {len(ids)} tokens, max_length is {self.max_length}.")
         return torch.tensor(ids), torch.tensor(labels)
 
-    def _masks(self, sample: InstructionSample) -> list[torch.Tensor]:
-        """Canvases in the order of `<SEG>`, each of the image last shown before it."""
+    def _augmented(
+        self, images: list[Prepared], masks: list[tuple[int, torch.Tensor]], rng: np.random.Generator
+    ) -> tuple[list[Prepared], list[tuple[int, torch.Tensor]]]:
+        """Each image changed with the masks that are on it."""
+        assert self.augmentation is not None
+        changed = []
+        moved = dict(enumerate(masks))
+        for number, image in enumerate(images):
+            mine = [place for place, (owner, _) in enumerate(masks) if owner == number]
+            image, canvases = self.augmentation(image, [masks[place][1] for place in mine], rng)
+            changed.append(image)
+            moved |= {place: (number, canvas) for place, canvas in zip(mine, canvases, strict=True)}
+        return changed, [moved[place] for place in range(len(masks))]
+
+    def _masks(self, sample: InstructionSample) -> list[tuple[int, torch.Tensor]]:
+        """(number of the image, canvas) in the order of `<SEG>`, each of the image last shown before it."""
         masks = iter(sample.masks)
-        found: list[torch.Tensor] = []
+        found: list[tuple[int, torch.Tensor]] = []
         shown = 0
         for turn in sample.messages:
             for part in parts_of(turn):
@@ -361,7 +381,8 @@ class InstructionCollator(_Collator):
                     shown += 1
                 elif turn["role"] == "assistant":
                     asked = (part.get("text") or "").count(SEG_TOKEN)
-                    found += [self.store.mask(sample.images[shown - 1], next(masks)) for _ in range(asked)]
+                    image = sample.images[shown - 1]
+                    found += [(shown - 1, self.store.mask(image, next(masks))) for _ in range(asked)]
         return found
 
     def _diseases(self, sample: InstructionSample) -> list[int]:

@@ -40,12 +40,19 @@ def log_scores(trainer: Any, scores: AlignmentScores) -> None:
             tracker.log({"evaluation/masks": tracker.Image(picture)}, commit=False)
 
 
-def draw_masks(scores: AlignmentScores, most: int = 12) -> np.ndarray | None:
-    """RGB uint8 [H, W, 3]: the first scored scan, per structure the slice where it is largest; truth green, marked red,
-    both yellow."""
-    if scores.example is None:
-        return None
-    canvas, masks = scores.example
+def draw_masks(scores: AlignmentScores) -> np.ndarray | None:
+    """The masks of the first scored scan, see `tile_masks`; None where none was scored."""
+    return None if scores.example is None else tile_masks(*scores.example)
+
+
+def tile_masks(canvas: np.ndarray, masks: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 12) -> np.ndarray:
+    """RGB uint8 [H, W, 3]: of each structure the slice where it is largest; truth green, prediction red, both yellow.
+
+    Args:
+        canvas: [D, H, W] in −1…1.
+        masks: {structure: (truth, prediction)}, bool [D, H, W] each.
+        most: structures that are drawn.
+    """
     tiles = []
     for truth, marked in list(masks.values())[:most]:
         depth = int(truth.sum((1, 2)).argmax())

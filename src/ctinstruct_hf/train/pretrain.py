@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..data.descriptions import texts_of
 from ..data.mixture import MixtureEntry, first_rows
 from ..data.parts import GRAINS, check_part, load_part
 from ..data.store import TINY_PATCH, PatchStore
@@ -22,14 +21,17 @@ from ..inference.folders import require
 from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
-from .batch_norm import FreezeBatchNorm, set_batch_norm
+from .batch_norm import set_batch_norm
 from .checkpoints import place_to_start, save_trained
 from .collator import AlignmentCollator
 from .recipe import parse_recipe
 from .sharded import built_whole, whole_model
-from .stage_one import ALIGNED
+from .small_models.schedules import FreezeBatchNorm, LossSchedule
+from .small_models.settings import SmallPretraining
+from .small_models.stage_one import ALIGNED
+from .small_models.texts import spread_texts
 from .text_encoders import load_text_encoder
-from .trainer import MixtureTrainer, base_of, check_rates, check_voxels, data_seed, make_mixture
+from .trainer import MixtureTrainer, check_rates, data_seed, make_mixture
 
 logger = logging.getLogger(__name__)
 PARTS = ("vision_tower", "segmentation_decoder", "text_encoder", "text_projection", "image_projection", "category_projection")  # fmt: skip
@@ -51,20 +53,13 @@ class PretrainSettings:
         evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
         cache: folder of prepared patches; none prepares them every time.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
-        freeze_batch_norm_from: share of the steps from which on batch norms keep their running statistics, as in inference.
-        spread_texts: start the text projection so that the mixture's texts lie far apart, see `spread_texts`.
-        masks_per_image, absent_share, balance_masks, join_masks: which structures a batch asks for and how they count, see
-            `AlignmentCollator`.
-        positive_voxels: {weight, steps, end, power}: voxels inside a mask weigh so much in the cross entropy at first and
-            `end` (1, as in the paper) after so many steps (all by default): small structures would else be left empty.
-            With `power` that is the most, and large structures get less, see `masks_loss`.
-        hard_names: {power, from}: from this share of the steps on, a name counts in the category and the cell loss by its
-            own loss to this power, see `small_models_ctinstruct.hard_weights`; 0, alike, by default.
+        masks_per_image, absent_share: which structures a batch asks for, see `AlignmentCollator`.
         loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 5, and `cells`, 0 by
             default, of `small_models_ctinstruct.cell_loss`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
             convolutions with batch norm like.
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
+        small_model: what is in neither the paper nor the release, see `SmallPretraining`.
     """
 
     preset: str = "tiny"
@@ -80,18 +75,13 @@ class PretrainSettings:
     cache: str | None = None
     masks_per_image: int = 6
     absent_share: float = 0.15
-    balance_masks: bool = False
-    join_masks: bool = False
     max_text_length: int = 256
     max_skipped: int = 100
     batch_norm: str = "local"
-    freeze_batch_norm_from: float | None = None
-    spread_texts: bool = True
-    positive_voxels: dict[str, float] = field(default_factory=dict)
-    hard_names: dict[str, float] = field(default_factory=dict)
     loss_weights: dict[str, float] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
     early_stopping_patience: int | None = None
+    small_model: SmallPretraining = field(default_factory=SmallPretraining)
 
     def __post_init__(self) -> None:
         if not self.mixture:
@@ -102,11 +92,6 @@ class PretrainSettings:
             check_part(self.evaluation_part, "alignment", GRAINS)
         if self.early_stopping_patience is not None and self.evaluation is None:
             raise CTInstructError("early_stopping_patience needs an evaluation in the recipe.")
-        if self.freeze_batch_norm_from is not None and not 0 <= self.freeze_batch_norm_from <= 1:
-            raise CTInstructError(f"freeze_batch_norm_from is {self.freeze_batch_norm_from}: give a share from 0 to 1.")
-        check_voxels(self.positive_voxels)
-        if wrong := sorted(set(self.hard_names) - {"power", "from"}):
-            raise CTInstructError(f"hard_names has unknown {', '.join(wrong)}: known are power, from.")
         losses = (*GRAINS, "cells")
         unknown = sorted(set(self.loss_weights) - set(losses))
         if unknown:
@@ -131,7 +116,9 @@ def build_model(settings: PretrainSettings) -> tuple[CTInstructForPretraining, A
     if settings.model is not None:
         from transformers import AutoTokenizer
 
-        model = CTInstructForPretraining.from_pretrained(settings.model, use_safetensors=True, **settings.alignment)
+        model = CTInstructForPretraining.from_pretrained(
+            settings.model, dtype=torch.float32, use_safetensors=True, **settings.alignment
+        )
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
     else:
         encoder, tokenizer = load_text_encoder(settings.text_encoder)
@@ -165,35 +152,6 @@ def _set_fields(config: Any, changes: dict[str, Any]) -> None:
         setattr(config, name, value)
 
 
-@torch.no_grad()
-def spread_texts(model: CTInstructForPretraining, words: Any, entries: Sequence[MixtureEntry], most: int = 200) -> None:
-    """Start the text projection so that the names, category sentences and some reports of a mixture are spread evenly.
-
-    A sentence encoder puts "right lung" and "left lung" almost in one place, and a random projection leaves them there:
-    the decoder then needs hundreds of steps to tell them apart. This is a start only; the projection is trained.
-    """
-    names: dict[str, None] = {}
-    reports: list[str] = []
-    for row in first_rows(entries, most):
-        names |= dict.fromkeys(texts_of(row))
-        reports += row["texts"][:1]
-    texts = [*names, *reports[:most]]
-    if len(texts) < 3:
-        return
-    training = model.training
-    model.eval()
-    read = torch.cat([model.encode_texts(*words(texts[first : first + 32])) for first in range(0, len(texts), 32)])
-    model.train(training)
-    middle = read.mean(0)
-    _, sizes, directions = torch.linalg.svd(read - middle, full_matrices=False)
-    width = model.text_projection.out_features
-    kept = (sizes > 1e-3 * sizes[0]).nonzero().flatten()[:width]
-    white = directions[kept] * (len(texts) ** 0.5 / sizes[kept])[:, None]  # unit variance along each
-    turn = torch.linalg.qr(torch.randn(width, width))[0][:, : len(kept)] * (width / len(kept)) ** 0.5
-    model.text_projection.weight.copy_(turn @ white)
-    model.text_projection.bias.copy_(-(turn @ white) @ middle)
-
-
 def category_names(entries: Sequence[MixtureEntry], most: int = 200) -> list[str]:
     """What the category grain of a mixture is about, by the first rows of each part."""
     return list(dict.fromkeys(label["name"] for row in first_rows(entries, most) for label in row["labels"]))
@@ -207,14 +165,7 @@ class AlignmentTrainer(MixtureTrainer):
         pool: int | None = 200, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.held_out, self.masks, self.pool = held_out, masks, pool
-        self.hard_names: dict[str, float] = {}
         super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        hard = {"power": 0.0, "from": 0.0, **self.hard_names}
-        began = self.state.global_step >= hard["from"] * self.args.max_steps
-        base_of(self.accelerator.unwrap_model(model)).hard_names = hard["power"] if began else 0.0
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
         """Scores of the held-out rows, shared out over the processes."""
@@ -264,6 +215,7 @@ def pretrain(
     settings, args = parse_recipe(
         recipe, PretrainSettings, report_to="tensorboard", logging_steps=10, save_total_limit=2
     )
+    small = settings.small_model
     folder = Path(args.output_dir)
     start = place_to_start(folder, recipe, resume, restart, args.should_save)
     from transformers import EarlyStoppingCallback, set_seed
@@ -289,19 +241,18 @@ def pretrain(
         settings.max_text_length,
         data_seed(args),
         settings.max_skipped,
-        settings.balance_masks,
-        settings.join_masks,
+        small.balance_masks,
+        small.join_masks,
     )
-    if settings.model is None and start is None and settings.spread_texts:
+    if settings.model is None and start is None and small.spread_texts:
         spread_texts(model, collator.words, entries)
     if names := category_names(entries):
         model.config.disease_lists = {ALIGNED: names}
     mixture = make_mixture(entries, args, start)
-    callbacks: list[Any] = []
-    if settings.freeze_batch_norm_from is not None:
-        callbacks.append(FreezeBatchNorm(settings.freeze_batch_norm_from))
+    callbacks: list[Any] = [LossSchedule(small.positive_voxels, small.hard_names)]
+    if small.freeze_batch_norm_from is not None:
+        callbacks.append(FreezeBatchNorm(small.freeze_batch_norm_from))
     if settings.early_stopping_patience is not None:
-        args.load_best_model_at_end = True
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
     evaluation = settings.evaluation or {}
     trainer = AlignmentTrainer(
@@ -315,8 +266,6 @@ def pretrain(
         callbacks=callbacks,
     )
     trainer.learning_rates = check_rates(settings.learning_rates, model)
-    trainer.positive_voxels = settings.positive_voxels
-    trainer.hard_names = settings.hard_names
     tell("training" if start is None else f"going on from {Path(start).name}")
     trainer.train(resume_from_checkpoint=start)
     scores = trainer.score(tell) if held_out is not None else AlignmentScores()

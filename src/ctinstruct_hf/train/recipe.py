@@ -121,6 +121,7 @@ def parse_recipe(
 
     arguments = arguments or TrainingArguments
     known = {field.name for field in dataclasses.fields(ours)}  # type: ignore[arg-type]
+    settings = _with_block(settings, ours)
     training = {field.name: field for field in dataclasses.fields(arguments) if field.init}
     unknown = sorted(set(settings) - known - set(training))
     if unknown:
@@ -136,6 +137,8 @@ def parse_recipe(
                 raise CTInstructError(f"The recipe has {name}: {value}, expected a number.") from error
     if rest.get("bf16") and not torch.accelerator.is_available():
         rest.setdefault("use_cpu", True)  # else TrainingArguments takes bfloat16 for a GPU's alone
+    if settings.get("early_stopping_patience") is not None:
+        rest["load_best_model_at_end"] = True
     if rest.get("save_total_limit") == 1:
         rest["save_total_limit"] = 2  # the one before stays until the next is whole
     try:
@@ -143,3 +146,25 @@ def parse_recipe(
         return mine, arguments(**rest)
     except (ValueError, TypeError) as error:
         raise CTInstructError(f"The recipe does not fit: {error}") from error
+
+
+BLOCK = "small_model"
+
+
+def _with_block(settings: dict[str, Any], ours: Any) -> dict[str, Any]:
+    """The recipe with its block `small_model` as the dataclass that `ours` has for it. Keys of the block that stand beside it, as in
+    recipes that were written before there was one, count as in it.
+
+    Raises:
+        CTInstructError: for a block that is no mapping, and unknown keys in it.
+    """
+    block: Any = next(field.default_factory for field in dataclasses.fields(ours) if field.name == BLOCK)
+    known = [field.name for field in dataclasses.fields(block)]
+    inside = settings.get(BLOCK) or {}
+    if not isinstance(inside, dict):
+        raise CTInstructError(f"{BLOCK} is {inside!r}: write its keys, as {BLOCK}: {{{known[-1]}: …}}.")
+    if unknown := sorted(set(inside) - set(known)):
+        raise CTInstructError(f"{BLOCK} has unknown keys: {', '.join(unknown)}; known are {', '.join(known)}.")
+    beside = {name: value for name, value in settings.items() if name in known}
+    rest = {name: value for name, value in settings.items() if name not in known}
+    return {**rest, BLOCK: block(**{**inside, **beside})}

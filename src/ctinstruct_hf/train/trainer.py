@@ -76,32 +76,20 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-VOXELS = ("weight", "end", "steps", "power")
-
-
-def check_voxels(positive_voxels: dict[str, float]) -> None:
-    """Raises CTInstructError for keys that `positive_voxels` of a recipe does not have."""
-    wrong = sorted(set(positive_voxels) - set(VOXELS))
-    if wrong:
-        raise CTInstructError(f"positive_voxels has unknown {', '.join(wrong)}: known are {', '.join(VOXELS)}.")
-
-
 class MixtureLoop:
     """For a Trainer of Transformers or TRL: batches from a mixture, the model's own loss, each part of it logged.
 
     The number of steps is `max_steps`; a mixture has no epochs. `learning_rates` gives the weights under a prefix of their
-    names another rate than `args.learning_rate`; the longest prefix counts. `positive_voxels` {weight, end,
-    steps, power} is how much voxels inside a mask weigh in the cross entropy, from the first step to the last.
+    names another rate than `args.learning_rate`; the longest prefix counts.
     """
 
-    loss_is_scaled_for_ga = False  # the loss is a mean: it must be divided by the accumulation steps
+    loss_is_scaled_for_ga: bool | None = False  # the loss is a mean: it must be divided by the accumulation steps
 
     def begin(self: Any, mixture: Mixture | StreamedMixture) -> None:
         """To be called once the trainer is made."""
         self.model_accepts_loss_kwargs = False
         self.mixture = mixture
         self.learning_rates: dict[str, float] = {}
-        self.positive_voxels: dict[str, float] = {}
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.bad_steps = BadSteps()
         self.add_callback(self.bad_steps)
@@ -158,11 +146,6 @@ class MixtureLoop:
     def compute_loss(
         self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        voxels = {"weight": 1.0, "end": 1.0, "steps": self.args.max_steps, **self.positive_voxels}
-        done = min(self.state.global_step / voxels["steps"], 1.0) if voxels["steps"] else 1.0
-        base = base_of(self.accelerator.unwrap_model(model))
-        base.positive_voxel_weight = voxels["weight"] ** (1 - done) * voxels["end"] ** done
-        base.positive_voxel_power = voxels.get("power")
         outputs = model(**inputs)
         if outputs.loss is None:
             raise CTInstructError("A batch has nothing to learn from: check the tasks of the mixture.")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..data.samples import ImageRef
-from ..data.store import PatchStore, Prepared, place_of, read_or_make
+from ...data.samples import ImageRef
+from ...data.store import PatchStore, Prepared, place_of, read_or_make
 
 
 class TokenStore:

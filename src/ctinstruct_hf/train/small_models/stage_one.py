@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.descriptions import describe_category, texts_of
-from ..data.mixture import MixtureEntry, first_rows
-from ..data.samples import ImageRef
-from ..errors import CTInstructError
-from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
+from ...data.descriptions import describe_category, texts_of
+from ...data.mixture import MixtureEntry, first_rows
+from ...data.samples import ImageRef
+from ...errors import CTInstructError
+from ...modeling.pretraining_ctinstruct import CTInstructForPretraining
 from .token_store import TokenStore
 
 ALIGNED = "stage one"  # the list of diseases in a stage-one model's config: the names of its category grain
@@ -88,9 +88,9 @@ def start_bridger(
     new = place @ (directions / spread[:, None])
     shift = place @ (seen.mean(0) / spread)
     for layer in layers:
-        layer.weight += new.to(layer.weight)
+        layer.weight.add_(new.to(layer.weight))
         if layer.bias is not None:
-            layer.bias -= shift.to(layer.bias)
+            layer.bias.sub_(shift.to(layer.bias))
 
 
 __all__ = ["ALIGNED", "load_stage_one", "start_bridger"]
