@@ -2,7 +2,7 @@
 
     python benchmarks/study.py [--quick] [--check] [--runs 3]
 
-Ten questions, a report and five masks about one scan whose images are some 600 tokens. The plain side reads the file once,
+Ten questions, a report and five masks about one scan (64 image tokens with the bundled model). The plain side reads the file once,
 then prepares, encodes and generates for every call, as anyone does with `AutoProcessor` and `AutoModel…`. Greedy decoding on
 both sides; their answers and masks are compared.
 """
