@@ -123,6 +123,27 @@ def test_a_group_a_finding_with_its_numbers_codes_segment_and_slices(tmp_path: P
     assert (scheme.CodingSchemeDesignator, "rivate" in scheme.CodingSchemeName) == ("99CTINSTRUCT", True)
 
 
+def test_a_table_of_findings_gives_size_probability_and_agreement_to_the_mask_of_that_name() -> None:
+    results: Any = Results(diagnosis={"emphysema": 0.5})
+    mask = {"volume_ml": 2.0, "diameter_mm": 9.5, "mean_hu": None}
+    results.findings = {
+        "Lung_nodule": {"probability": 0.8, "mask": mask, "agreement": "consistent"},
+        "emphysema": {"probability": 0.6, "mask": None, "agreement": "present by probability; absent by report"},
+        "cyst": {"probability": None, "mask": None, "agreement": "unchecked"},
+    }
+    assert findings_of(results, {"lung nodule": {"volume_ml": 1.0, "mean_hu": 40.0}}) == {
+        "lung nodule": {
+            "volume_ml": 2.0,
+            "mean_hu": 40.0,
+            "diameter_mm": 9.5,
+            "probability": 0.8,
+            "agreement": "consistent",
+        },
+        "emphysema": {"probability": 0.6, "agreement": "contradictory"},
+        "cyst": {"agreement": "unchecked"},
+    }
+
+
 def test_the_observer_is_the_model_and_every_object_is_for_research_only(tmp_path: Path) -> None:
     written(tmp_path)
     for name in ("measurements", "report"):

@@ -283,16 +283,28 @@ def _document(content: Any, evidence: Sequence[Any], source: _Source, name: str,
 
 
 def findings_of(results: Results, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What `save_dicom_sr` is given: the measurements of every mask, with the probability of the same name, and the
-    probabilities that have no mask.
+    """What `save_dicom_sr` is given: the measurements of every mask, with the probability and agreement of the finding of
+    that name, and the findings that have no mask.
 
     Args:
+        results: what came out; where it has a table of findings, their measurements and agreement are taken from it.
         measures: {name: what was measured} of the masks.
     """
     found = {name: dict(numbers) for name, numbers in measures.items()}
     by_words = {plain_words(name): name for name in found}
+
+    def numbers_of(name: str) -> dict[str, Any]:
+        return found.setdefault(by_words.setdefault(plain_words(name), name), {})
+
     for name, probability in results.diagnosis.items():
-        found.setdefault(by_words.get(plain_words(name), name), {})["probability"] = probability
+        numbers_of(name)["probability"] = probability
+    for name, row in getattr(results, "findings", {}).items():
+        numbers = numbers_of(name)
+        numbers.update({key: value for key, value in (row["mask"] or {}).items() if value is not None})
+        if row["probability"] is not None:
+            numbers["probability"] = row["probability"]
+        agreed = row["agreement"]
+        numbers["agreement"] = agreed if agreed in _AGREEMENTS else "contradictory"
     return found
 
 
