@@ -23,7 +23,7 @@ from ..errors import CTInstructError
 from ..files import remove_left_over, temporary_folder
 from ..inference.models import load_model
 from ..inference.study import Study, mask_names
-from ..output.report import key_place
+from ..output.measure import key_place
 from .jobs import KINDS, Cancelled, Job, Watch
 from .limits import Busy, Limits
 from .masks import Full, PackedMasks

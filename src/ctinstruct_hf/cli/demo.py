@@ -25,6 +25,7 @@ STRUCTURES = [
     "pleural effusion",
 ]
 QUESTIONS = ["Is there a pleural effusion?", "How many lung nodules are there?"]
+CONSENSUS = 8  # drafts of the report
 
 
 def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda step: None) -> Study:
@@ -43,7 +44,7 @@ def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda s
     scan = output / "scan.nii.gz"
     phantom = phantom_of(f"phantom:trunk:{seed}")
     phantom.volume.to_source(phantom.volume.hu, scan)
-    request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom")
+    request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom", consensus=CONSENSUS)
     return predict_study(scan, output / "results", request, tell=tell)
 
 

@@ -49,6 +49,16 @@ def predict(
     diagnose: Annotated[
         str | None, typer.Option("--diagnose", help="A list of the model (ct_rate …), names with commas, or all.")
     ] = None,
+    findings: Annotated[
+        bool,
+        typer.Option(
+            "--findings", help="The table of findings; also made where --report and --diagnose are both given."
+        ),
+    ] = False,
+    consensus: Annotated[
+        int,
+        typer.Option("--consensus", min=1, max=64, help="Drafts of the report, of which the most consistent is kept."),
+    ] = 1,
     output_type: Annotated[
         list[str] | None, typer.Option("--output-type", "-ot", help=f"{', '.join(OUTPUT_TYPES)}; repeatable.")
     ] = None,
@@ -85,7 +95,7 @@ def predict(
     ] = None,
     num_beams: NumBeamsOption = 1,
 ) -> None:
-    """Ask one or many scans; without --report, --ask, --segment or --diagnose, a report is written.
+    """Ask one or many scans; without --report, --ask, --segment, --diagnose or --findings, a report is written.
 
     Of many, those that an earlier run has finished are kept; results.csv and failures.csv tell about all. Exit code 3: an
     output type could not be written, all others were.
@@ -104,7 +114,10 @@ def predict(
     output_types = tuple(output_type or ("nifti",))
     if destination is not None:
         output_types = with_sent_types(output_types)
-    request = Request(report, list(ask or []), split_names(segment), diagnose, output_types, ml, keep_series_uid)
+    request = Request(
+        report, list(ask or []), split_names(segment), diagnose, output_types, ml, keep_series_uid,
+        findings=findings, consensus=consensus,
+    )  # fmt: skip
     request.report = request.report or request.empty
     if max_new_tokens is not None:
         request.generation["max_new_tokens"] = max_new_tokens

@@ -39,7 +39,7 @@ class ReportReader:
     """
 
     def __init__(self, names: Sequence[str], more: Mapping[str, Sequence[str]] | None = None) -> None:
-        rules = Names(FINDINGS, more)
+        rules = Names(FINDINGS, more) if more else _rules()
         users = _groups(more or {})
         self.patterns: dict[str, tuple[str, ...]] = {}
         self.names: dict[str, str] = {}  # as asked -> the labeller's finding, or the name itself
@@ -74,6 +74,11 @@ def _groups(table: Mapping[str, Sequence[str]]) -> list[tuple[tuple[str, ...], s
     return [
         ((name, *others), {key for word in (name, *others) for key in keys_of(word)}) for name, others in table.items()
     ]
+
+
+@functools.lru_cache(maxsize=1)
+def _rules() -> Names:
+    return Names(FINDINGS)
 
 
 @functools.lru_cache(maxsize=1)

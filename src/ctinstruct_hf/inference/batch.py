@@ -334,7 +334,7 @@ def write_failures(path: Path, tasks: Sequence[Task], outcomes: dict[int, Outcom
 
 def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
     """`results.csv`: a line per scan with status, time, probabilities, volumes in ml and where the scan
-    cuts them off, answers, report and warnings."""
+    cuts them off, what the table of findings says, answers, report and warnings."""
     rows = []
     columns = ["study", "status", "seconds"]
     for task, outcome in zip(tasks, outcomes, strict=True):
@@ -345,6 +345,9 @@ def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) 
             for name, numbers in found["segmentation"].items():
                 row[f"{name} (ml)"] = numbers["volume_ml"]
                 row[f"{name} cut off at"] = ", ".join(numbers.get("cut_off") or [])
+            for name, one in found["findings"].items():
+                row[f"{name} in report"], row[f"{name} agreement"] = one["report"], one["agreement"]
+                row[f"{name} (mm)"] = (one["mask"] or {}).get("diameter_mm")
             row |= {one["question"]: one["answer"] for one in found["answers"]}
             if found["report"] is not None:
                 row["report"] = found["report"]

@@ -21,6 +21,7 @@ from ..errors import CTInstructError
 from ..modeling.modeling_ctinstruct import CACHE_NAME, CTInstructForConditionalGeneration
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from ..processing.volume import CTVolume
+from .calibration import calibration_of
 from .chat_templates import render_chat
 from .models import first_bad
 
@@ -153,6 +154,28 @@ class EncodedScans:
         )
         return input_ids[:, length:], outputs.last_hidden_state
 
+    def _states_together(self, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and hidden states of several questions with answers that hold special tokens: ([B, L], [B, L, D]).
+
+        What fills the shorter ones follows them, so that none of their tokens sees it.
+        """
+        rows = [self._ids(question, answer)[0] for question, answer in pairs]
+        filler = self.processor.tokenizer.pad_token_id or 0
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+        plain = self.model.config.answer_positions == "sequential"
+        cache, length = self._prefix(input_ids, plain), self._prefix_length(input_ids)
+        cache.batch_repeat_interleave(len(rows))
+        positions = [self._positions(row[None], plain) for row in input_ids]
+        following = [row[..., length:] for row in positions if row is not None]
+        outputs = self.model.model(
+            input_ids=input_ids[:, length:],
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=torch.cat(following, dim=1) if following else None,
+            use_cache=True,
+            **{CACHE_NAME: cache},
+        )
+        return input_ids[:, length:], outputs.last_hidden_state
+
     def reply(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[Reply]:
         """The model's answers, and what their special tokens stand for; see `write` and `read`."""
         answers = self.write(conversations, max_new_tokens, **generation)
@@ -280,7 +303,11 @@ class EncodedScans:
         except CTInstructError:  # the answer has another number of tokens than any list
             rows = None
         scores = self.model.answer_diseases(ids, states, rows)
-        return [] if scores is None else scores.float().sigmoid().tolist()
+        if scores is None or rows is None:
+            return []
+        heads = [name for names in self.model.config.disease_lists.values() for name in names] or [""]
+        calibration, values = calibration_of(self.model), scores.float().sigmoid().tolist()
+        return [calibration.probability(heads[row], value) for row, value in zip(rows.tolist(), values, strict=True)]
 
     def _image_tokens(self) -> int:
         return len(self.batch["slice_mask"])

@@ -25,6 +25,7 @@ PATTERNS = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.*",
+    "calibration.json",
     "*.safetensors",
     "*.safetensors.index.json",
 )

@@ -35,6 +35,7 @@ MODEL_FILES = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "calibration.json",
     *TOKENIZER_FILES,
     *WEIGHT_FILES,
 )

@@ -24,6 +24,7 @@ from ..modeling.modeling_ctinstruct import SPECIAL_TOKENS, CTInstructForConditio
 from ..modeling.pretraining_ctinstruct import CTInstructForPretraining
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.processing_ctinstruct import CTInstructProcessor
+from .calibration import read_calibration
 from .chat_templates import check_template
 from .folders import (
     ADAPTER_FILES,
@@ -245,6 +246,7 @@ def load_model(
             precision.cast(network)
         _check_generation(network)
     network.config._commit_hash = resolved.commit
+    network.calibration = read_calibration(resolved.folder)
     return network.eval().optimize_for_inference(), processor
 
 

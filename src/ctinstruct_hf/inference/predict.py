@@ -24,6 +24,8 @@ class Request:
         questions: asked in words.
         structures: names to segment.
         diagnose: a list's name, names of diseases with commas, or `all`; None asks for none.
+        findings: the table of findings; also made where a report and probabilities are asked for.
+        consensus: drafts of the report, see `Study.report`.
         output_types, multi_label, keep_series_uid: see `output.folder.save_results`.
         generation: arguments of `generate` for report and questions, as {"max_new_tokens": 64, "num_beams": 5}.
     """
@@ -36,10 +38,17 @@ class Request:
     multi_label: bool = False
     keep_series_uid: bool = False
     generation: dict[str, int] = field(default_factory=dict)
+    findings: bool = False
+    consensus: int = 1
 
     @property
     def empty(self) -> bool:
-        return not (self.report or self.questions or self.structures or self.diagnose)
+        return not (self.report or self.questions or self.structures or self.diagnose or self.findings)
+
+    @property
+    def wants_findings(self) -> bool:
+        """Whether the table of findings is made."""
+        return self.findings or bool(self.report and self.diagnose)
 
 
 def settings_of(scan: Scan, request: Request, reading: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +109,10 @@ def predict_study(
     diseases = study.diseases_asked(request.diagnose) if request.diagnose else None
     tell("encoding")
     _ = study.features
-    if request.report:
+    study.fitness()
+    if request.report or request.findings:
         tell("report")
-        study.report(**request.generation)
+        study.report(consensus=request.consensus, **request.generation)
     for question in request.questions:
         tell("question")
         answer = study.ask(question, **request.generation)
@@ -113,6 +123,9 @@ def predict_study(
     if request.diagnose:
         tell("probabilities")
         study.diagnose(diseases)
+    if request.wants_findings:
+        tell("findings")
+        study.findings()
     tell("writing")
     reading = {
         "model": model, "dtype": dtype, "revision": revision, "quantize": quantize, "series": series, "spacing": spacing,

@@ -27,8 +27,13 @@ from ..output.folder import save_results
 from ..output.results import Origin, Results
 from ..processing.processing_ctinstruct import CTInstructProcessor
 from ..processing.volume import CTVolume
+from .calibration import calibration_of
+from .comparison import compare_studies
+from .consensus import agreed_report
 from .encoded import EncodedScans, Reply
+from .findings import Evidence, find_findings
 from .fingerprint import model_fingerprint
+from .fitness import Fitness, study_fitness
 from .folders import BUNDLED_MODEL
 from .models import load_model, load_processor, model_name, notes_on
 
@@ -83,6 +88,8 @@ class Study(EncodedScans):
     ) -> None:
         super().__init__(volumes, model, processor)
         self.results = Results()
+        self.names = names
+        self.evidence: dict[str, Evidence] = {}
         self.structures: Names = structure_names(model, processor, names)
         self.diseases: Names = disease_names(model, names)
         self.notes: list[str] = []
@@ -165,11 +172,59 @@ class Study(EncodedScans):
         return answers
 
     @torch.inference_mode()
-    def report(self, *, max_new_tokens: int = 512, **generation: Any) -> str:
-        """A radiology report."""
-        (reply,) = self.reply([REPORT[0]], max_new_tokens, **generation)
-        self.results.report = self.processor.write_out(reply.text, reply.probabilities)
+    def report(self, *, consensus: int = 1, max_new_tokens: int = 512, **generation: Any) -> str:
+        """A radiology report.
+
+        Args:
+            consensus: drafts, of which the one is kept that agrees best with the probabilities and with direct questions;
+                the first is greedy, the others are sampled.
+            max_new_tokens, generation: as in `generate`; greedy by default.
+        """
+        if consensus == 1:
+            (self.results.report,) = self.write_plainly([REPORT[0]], max_new_tokens, generation)
+        else:
+            self.results.report = agreed_report(self, consensus, max_new_tokens, generation)
         return self.results.report
+
+    def findings(self, names: str | Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Probability, report, a direct question and mask of each finding, and whether they agree.
+
+        The report is written where there is none yet. Masks that are not empty become masks of the study.
+
+        Args:
+            names: findings as people write them; every one of the model's lists by default.
+
+        Returns:
+            {name: {"probability", "threshold" from which it counts as there, "report" (present, absent, not mentioned),
+            "sentences" (start, end, text), "question", "answer", "mask" (voxels, volume_ml … of
+            `output.measure.measure_finding` and "mean_probability"; None where the model cannot mark it), "says" {source:
+            there or not}, "agreement" (consistent, unchecked, or which sources say what), "disagree" (pairs of sources),
+            "remarks" (where words and mask differ in size, side or number)}}.
+
+        Raises:
+            CTInstructError: for a name that the model does not know.
+        """
+        return find_findings(self, [names] if isinstance(names, str) else names)
+
+    def fitness(self) -> Fitness:
+        """Whether the scan is like those that the model was calibrated on (`ctinstruct calibrate`), and what is unusual."""
+        found = study_fitness(self)
+        self.results.fitness = found.to_json()
+        self._note([found.warning])
+        return found
+
+    def compare(self, other: Study, names: str | Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+        """How each finding has grown since an earlier study of the same patient, in mm and per cent.
+
+        See `inference.comparison.compare_studies`.
+        """
+        return compare_studies(self, other, [names] if isinstance(names, str) else names)
+
+    @torch.inference_mode()
+    def write_plainly(self, questions: Sequence[str], max_new_tokens: int, generation: dict[str, Any]) -> list[str]:
+        """Texts with their special tokens written out, which are kept nowhere."""
+        replies = self.reply(questions, max_new_tokens, **generation)
+        return [self.processor.write_out(reply.text, reply.probabilities) for reply in replies]
 
     def _masks(self, question: str, reply: Reply) -> list[np.ndarray]:
         """The masks of an answer on the volume's grid."""
@@ -239,13 +294,22 @@ class Study(EncodedScans):
         return masks[names] if isinstance(names, str) else masks
 
     @torch.inference_mode()
-    def mask_logits(self, names: Sequence[str]) -> torch.Tensor:
-        """[names, D, H, W] on the canvas: what `segment` makes masks of, for names as the model was taught them."""
-        queries = []
-        for name in names:
-            answer = answer_segmentation([name], self.model.config.names_masks)
-            ids, states = self._states(ask_segmentation([name]), answer)
-            queries.append(states[ids == self.model.config.seg_token_id][-1])
+    def mask_logits(self, names: Sequence[str], together: bool = False) -> torch.Tensor:
+        """[names, D, H, W] on the canvas: what `segment` makes masks of, for names as the model was taught them.
+
+        Args:
+            names: of structures.
+            together: ask for all in one batch, which is quicker and equal up to rounding.
+        """
+        pairs = [
+            (ask_segmentation([name]), answer_segmentation([name], self.model.config.names_masks)) for name in names
+        ]
+        read = [self._states_together(pairs)] if together else [self._states(*pair) for pair in pairs]
+        queries = [
+            row[marks == self.model.config.seg_token_id][-1]
+            for ids, states in read
+            for marks, row in zip(ids, states, strict=True)
+        ]
         grids = [tuple(row) for row in self.batch["patch_grid"].tolist()]
         stop = self._image_tokens()
         rows = slice(stop - int(np.prod(grids[-1])), stop)
@@ -276,6 +340,7 @@ class Study(EncodedScans):
             _check_names("diseases", asked_for)
         groups = list(lists.values()) if asked_for is None else [list(asked_for)]
         found: dict[str, float] = {}
+        calibration = calibration_of(self.model)
         for group in groups:
             named = {name: self.diseases.find(name) for name in group}
             asked = list(dict.fromkeys(one.names[0] for one in named.values()))
@@ -286,7 +351,7 @@ class Study(EncodedScans):
             assert scores is not None
             values = dict(zip(asked, scores.float().sigmoid().tolist(), strict=True))
             for name in group:
-                found.setdefault(name, values[named[name].names[0]])
+                found.setdefault(name, calibration.probability(named[name].names[0], values[named[name].names[0]]))
         self.results.diagnosis.update(found)
         return found
 

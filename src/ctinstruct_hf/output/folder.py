@@ -22,7 +22,7 @@ from .writers import WRITERS as _WRITERS
 from .writers import Job, check_output, file_name, file_names
 
 # of findings.json, described by findings.schema.json beside this file; a new key raises the second number
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 def save_results(
@@ -97,6 +97,8 @@ def save_results(
             "answers": [{"question": question, "answer": answer} for question, answer in results.answers],
             "diagnosis": {name: round(value, 4) for name, value in results.diagnosis.items()},
             "segmentation": segmentation,
+            "findings": _with_files(results.findings, segmentation),
+            "fitness": results.fitness,
             "failures": [{"output_type": name, "error": why} for name, why in results.failures.items()],
             "warnings": [*origin.scan_warnings, *results.notes, *origin.model_warnings],
         }
@@ -109,6 +111,15 @@ def save_results(
         (draft / "report.txt").write_text("\n".join(lines), encoding="utf-8")
         write_page(results, volume, origin, findings, draft / "report.html")
     return folder
+
+
+def _with_files(rows: dict[str, dict[str, Any]], segmentation: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The table of findings, whose masks are the files of the segmentation."""
+    named = {name: (segmentation.get(name) or {"file": None})["file"] for name in rows}
+    return {
+        name: {**row, "mask": None if row["mask"] is None else {**row["mask"], "file": named[name]}}
+        for name, row in rows.items()
+    }
 
 
 def _sentence(error: Exception, volume: CTVolume, output_type: str) -> str:

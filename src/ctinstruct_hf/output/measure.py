@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import SimpleITK
 
 from ..processing.volume import CTVolume
 
 # nibabel's letter for the end of an axis -> the side of the patient
 SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
 _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
+_ANGLES = np.radians(np.arange(180))
+# of a finding: what is nearer to each other than twice this is one component; a component is a speck, which is not counted,
+# where it is smaller than this share of the largest and than so many mL
+JOIN_MM, SPECK, SPECK_ML = 3.0, 0.3, 0.3
+# around everything: where a finding lies that lies in no organ
+WALLS = ("muscle", "subcutaneous fat")
+_ONE_SIDE = 0.8  # share of a finding on one side of the patient from which on it lies there
 
 
 def stored(volume: CTVolume, mask: np.ndarray) -> np.ndarray:
@@ -30,7 +39,7 @@ def cut_off(volume: CTVolume, grid: np.ndarray) -> list[str]:
         if grid.shape[axis] == 1 or code is None:
             continue
         for index, letter in ((0, _OPPOSITE[code]), (-1, code)):
-            if grid.take(index, axis=axis).any():
+            if np.moveaxis(grid, axis, 0)[index].any():
                 sides.append(SIDES[letter])
     return sorted(sides, key=list(SIDES.values()).index)
 
@@ -50,4 +59,156 @@ def measure(volume: CTVolume, mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-__all__ = ["SIDES", "cut_off", "measure", "stored"]
+def measure_finding(
+    volume: CTVolume, mask: np.ndarray, organs: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """Everything that `measure` gives of a mask, and what a report says of a finding.
+
+    Args:
+        volume: the scan.
+        mask: bool (depth, height, width) on its grid.
+        organs: {name: bool (depth, height, width)} among which the organ that the finding lies in or touches is looked for.
+
+    Returns:
+        `measure`'s, and "sd_hu"; "diameter_mm" and "perpendicular_mm", the longest axial diameter of the largest component
+        and its perpendicular in the same slice; "slice" (from 1 at the feet) and "place_mm" (RAS), the middle of the mask
+        where it is largest; "side" (left, right or both); "organ"; "components", the largest first, each with its
+        "volume_ml", "diameter_mm", "perpendicular_mm", "side", "place_mm" and "centre_mm". None where the mask is empty.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    found = measure(volume, mask)
+    empty = dict.fromkeys(("sd_hu", "diameter_mm", "perpendicular_mm", "slice", "place_mm", "side", "organ"))
+    if not mask.any():
+        return {**found, **empty, "components": []}
+    middle = _midline(volume)
+    listed = []
+    for start, part in components(mask, volume.spacing):
+        diameter, perpendicular = axial_diameters(part, volume.spacing)
+        place = [first + index for first, index in zip(start, key_place(part), strict=True)]
+        listed.append(
+            {
+                "volume_ml": round(int(part.sum()) * float(np.prod(volume.spacing)) / 1000, 3),
+                "diameter_mm": round(diameter, 1),
+                "perpendicular_mm": round(perpendicular, 1),
+                "side": _side(part.sum(axis=(0, 1)), start[2], middle),
+                "place_mm": in_patient(volume, place),
+                "centre_mm": in_patient(
+                    volume, [f + float(i.mean()) for f, i in zip(start, part.nonzero(), strict=True)]
+                ),
+            }
+        )
+    place = key_place(mask)
+    return {
+        **found,
+        "sd_hu": round(float(volume.hu[mask].std()), 1),
+        "diameter_mm": listed[0]["diameter_mm"],
+        "perpendicular_mm": listed[0]["perpendicular_mm"],
+        "slice": place[0] + 1,
+        "place_mm": in_patient(volume, place),
+        "side": _side(mask.sum(axis=(0, 1)), 0, middle),
+        "organ": organ_of(mask, organs or {}),
+        "components": listed,
+    }
+
+
+def components(mask: np.ndarray, spacing: tuple[float, float, float]) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+    """The parts of a mask (depth, height, width), the largest first and without specks: each as the first voxel of its box
+    and bool of the box. Parts that lie within `2 * JOIN_MM` of each other are one."""
+    reach = [max(1, round(JOIN_MM / mm)) for mm in spacing]
+    first = [int(axis.min()) for axis in mask.nonzero()]
+    inside = mask[tuple(slice(axis.min(), axis.max() + 1) for axis in mask.nonzero())]
+    image = SimpleITK.GetImageFromArray(np.pad(inside, [(r, r) for r in reach]).astype(np.uint8))
+    joined = SimpleITK.ConnectedComponent(SimpleITK.BinaryDilate(image, reach[::-1], SimpleITK.sitkBall), True)
+    labels = SimpleITK.Mask(joined, image)
+    shapes = SimpleITK.LabelShapeStatisticsImageFilter()
+    shapes.Execute(labels)
+    sizes = {label: shapes.GetNumberOfPixels(label) for label in shapes.GetLabels()}
+    numbers = SimpleITK.GetArrayViewFromImage(labels)
+    parts = []
+    least = min(SPECK * max(sizes.values()), SPECK_ML * 1000 / float(np.prod(spacing)))
+    for label in sorted(sizes, key=lambda label: -sizes[label]):
+        if sizes[label] < least:
+            break
+        x, y, z, width, height, depth = shapes.GetBoundingBox(label)
+        z0, y0, x0 = (f + s - r for f, s, r in zip(first, (z, y, x), reach, strict=True))
+        parts.append(((z0, y0, x0), numbers[z : z + depth, y : y + height, x : x + width] == label))
+    return parts
+
+
+def axial_diameters(mask: np.ndarray, spacing: tuple[float, float, float]) -> tuple[float, float]:
+    """The longest diameter of a mask (depth, height, width) within an axial slice, and the extent across it there, in mm.
+
+    Both reach from edge to edge of the outermost voxels: a row of n voxels is n voxels long.
+    """
+    depths, rows = np.nonzero(mask.any(axis=2))
+    _, dy, dx = spacing
+    first = mask.argmax(axis=2)[depths, rows] * dx
+    last = (mask.shape[2] - 1 - mask[:, :, ::-1].argmax(axis=2)[depths, rows]) * dx
+    across, along = np.cos(_ANGLES), np.sin(_ANGLES)
+    shift = (rows * dy)[:, None] * along
+    ends = [edge[:, None] * across + shift for edge in (first, last)]
+    starts = np.flatnonzero(np.diff(depths, prepend=-1))  # of each slice
+    extents = np.maximum.reduceat(np.maximum(*ends), starts) - np.minimum.reduceat(np.minimum(*ends), starts)
+    extents += np.maximum(abs(dx * across), abs(dy * along))
+    level, angle = np.unravel_index(extents.argmax(), extents.shape)
+    return float(extents[level, angle]), float(extents[level, (angle + 90) % 180])
+
+
+def organ_of(mask: np.ndarray, organs: Mapping[str, np.ndarray]) -> str | None:
+    """The organ that most of a finding's voxels, and of the voxels that touch it, belong to; one of `WALLS` only where it
+    lies in no other.
+
+    Args:
+        mask: bool (depth, height, width).
+        organs: {name: bool of the same shape}.
+    """
+    if not organs or not mask.any():
+        return None
+    box = tuple(slice(max(axis.min() - 1, 0), axis.max() + 2) for axis in mask.nonzero())
+    image = SimpleITK.GetImageFromArray(mask[box].astype(np.uint8))
+    near = SimpleITK.GetArrayViewFromImage(SimpleITK.BinaryDilate(image, [1, 1, 1], SimpleITK.sitkBox)) > 0
+    shared = {name: int((organ[box] & near).sum()) for name, organ in organs.items()}
+    for wall in (False, True):
+        found = {name: count for name, count in shared.items() if (name in WALLS) is wall and count}
+        if found:
+            return max(found, key=lambda name: found[name])
+    return None
+
+
+def key_place(mask: np.ndarray) -> tuple[int, int, int]:
+    """(depth, height, width): the middle of a mask in the slice where it is largest."""
+    level = int(mask.sum(axis=(1, 2)).argmax())
+    rows, columns = np.nonzero(mask[level])
+    return level, int(rows.mean()), int(columns.mean())
+
+
+def in_patient(volume: CTVolume, place: Sequence[float]) -> list[float]:
+    """RAS mm of a voxel (depth, height, width)."""
+    return [round(float(mm), 2) for mm in (volume.affine @ [*place[::-1], 1.0])[:3]]
+
+
+def _midline(volume: CTVolume) -> float:
+    """The middle of the patient along the width, in voxels."""
+    columns = (volume.hu[::4, ::4] > -400).sum(axis=(0, 1))
+    return float(columns @ np.arange(len(columns)) / columns.sum()) if columns.any() else (len(columns) - 1) / 2
+
+
+def _side(columns: np.ndarray, start: int, middle: float) -> str:
+    """Where voxels lie, counted by column from `start` on: the patient's left is where columns are higher."""
+    left = float(columns[np.arange(start, start + len(columns)) > middle].sum() / columns.sum())
+    return "left" if left >= _ONE_SIDE else "right" if left <= 1 - _ONE_SIDE else "both"
+
+
+__all__ = [
+    "SIDES",
+    "WALLS",
+    "axial_diameters",
+    "components",
+    "cut_off",
+    "in_patient",
+    "key_place",
+    "measure",
+    "measure_finding",
+    "organ_of",
+    "stored",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from .._version import __version__
 from ..processing.volume import CTVolume
+from .measure import key_place
 from .results import Origin, Results
 
 WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-450.0, 1050.0)}
@@ -40,6 +42,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { display: grid; grid-template-columns: minmax(9rem, 16rem) 1fr 3rem; gap: .6rem; align-items: center; margin: .15rem 0; }
 .bar meter { width: 100%; height: 1rem; } blockquote { margin: .3rem 0 1rem; padding-left: .8rem; border-left: 3px solid #8c959f; }
 .text { white-space: pre-wrap; } footer { margin-top: 2rem; font-size: .85rem; color: #57606a; }
+.contradiction td, .contradiction th { background: #fdecea; } figure:target { outline: 3px solid #4f9dff; } tr:target { outline: 2px solid #4f9dff; }
+a.grounded { color: inherit; text-decoration: underline dotted; }
 a:focus-visible { outline: 3px solid #4f9dff; }
 @media print { body { max-width: none; } .notice { position: static; } h2 { break-after: avoid; } figure { break-inside: avoid; max-width: 45%; } .bar, tr { break-inside: avoid; } }
 """
@@ -55,15 +59,15 @@ def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dic
         '<p class="notice" role="note">Research use only. This is not a diagnosis.</p>',
         *(f'<p class="warning" role="note">{escape(note)}</p>' for note in findings["warnings"]),
         f"<h1>{escape(findings['source'] or 'Scan')}</h1>",
-        facts(volume, origin),
+        facts(volume, origin, results.fitness),
     ]
+    if findings["findings"]:
+        parts += ["<h2>Findings and agreement</h2>", findings_table(findings["findings"])]
     if findings["asked"]:
         parts += ["<h2>What was asked</h2>", asked(findings["asked"])]
     if findings["report"] is not None:
-        parts += [
-            "<h2>Report</h2>",
-            f'<p class="text">{escape(findings["report"]) or "<em>The model wrote nothing.</em>"}</p>',
-        ]
+        text = grounded_report(findings["report"], findings["findings"]) or "<em>The model wrote nothing.</em>"
+        parts += ["<h2>Report</h2>", f'<p class="text" id="report">{text}</p>']
     if findings["answers"]:
         parts.append("<h2>Questions</h2>")
         for pair in findings["answers"]:
@@ -88,7 +92,7 @@ def escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-def facts(volume: CTVolume, origin: Origin) -> str:
+def facts(volume: CTVolume, origin: Origin, fitness: dict[str, Any] | None = None) -> str:
     """Scan and settings, in a few lines."""
     depth, height, width = volume.shape
     rows = {
@@ -97,6 +101,10 @@ def facts(volume: CTVolume, origin: Origin) -> str:
         + " mm",
         **origin.facts,
     }
+    if fitness is not None:
+        percentile = fitness["percentile"]
+        share = "" if percentile is None else f", farther than {percentile:.0f} % of held-out scans"
+        rows["Fit to the model"] = "; ".join([f"{fitness['state']}{share}", *fitness["unusual"]])
     return (
         '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
     )
@@ -104,13 +112,88 @@ def facts(volume: CTVolume, origin: Origin) -> str:
 
 def asked(request: dict[str, Any]) -> str:
     """The request in words."""
-    lines = ["a report"] if request.get("report") else []
+    drafts = request.get("consensus") or 1
+    lines = ["a report" + (f", of {drafts} drafts" if drafts > 1 else "")] if request.get("report") else []
+    lines += ["the table of findings"] if request.get("findings") else []
     lines += [f"\u201c{question}\u201d" for question in request.get("questions") or []]
     if request.get("structures"):
         lines.append("masks of " + ", ".join(request["structures"]))
     if request.get("diagnose"):
         lines.append(f"probabilities: {str(request['diagnose']).replace('_', ' ')}")
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def anchor(name: str) -> str:
+    """The id of what belongs to a finding on the page."""
+    return re.sub(r"\W+", "-", name).strip("-") or "finding"
+
+
+def findings_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Each finding with what every source says, those that contradict themselves first; a name leads to its picture, what the
+    report says to its sentence."""
+    lines = []
+    order = {"consistent": 2, "unchecked": 1}
+    for name, row in sorted(
+        rows.items(), key=lambda item: (order.get(item[1]["agreement"], 0), -(item[1]["probability"] or 0))
+    ):
+        wrong = row["agreement"] not in order
+        link = anchor(name)
+        shown = bool(row["mask"] and row["mask"]["voxels"])
+        title = f'<a href="#picture-{link}">{escape(name)}</a>' if shown else escape(name)
+        words = escape(row["report"])
+        said = f'<a href="#sentence-{link}">{words}</a>' if row["sentences"] else words
+        number = "–" if row["probability"] is None else f"{row['probability']:.2f}"
+        style = ' class="contradiction"' if wrong else ""
+        lines.append(
+            f'<tr id="finding-{link}"{style}><th scope="row">{title}</th><td class="number">{number}</td>'
+            f"<td>{said}</td><td>{escape(row['answer']) or '–'}</td><td>{escape(mask_words(row['mask']))}</td>"
+            f"<td>{escape('; '.join([('contradiction: ' if wrong else '') + row['agreement'], *row['remarks']]))}</td></tr>"
+        )
+    heads = ("Finding", "Probability", "Report", "Asked directly", "Mask", "Agreement")
+    head = "".join(f'<th scope="col">{one}</th>' for one in heads)
+    return f'<div class="scroll"><table class="findings"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def mask_words(mask: dict[str, Any] | None) -> str:
+    """What a mask measures, in a line."""
+    if mask is None:
+        return "–"
+    if not mask["voxels"]:
+        return "empty"
+    count = len(mask["components"])
+    words = [f"{mask['volume_ml']:.1f} ml", f"{mask['diameter_mm']:.0f} x {mask['perpendicular_mm']:.0f} mm"]
+    words += [f"{mask['mean_hu']:.0f} ± {mask['sd_hu']:.0f} HU", f"{count} parts" if count > 1 else "1 part"]
+    side = f"{mask['side']} side" if mask["side"] != "both" else "both sides"
+    organ = mask["organ"]
+    words.append(side if organ is None else organ if mask["side"] in organ else f"{organ}, {side}")
+    return ", ".join(words)
+
+
+def grounded_report(report: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The report as HTML; a sentence that states a finding whose mask is not empty leads to the picture where that is
+    largest."""
+    spans: dict[tuple[int, int], list[str]] = {}
+    for name, row in rows.items():
+        for one in row["sentences"]:
+            spans.setdefault((one["start"], one["end"]), []).append(name)
+    parts, done, marked = [], 0, set()
+    for (start, end), names in sorted(spans.items()):
+        if start < done:
+            continue
+        first = [name for name in names if name not in marked]
+        marked.update(first)
+        text = "".join(f'<span id="sentence-{anchor(name)}"></span>' for name in first) + escape(report[start:end])
+        there = [
+            name
+            for name in names
+            if rows[name]["report"] == "present" and rows[name]["mask"] and rows[name]["mask"]["voxels"]
+        ]
+        if there:
+            title = "; ".join(f"{name}: {mask_words(rows[name]['mask'])}" for name in there)
+            text = f'<a class="grounded" href="#picture-{anchor(there[0])}" title="{escape(title)}">{text}</a>'
+        parts += [escape(report[done:start]), text]
+        done = end
+    return "".join([*parts, escape(report[done:])])
 
 
 def bars(probabilities: dict[str, float]) -> str:
@@ -166,7 +249,7 @@ def pictures(volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[
         inside = float(volume.hu[best][planes[name].take(best, axis=0)].mean())
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
         caption = f"{name}, where it is largest" + (f": slice {best + 1} of {depth} from the feet" if depth > 1 else "")
-        figures.append(_figure(volume, shown, 0, best, window, caption))
+        figures.append(_figure(volume, shown, 0, best, window, caption, f"picture-{anchor(name)}"))
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
@@ -197,34 +280,36 @@ def axis_codes(volume: CTVolume) -> str:
     return "".join(nib.aff2axcodes(volume.affine)[::-1])
 
 
-def key_place(mask: np.ndarray) -> tuple[int, int, int]:
-    """(depth, height, width): the middle of a mask in the slice where it is largest."""
-    level = int(mask.sum(axis=(1, 2)).argmax())
-    rows, columns = np.nonzero(mask[level])
-    return level, int(rows.mean()), int(columns.mean())
-
-
 def _figure(
-    volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str, caption: str
+    volume: CTVolume,
+    masks: list[tuple[str, np.ndarray]],
+    axis: int,
+    index: int,
+    window: str,
+    caption: str,
+    place: str | None = None,
 ) -> str:
     """One picture with its legend; what is outlined is said in words too."""
     seen = [(number, name) for number, (name, mask) in enumerate(masks) if np.take(mask, index, axis=axis).any()]
     words = f"{caption}, {window} window"
     outlined = f"; outlined: {', '.join(name for _, name in seen)}" if seen else ""
     legend = "".join(f'<span class="key">{swatch(number)}{escape(name)}</span> ' for number, name in seen)
-    return figure(picture(volume, masks, axis, index, window), f"{words}{outlined}", words, legend)
+    if place is not None:  # back to the table
+        legend += f'<a href="#{place.replace("picture-", "finding-")}">in the table</a>'
+    return figure(picture(volume, masks, axis, index, window), f"{words}{outlined}", words, legend, place)
 
 
 def swatch(number: int) -> str:
     return f'<span class="swatch" style="background:{COLOURS[number % len(COLOURS)]}"></span>'
 
 
-def figure(image: Image.Image, description: str, caption: str, legend: str = "") -> str:
+def figure(image: Image.Image, description: str, caption: str, legend: str = "", place: str | None = None) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=4)
+    mark = "" if place is None else f' id="{place}"'
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<figure><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+        f'<figure{mark}><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(caption)}<br>{legend}</figcaption></figure>"
     )
 

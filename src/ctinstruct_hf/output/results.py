@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ class Results:
     Attributes:
         report, answers, diagnosis: text, (question, answer), {disease: probability}.
         masks: {structure: bool (depth, height, width)} on the volume's grid.
+        findings: {finding: a row of `Study.findings`}.
+        fitness: whether the scan is like those that the model was calibrated on, see `Study.fitness`; None: not looked at.
         notes: what `save_results` had to say the last time.
         failures: {output type: why} that it could not write then.
     """
@@ -23,6 +26,8 @@ class Results:
     answers: list[tuple[str, str]] = field(default_factory=list)
     diagnosis: dict[str, float] = field(default_factory=dict)
     masks: dict[str, np.ndarray] = field(default_factory=dict)
+    findings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fitness: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
