@@ -10,8 +10,8 @@ from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.data.labeller import FINDINGS as CT_RATE
 from ctinstruct_hf.data.labeller import find_mentions, label_report
 from ctinstruct_hf.data.names import read_names
-from ctinstruct_hf.phantoms import FINDINGS, make_phantom
 from ctinstruct_hf.data.statements import ReportReader
+from ctinstruct_hf.phantoms import FINDINGS, make_phantom
 
 REPORT = (
     "Technique: Unenhanced CT. Findings: A 12 mm nodule is seen in the left upper lobe. No pleural  effusion or kidney\n"

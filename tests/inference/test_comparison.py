@@ -8,9 +8,9 @@ import pytest
 import SimpleITK
 
 from ctinstruct_hf import CTVolume, read_volume
-from ctinstruct_hf.phantoms import make_phantom
 from ctinstruct_hf.inference.comparison import align, compare_findings
 from ctinstruct_hf.output.measure import measure_finding
+from ctinstruct_hf.phantoms import make_phantom
 
 MOTION = SimpleITK.Euler3DTransform()
 MOTION.SetParameters((0.05, -0.04, 0.08, 14.0, -9.0, 20.0))

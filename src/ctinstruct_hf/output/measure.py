@@ -17,7 +17,7 @@ _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 _ANGLES = np.radians(np.arange(180))
 # of a finding: what is nearer to each other than twice this is one component; a component is a speck, which is not counted,
 # where it is smaller than this share of the largest and than so many mL
-JOIN_MM, SPECK, SPECK_ML = 3.0, 0.3, 0.3
+JOIN_MM, SPECK, SPECK_ML = 5.0, 0.3, 0.3
 # around everything: where a finding lies that lies in no organ
 WALLS = ("muscle", "subcutaneous fat")
 _ONE_SIDE = 0.8  # share of a finding on one side of the patient from which on it lies there
