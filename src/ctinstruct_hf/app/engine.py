@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _KEPT_JOBS = 500
 # CT compresses to a third or a tenth; what unpacks to more of its size than this, and more than 256 MiB, is no scan
 _MOST_RATIO = 100
+CONSENSUS = 8  # drafts of the report that the table of findings is made with
 
 
 class SeveralSeries(CTInstructError):
@@ -399,6 +400,8 @@ class Engine:
         _ = study.features
         step("thinking")
         job = jobs[0]
+        if job.kind == "findings":
+            return [self._findings(one, step)]
         if job.kind in ("ask", "report"):
             generation: dict[str, Any] = {
                 "max_new_tokens": self.limits.new_tokens,
@@ -456,6 +459,24 @@ class Engine:
                 warnings.append(f"{len(names) - len(masks)} of {len(names)} structures are not marked. {error}")
                 break
         return {"masks": masks, "warnings": warnings}
+
+    def _findings(self, one: OpenStudy, step: Callable[[str], None]) -> dict[str, Any]:
+        """The table of findings with a report of several drafts, the masks that are not empty, and whether the scan fits."""
+        study = one.study
+        fitness = study.fitness()
+        warnings = _notes([fitness.warning])
+        if study.results.report is None:
+            step("writing the report")
+            study.report(consensus=CONSENSUS, max_new_tokens=self.limits.new_tokens)
+        step("comparing")
+        try:
+            rows = study.findings()
+        except Full as error:
+            return {"findings": {}, "masks": {}, "report": study.results.report, "warnings": [*warnings, str(error)]}
+        shown = {name: study.results.masks[name] for name, row in rows.items() if row["mask"] and row["mask"]["voxels"]}
+        masks = {name: self._keep_mask(one, name, mask) for name, mask in shown.items()}
+        result = {"findings": rows, "masks": masks, "report": study.results.report, "warnings": warnings}
+        return {**result, "fitness": fitness.to_json()}
 
     def _keep_mask(self, one: OpenStudy, name: str, mask: Any) -> dict[str, Any]:
         """Write a mask on the scan's own grid, for the viewer and to take away, and measure it."""

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 
 # a step without the name of a structure and without counts
 _STEP = re.compile(r"marking|writing|[a-z ]+")
-KINDS = ("ask", "report", "segment", "diagnose")
+KINDS = ("ask", "report", "segment", "diagnose", "findings")
 
 
 @dataclass

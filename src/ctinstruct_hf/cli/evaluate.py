@@ -221,12 +221,16 @@ def calibrate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Find when a mask is to be left empty, on scans whose truth is known, and write it into the model's processor."""
+    """Calibrate a model on scans whose truth is known: when a mask is to be left empty, temperature, bias and threshold of each
+    disease, and which scans it fits. Written into its processor and calibration.json.
+    """
     from rich.console import Console
 
     from ..data.samples import from_row
+    from ..evaluation.calibrating import find_calibration, pooled_ece
     from ..evaluation.floors import find_floors, write_floors
     from ..evaluation.run import load_data
+    from ..inference.calibration import write_calibration
     from ..inference.study import load_model
 
     hide_progress_bars()
@@ -240,8 +244,18 @@ def calibrate(
         floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), show_steps(status))  # type: ignore[misc]
         write_floors(model, floors)
         processor.image_processor.mask_floors = floors  # this process may have it loaded
+        found = find_calibration(network, processor, (from_row(row, "alignment") for row in rows), show_steps(status))  # type: ignore[misc]
+        write_calibration(model, found)
+        network.calibration = found
     for name, (least, level) in sorted(floors.items()):
         typer.echo(f"{name}: empty unless more than {least:g} mL have a logit above {level:g}")
+    for name, one in found.diseases.items():
+        typer.echo(
+            f"{name}: there from a probability of {one.threshold:.3f} (temperature {one.temperature:.2f}, bias {one.bias:.2f})"
+        )
+    errors = pooled_ece(found.diseases)
+    if errors is not None:
+        typer.echo(f"expected calibration error {errors[0]:.4f} before, {errors[1]:.4f} after")
     typer.echo(f"{len(floors)} structures of {len(rows)} scans have a floor in {model}")
 
 

@@ -114,7 +114,7 @@ async function show(study) {
   page.study = study;
   page.masks.clear();
   page.colours = 0;
-  for (const id of ["chat", "masks", "bars", "text", "warnings", "remarks"]) $(id).replaceChildren();
+  for (const id of ["chat", "masks", "bars", "text", "table", "fitness", "warnings", "remarks"]) $(id).replaceChildren();
   const said = $("notice").textContent; // the model's own note stands there already
   for (const note of study.warnings.filter((one) => !said.includes(one))) $("warnings").append(make("p", note, { class: "warning" }));
   const [depth, height, width] = study.shape;
@@ -301,7 +301,7 @@ function guarded(action) {
   // One thing at a time from one page.
   return async (event) => {
     if (event) event.preventDefault();
-    const buttons = ["mark", "diagnose", "report"].map($).concat([...$("ask").querySelectorAll("button")]);
+    const buttons = ["mark", "diagnose", "report", "compare"].map($).concat([...$("ask").querySelectorAll("button")]);
     if (page.job || buttons[0].disabled) return;
     buttons.forEach((button) => (button.disabled = true));
     try {
@@ -362,6 +362,88 @@ async function report() {
   if (result) $("text").textContent = result.report || "The model wrote nothing.";
 }
 
+async function compare() {
+  const result = await work({ kind: "findings" });
+  if (!result) return;
+  for (const [name, told] of Object.entries(result.masks)) await overlay(name, told);
+  const fit = result.fitness;
+  if (fit) $("fitness").textContent = `This scan is ${fit.state === "unknown" ? "not compared: the model has no calibration" : fit.state}. ${fit.unusual.join("; ")}`;
+  drawTable(result.findings);
+  ground(result.report || "", result.findings);
+}
+
+const anchor = (kind, name) => `${kind}-${name.replace(/\W+/g, "-")}`;
+
+function lead(element, name, target) {
+  // To the slice where the finding is largest, and to what else is said of it.
+  element.classList.add("grounded");
+  element.tabIndex = 0;
+  element.setAttribute("role", "button");
+  const act = () => {
+    const mask = page.masks.get(name);
+    if (mask && mask.told.voxels) goTo(mask);
+    for (const other of document.querySelectorAll(".shown")) other.classList.remove("shown");
+    for (const one of document.querySelectorAll(`[data-finding="${anchor(target, name)}"]`)) {
+      one.classList.add("shown");
+      one.scrollIntoView({ block: "nearest" });
+    }
+  };
+  element.addEventListener("click", act);
+  element.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") act();
+  });
+}
+
+function drawTable(rows) {
+  const fine = ["consistent", "unchecked"];
+  const table = make("table");
+  const head = make("tr");
+  for (const word of ["Finding", "Probability", "Report", "Asked", "Mask", "Agreement"]) head.append(make("th", word, { scope: "col" }));
+  table.append(head);
+  const wrong = (row) => !fine.includes(row.agreement);
+  const sorted = Object.entries(rows).sort((one, other) => wrong(other[1]) - wrong(one[1]) || other[1].probability - one[1].probability);
+  for (const [name, row] of sorted) {
+    const line = make("tr", undefined, { "data-finding": anchor("row", name) });
+    if (wrong(row)) line.className = "contradiction";
+    const title = make("th", name, { scope: "row" });
+    lead(title, name, "sentence");
+    const mask = !row.mask ? "–" : row.mask.voxels ? `${row.mask.volume_ml.toFixed(1)} ml, ${Math.round(row.mask.diameter_mm)} mm` : "empty";
+    const words = [(wrong(row) ? "contradiction: " : "") + row.agreement, ...row.remarks].join("; ");
+    const probability = row.probability === null ? "–" : row.probability.toFixed(2);
+    line.append(title, ...[probability, row.report, row.answer, mask, words].map((text) => make("td", text)));
+    table.append(line);
+  }
+  $("table").replaceChildren(table);
+}
+
+function ground(text, rows) {
+  // The report, whose sentences lead to the slice of what they state.
+  const spans = new Map();
+  for (const [name, row] of Object.entries(rows)) {
+    for (const { start, end } of row.sentences) {
+      if (!spans.has(start)) spans.set(start, { start, end, names: [] });
+      spans.get(start).names.push(name);
+    }
+  }
+  const characters = [...text]; // the server counts characters, not halves of pairs
+  const parts = [];
+  let done = 0;
+  for (const { start, end, names } of [...spans.values()].sort((one, other) => one.start - other.start)) {
+    if (start < done) continue;
+    const sentence = make("span");
+    for (const name of names) sentence.append(make("i", undefined, { "data-finding": anchor("sentence", name) }));
+    sentence.append(characters.slice(start, end).join(""));
+    const stated = names.find((name) => rows[name].report === "present" && rows[name].mask && rows[name].mask.voxels);
+    if (stated) {
+      lead(sentence, stated, "row");
+      sentence.dataset.finding = anchor("sentence", stated);
+    }
+    parts.push(characters.slice(done, start).join(""), sentence);
+    done = end;
+  }
+  $("text").replaceChildren(...parts, characters.slice(done).join(""));
+}
+
 // --- the start
 
 async function start() {
@@ -398,6 +480,7 @@ async function start() {
   $("mark").addEventListener("click", guarded(mark));
   $("diagnose").addEventListener("click", guarded(diagnose));
   $("report").addEventListener("click", guarded(report));
+  $("compare").addEventListener("click", guarded(compare));
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => {
     event.preventDefault();
