@@ -13,7 +13,7 @@ from ..data.samples import AlignmentSample
 from ..inference.calibration import Calibration, DiseaseCalibration
 from ..inference.fitness import fit_features, pooled, properties
 from ..inference.study import Study
-from .diagnosis import best_thresholds, calibration
+from .diagnosis import calibration
 
 LEAST = 5  # scans with a disease, and as many without, that a threshold needs
 LEAST_SCANS = 12  # that pooled features need
@@ -70,7 +70,7 @@ def fit_diseases(names: Sequence[str], scores: np.ndarray, labels: np.ndarray) -
         temperature, bias = _fit(values, truth) if wins else (1.0, 0.0)
         final = _scaled(values, temperature, bias) if wins else values
         fitted[name] = DiseaseCalibration(
-            threshold=round(float(best_thresholds(final[:, None], truth[:, None])[0]), 4),
+            threshold=_threshold(final, truth),
             temperature=round(temperature, 6),
             bias=round(bias, 6),
             ece_before=round(float(before), 4),
@@ -87,6 +87,15 @@ def _logits(values: np.ndarray) -> np.ndarray:
 
 def _scaled(values: np.ndarray, temperature: float, bias: float) -> np.ndarray:
     return 1 / (1 + np.exp(-(_logits(values) / temperature + bias)))
+
+
+def _threshold(values: np.ndarray, truth: np.ndarray) -> float:
+    """The probability with the best F1; of several, the one in their middle, since these scans are few."""
+    grid = np.linspace(0, 1, 1001)[1:-1]
+    above = values[:, None] >= grid
+    f1 = 2 * (above & (truth[:, None] == 1)).sum(0) / np.maximum(above.sum(0) + truth.sum(), 1)
+    best = grid[f1 == f1.max()]
+    return round(float(best[len(best) // 2]), 3)
 
 
 def _fit(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
