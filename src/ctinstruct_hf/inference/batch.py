@@ -345,7 +345,7 @@ def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) 
             for name, numbers in found["segmentation"].items():
                 row[f"{name} (ml)"] = numbers["volume_ml"]
                 row[f"{name} cut off at"] = ", ".join(numbers.get("cut_off") or [])
-            for name, one in found["findings"].items():
+            for name, one in found.get("findings", {}).items():
                 row[f"{name} in report"], row[f"{name} agreement"] = one["report"], one["agreement"]
                 row[f"{name} (mm)"] = (one["mask"] or {}).get("diameter_mm")
             row |= {one["question"]: one["answer"] for one in found["answers"]}
