@@ -128,8 +128,8 @@ def test_a_draft_is_judged_by_contradictions_then_by_likelihood() -> None:
         return {"lung nodule": Evidence("lung nodule", probability, 0.5, "Is there a lung nodule?", answer)}
 
     there, silent = {"lung nodule": Statement("present")}, {"lung nodule": Statement()}
-    assert disagreement(there, evidence(0.9, "Yes."))[0] == 0
-    assert disagreement(silent, evidence(0.9, "Yes."))[0] == 2
+    assert disagreement(there, evidence(0.9, "Yes."))[:2] == (0, 0)
+    assert disagreement(silent, evidence(0.9, "Yes."))[:2] == (1, 1)
     assert disagreement(there, evidence(0.6, "Yes.")) < disagreement(silent, evidence(0.6, "No."))
     assert disagreement(there, evidence(0.9, "Yes.")) < disagreement(there, evidence(0.6, "Yes."))
 

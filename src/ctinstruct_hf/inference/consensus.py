@@ -46,19 +46,22 @@ def agreed_report(study: Any, count: int, max_new_tokens: int, generation: dict[
     return min(drafts, key=lambda draft: disagreement(reader.read(draft), evidence))  # the first of equals
 
 
-def disagreement(statements: dict[str, Statement], evidence: dict[str, Evidence]) -> tuple[int, float]:
-    """How many findings a report contradicts or leaves out, and how unlikely what it says is by the probabilities."""
-    wrong, unlikely = 0, 0.0
+def disagreement(statements: dict[str, Statement], evidence: dict[str, Evidence]) -> tuple[int, int, float]:
+    """How many probabilities a report contradicts, how many direct answers, and how unlikely it is by the probabilities.
+
+    What a report does not mention counts as absent.
+    """
+    by_probability, by_answer, unlikely = 0, 0, 0.0
     for name, statement in statements.items():
         found = evidence[name]
         there = statement.state == "present"
-        # what is not mentioned counts as not there
         state = "present" if there else "absent"
         verdict = agreement(state, found.probability, found.answer, threshold=found.threshold)
-        wrong += sum("report" in pair for pair in verdict.disagree)
+        by_probability += ("report", "probability") in verdict.disagree
+        by_answer += ("report", "question") in verdict.disagree
         if found.probability is not None:
             unlikely -= math.log(max(found.probability if there else 1 - found.probability, 1e-6))
-    return wrong, unlikely
+    return by_probability, by_answer, unlikely
 
 
 __all__ = ["agreed_report", "disagreement", "draft_reports"]

@@ -15,9 +15,9 @@ from ..processing.volume import CTVolume
 SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
 _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 _ANGLES = np.radians(np.arange(180))
-# of a finding: what is nearer to each other than twice this is one component; a component is a speck, which is not counted,
-# where it is smaller than this share of the largest and than so many mL
-JOIN_MM, SPECK, SPECK_ML = 5.0, 0.3, 0.3
+# of a finding: what is nearer to each other than twice this is one component; a component of less than this share of the
+# largest, about half of its diameter, is a speck, which is not counted
+JOIN_MM, SPECK = 5.0, 1 / 8
 # around everything: where a finding lies that lies in no organ
 WALLS = ("muscle", "subcutaneous fat")
 _ONE_SIDE = 0.8  # share of a finding on one side of the patient from which on it lies there
@@ -125,9 +125,8 @@ def components(mask: np.ndarray, spacing: tuple[float, float, float]) -> list[tu
     sizes = {label: shapes.GetNumberOfPixels(label) for label in shapes.GetLabels()}
     numbers = SimpleITK.GetArrayViewFromImage(labels)
     parts = []
-    least = min(SPECK * max(sizes.values()), SPECK_ML * 1000 / float(np.prod(spacing)))
     for label in sorted(sizes, key=lambda label: -sizes[label]):
-        if sizes[label] < least:
+        if sizes[label] < SPECK * max(sizes.values()):
             break
         x, y, z, width, height, depth = shapes.GetBoundingBox(label)
         z0, y0, x0 = (f + s - r for f, s, r in zip(first, (z, y, x), reach, strict=True))
