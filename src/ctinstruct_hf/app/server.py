@@ -316,8 +316,8 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
 def _add_jobs(app: FastAPI, engine: Engine) -> None:
     @app.post("/api/studies/{study}/jobs", status_code=202)
     async def submit(study: str, request: Request, wait: bool = False) -> Response:
-        """Ask: {"kind": "ask", "question"}, {"kind": "report"}, {"kind": "segment", "structures"} or {"kind": "diagnose",
-        "diseases"}. With `wait` the answer comes at once, and a client that leaves cancels it."""
+        """Ask: {"kind": "ask", "question"}, {"kind": "report"}, {"kind": "segment", "structures"}, {"kind": "diagnose",
+        "diseases"} or {"kind": "findings"}. With `wait` the answer comes at once, and a client that leaves cancels it."""
         words = await read_json(request, engine.limits.idle_upload)
         job = engine.submit(study, words.get("kind"), words)  # type: ignore[arg-type]
         if not wait:
