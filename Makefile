@@ -63,7 +63,7 @@ tiny: ## train the bundled checkpoint again: two hours and a half on two cores; 
 
 full-size: ## a random checkpoint of the release's size: converted, quantised, asked; hours on two cores, 45 GB of disk
 	@scripts/install.sh dev
-	@$(BIN)/python scripts/full_size.py --scan ../shared/data/chest_lidc0001 --tensors ../shared/reference/released_full_tensors.json \
+	@$(BIN)/python scripts/full_size.py --scan ../shared/data/chest_lidc0001/ct.nii.gz --tensors ../shared/reference/released_full_tensors.json \
 		--work $${TMPDIR:-/tmp}/ctinstruct-full-size
 
 clean:

@@ -44,7 +44,7 @@ def plain_tower(tower: CTInstructVisionModel, pixels: torch.Tensor, grid: tuple[
             inner = plain_conv_norm(block.spatial, plain_conv_norm(block.reduce, hidden))
             hidden = F.relu(plain_conv_norm(block.expand, inner) + residual)
         maps.append(hidden)
-    kept = torch.ones(1, len(pixels), dtype=torch.bool)
+    kept = torch.ones(1, len(pixels), dtype=torch.bool, device=pixels.device)
     return maps, tower.attention(hidden, grid, kept)
 
 

@@ -96,7 +96,11 @@ def choose_precision(
     if quantized_by is None:
         check_memory(name, shapes, target, numbers, quantize)
     size = f"{memory_of(shapes, numbers, quantize) / 1e9:.1f} GB"
-    note = f"{name} is loaded in {quantize or chosen}, {size}." if large and dtype is None and shapes else None
+    note = (
+        f"{name} is loaded in {quantize or chosen}, {size}."
+        if large and dtype is None and quantized_by is None
+        else None
+    )
     return Precision(target, numbers, config, note)
 
 
