@@ -66,6 +66,7 @@ class CTInstructOutput(CausalLMOutputWithPast):
 class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, CountsBatchesOnce, PreTrainedModel):
     config_class = CTInstructConfig
     config: CTInstructConfig
+    calibration: Any  # what inference knows about this model's probabilities; set by those who load it
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True

@@ -84,27 +84,27 @@ def measure_finding(
     listed = []
     for start, part in components(mask, volume.spacing):
         diameter, perpendicular = axial_diameters(part, volume.spacing)
-        place = [first + index for first, index in zip(start, key_place(part), strict=True)]
+        voxel = [first + index for first, index in zip(start, key_place(part), strict=True)]
         listed.append(
             {
                 "volume_ml": round(int(part.sum()) * float(np.prod(volume.spacing)) / 1000, 3),
                 "diameter_mm": round(diameter, 1),
                 "perpendicular_mm": round(perpendicular, 1),
                 "side": _side(part.sum(axis=(0, 1)), start[2], middle),
-                "place_mm": in_patient(volume, place),
+                "place_mm": in_patient(volume, voxel),
                 "centre_mm": in_patient(
                     volume, [f + float(i.mean()) for f, i in zip(start, part.nonzero(), strict=True)]
                 ),
             }
         )
-    place = key_place(mask)
+    key = key_place(mask)
     return {
         **found,
         "sd_hu": round(float(volume.hu[mask].std()), 1),
         "diameter_mm": listed[0]["diameter_mm"],
         "perpendicular_mm": listed[0]["perpendicular_mm"],
-        "slice": place[0] + 1,
-        "place_mm": in_patient(volume, place),
+        "slice": key[0] + 1,
+        "place_mm": in_patient(volume, key),
         "side": _side(mask.sum(axis=(0, 1)), 0, middle),
         "organ": organ_of(mask, organs or {}),
         "components": listed,
