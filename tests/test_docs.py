@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +68,85 @@ def test_commands_in_the_pages_have_their_options() -> None:
                 if re.fullmatch(r"--?[a-z][a-z-]*", word):
                     passes_on = "ignore_unknown_options" in (command.context_settings or {})
                     assert word in known or word == "--help" or passes_on, f"{page.name}: {word} in ctinstruct {line}"
+
+
+PACKAGE = ROOT / "src" / "ctinstruct_hf"
+FENCE = re.compile(r"```[a-z]*\n(.*?)```|^ *\|[^\n]*$", re.DOTALL | re.MULTILINE)
+
+
+def examples_of(page: Path) -> list[str]:
+    """What is copied as a whole: blocks of code and rows of tables; of a shell block, each command alone."""
+    found = []
+    for match in FENCE.finditer(page.read_text()):
+        text = (match[1] or match[0]).replace("\\\n", " ")
+        found += text.splitlines() if re.search(r"^(?:make|ctinstruct) ", text, re.MULTILINE) else [text]
+    return found
+
+
+def test_examples_that_name_no_model_ask_for_lists_that_the_bundled_model_has() -> None:
+    lists = json.loads((PACKAGE / "assets" / "ctinstruct-tiny" / "config.json").read_text())["disease_lists"]
+    known = {"all", *lists, *(name for names in lists.values() for name in names)}
+    asked = 0
+    for page in PAGES:
+        for example in examples_of(page):
+            if re.search(r"--model |^model: ", example, re.MULTILINE):
+                continue
+            for value in re.findall(
+                r"--diagnose ([\w,]+)|^diagnose: (\w+)|\"(?:diagnose|diseases)\": \"(\w+)\"", example, re.M
+            ):
+                asked += 1
+                assert set("".join(value).split(",")) <= known, f"{page.name}: {example}"
+    assert asked >= 5
+
+
+def test_a_model_of_a_run_is_named_by_its_folder() -> None:
+    for page in PAGES:
+        for option in re.findall(
+            r"(?:--model|--against|--vision|model=|model:|vision:|publish) ?(runs/\S+)", page.read_text()
+        ):
+            assert re.match(r"runs/[\w-]+/model\b", option), f"{page.name}: {option}"
+
+
+def test_files_that_the_pages_name_are_there() -> None:
+    tops = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()}
+    for page in [*PAGES, ROOT / "docs" / "numbers.json"]:
+        for name in re.findall(r"(?<![\w/.-])((?:\w+/)+\w+\.(?:py|yaml|md|sh|toml|schema\.json))\b", page.read_text()):
+            if name.split("/")[0] in tops or name.startswith("ctinstruct_hf/"):
+                assert any((folder / name).exists() for folder in (ROOT, PACKAGE, ROOT / "src")), f"{page.name}: {name}"
+    map_of_files = (ROOT / "docs" / "volumes.md").read_text() + (ROOT / "docs" / "model.md").read_text()
+    for folder in ("processing", "modeling"):
+        for path in (PACKAGE / folder).glob("[a-z]*.py"):
+            assert f"`{path.name}`" in map_of_files or folder == "modeling", path.name
+
+
+def test_the_start_page_leads_to_every_page_and_names_every_extra() -> None:
+    start = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in start, page.name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for text in (start, (ROOT / "README.md").read_text()):
+        assert all(f"`{extra}`" in text for extra in extras if extra not in ("docs", "dev"))
+
+
+def test_the_pages_install_from_a_clone() -> None:
+    for page in PAGES:
+        assert "ctinstruct-hf[" not in page.read_text(), page.name
+
+
+def test_recipes_in_the_fine_tuning_page_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ctinstruct_hf.train.instruct_settings import InstructSettings
+    from ctinstruct_hf.train.recipe import parse_recipe
+
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "finetune.md").read_text(), re.DOTALL)
+    recipes = [yaml.safe_load(block) for block in blocks]
+    assert len(recipes) == 2
+    monkeypatch.chdir(tmp_path)
+    for recipe in recipes:
+        for part in recipe["mixture"]:
+            rows = Path(part["dataset"]) / "instructions"
+            rows.mkdir(parents=True)
+            (rows / "train-00000.parquet").touch()
+        parse_recipe(recipe, InstructSettings)
 
 
 @pytest.mark.slow

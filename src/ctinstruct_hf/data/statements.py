@@ -1,7 +1,7 @@
-"""What a report says about any finding by name: CT-RATE's 18 by the labeller's rules, others by their words.
+"""What a report says about any finding by name: CT-RATE's 18 by the labeller's patterns, others by their words.
 
-Names are matched as everywhere in this package: `names.yaml` says what else a finding is called, and a file of the same
-form extends it.
+The patterns stand in place of `names.yaml` for the 18. Other findings are also found by their other names in `names.yaml`, and
+all of them by those of a user's file of the same form.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ReportReader:
             found = rules.find(name)
             finding = found.names[0] if found.known and found.names[0] in PATTERNS else name
             keys = {*keys_of(name), *keys_of(finding)}
-            groups = users if finding in PATTERNS else [*users, *_table_groups()]  # its rules know the package's table
+            groups = users if finding in PATTERNS else [*users, *_table_groups()]  # patterns replace the table
             others = [word for group, known in groups if known & keys for word in group if word not in PATTERNS]
             written = [*PATTERNS.get(finding, [_pattern(name)]), *map(_pattern, dict.fromkeys(others))]
             self.patterns[finding] = tuple(dict.fromkeys([*self.patterns.get(finding, ()), *written]))
