@@ -14,12 +14,14 @@ import pytest
 from scans import asymmetric, dicom_series, enhanced
 
 from ctinstruct_hf import CTInstructError, Study, read_volume
+from ctinstruct_hf.inference.agreement import agreement
 from ctinstruct_hf.output.codes import FINDINGS
 from ctinstruct_hf.output.dicom_seg import save_dicom_seg
 from ctinstruct_hf.output.dicom_sr import NOTICE, findings_of, save_dicom_sr
 from ctinstruct_hf.output.measure import measure
 from ctinstruct_hf.output.results import Origin, Results
 from ctinstruct_hf.output.rtstruct import save_rtstruct
+from ctinstruct_hf.phantoms import phantom_of
 
 hd = pytest.importorskip("highdicom", reason="highdicom is not installed")
 ORIGIN = Origin("tiny-model", fingerprint="ab" * 32)
@@ -100,8 +102,7 @@ def test_a_group_a_finding_with_its_numbers_codes_segment_and_slices(tmp_path: P
         "Diameter": (8.5, "mm"),
         "Attenuation Coefficient": (1000.0, "[hnsf'U]"),
     }
-    (agreement,) = (item for item in nodule.ContentSequence if "Agreement" in str(item.get("ConceptNameCodeSequence")))
-    assert code(agreement.ConceptCodeSequence[0]) == ("CTI-CONTRADICT", "99CTINSTRUCT")
+    assert agreement_of(nodule) == ("CTI-CONTRADICT", "99CTINSTRUCT")
     segment = content(nodule, "Referenced Segment")[0].ReferencedSOPSequence[0]
     seg = pydicom.dcmread(tmp_path / "seg.dcm")
     assert segment.ReferencedSOPInstanceUID == seg.SOPInstanceUID
@@ -142,6 +143,67 @@ def test_a_table_of_findings_gives_size_probability_and_agreement_to_the_mask_of
         "emphysema": {"probability": 0.6, "agreement": "contradictory"},
         "cyst": {"agreement": "unchecked"},
     }
+
+
+def agreement_of(group: Any) -> tuple[str, str]:
+    """The code of whether what is said about a finding agrees."""
+    (item,) = (one for one in group.ContentSequence if "Agreement" in str(one.get("ConceptNameCodeSequence")))
+    return code(item.ConceptCodeSequence[0])
+
+
+AGREEMENTS: dict[str, dict[str, Any]] = {
+    "CTI-CONSISTENT": {"report": "absent", "probability": 0.1},
+    "CTI-CONTRADICT": {"report": "absent", "probability": 0.9, "mask": 7},
+    "CTI-UNCHECKED": {"report": "not mentioned", "mask": 0},
+}
+
+
+def test_every_verdict_about_a_finding_has_its_code(tmp_path: Path) -> None:
+    volume = read_volume(dicom_series(tmp_path / "ct", asymmetric((4, 12, 10))))
+    rows = {
+        name: {"mask": None, "probability": says.get("probability"), "agreement": str(agreement(**says))}
+        for name, says in AGREEMENTS.items()
+    }
+    results = Results(findings=rows)
+    save_dicom_sr(volume, results, ORIGIN, findings_of(results, {}), tmp_path / "sr")
+    report = hd.sr.srread(tmp_path / "sr" / "measurements.dcm")
+    codes = {
+        content(one, "Tracking Identifier")[0].TextValue: agreement_of(one)
+        for one in content(report, "Measurement Group")
+    }
+    assert codes == {name: (name, "99CTINSTRUCT") for name in AGREEMENTS}
+
+
+def test_the_table_of_the_bundled_model_is_in_the_groups(tmp_path: Path) -> None:
+    made = phantom_of("phantom:trunk:3").volume
+    depth, height, width = made.spacing
+    spacing = {"PixelSpacing": [height, width], "SliceThickness": depth}
+    study = Study.open(dicom_series(tmp_path / "ct", made.hu, step=(0.0, 0.0, depth), **spacing), device="cpu")
+    study.results.report = "No pulmonary nodules. No emphysema."
+    rows = study.findings(["lung nodule", "emphysema"])
+    assert (rows["lung nodule"]["agreement"], rows["emphysema"]["agreement"]) == (
+        "present by question, mask; absent by report, probability",
+        "consistent",
+    )
+    volume, results = study.volume, study.results
+    save_dicom_seg(volume, results.masks, tmp_path / "seg.dcm")
+    measured = findings_of(results, {name: measure(volume, mask) for name, mask in results.masks.items()})
+    save_dicom_sr(volume, results, ORIGIN, measured, tmp_path / "sr", segmentation=tmp_path / "seg.dcm")
+    report = hd.sr.srread(tmp_path / "sr" / "measurements.dcm")
+    groups = {content(one, "Tracking Identifier")[0].TextValue: one for one in content(report, "Measurement Group")}
+    assert set(groups) == set(rows)
+    nodule, emphysema = groups["lung nodule"], groups["emphysema"]
+    mask = rows["lung nodule"]["mask"]
+    found = numbers(nodule)
+    assert mask["diameter_mm"] > 5
+    assert found["Diameter"] == (mask["diameter_mm"], "mm")
+    assert found["Volume"] == (pytest.approx(1000 * mask["volume_ml"]), "mm3")
+    assert found["Probability"] == (rows["lung nodule"]["probability"], "1")
+    assert len(content(nodule, "Referenced Segment")) == 1
+    assert agreement_of(nodule)[0] == "CTI-CONTRADICT"
+    assert numbers(emphysema) == {"Probability": (rows["emphysema"]["probability"], "1"), "Volume": (0.0, "mm3")}
+    assert not content(emphysema, "Referenced Segment")
+    assert agreement_of(emphysema)[0] == "CTI-CONSISTENT"
 
 
 def test_the_observer_is_the_model_and_every_object_is_for_research_only(tmp_path: Path) -> None:
