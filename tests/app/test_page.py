@@ -25,6 +25,8 @@ from ctinstruct_hf.phantoms import make_phantom, phantom_of
 from ctinstruct_hf.processing.volume_reading import read_volume
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# WebGL 2 in software, as there may be no GPU
+BROWSER_OPTIONS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
 SCREENSHOTS = os.environ.get("CTINSTRUCT_SCREENSHOTS")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -32,9 +34,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as playwright:
-        # WebGL 2 in software, as there may be no GPU
-        options = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
-        one = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        one = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
         yield one
         one.close()
 

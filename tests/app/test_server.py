@@ -34,9 +34,9 @@ class Running:
     """A server in a thread, with its engine and a client."""
 
     def __init__(self, model: str, page: bool = True, **limits: Any) -> None:
-        names = limits.pop("names", None)
+        names, pacs = limits.pop("names", None), limits.pop("pacs", None)
         self.engine = Engine(model, "cpu", limits=Limits(**{"new_tokens": 12, **limits}), names=names)
-        self.server = uvicorn.Server(uvicorn.Config(create_app(self.engine, page=page), log_level="error"))
+        self.server = uvicorn.Server(uvicorn.Config(create_app(self.engine, page=page, pacs=pacs), log_level="error"))
         listener = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)

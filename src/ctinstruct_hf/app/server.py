@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .._version import __version__
 from ..errors import CTInstructError
 from ..inference.models import notes_on
+from .archive import Archive, add_archive
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
 from .keys import KeyGuard, api_error
 from .metrics import add_metrics
@@ -63,6 +64,7 @@ def create_app(
     key: str | None = None,
     files: Path | None = None,
     log: Callable[[str], None] | None = None,
+    pacs: str | None = None,
 ) -> FastAPI:
     """The application over an engine, which is closed with it.
 
@@ -74,7 +76,9 @@ def create_app(
         key: nothing is served without it.
         files: folder of scans that chats may name by `file://`.
         log: called with a line of JSON for every job that ended.
+        pacs: `dicomweb+http(s)://…`, the archive that studies may be opened from; no other one is asked.
     """
+    archive = None if pacs is None else Archive(engine, pacs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -91,7 +95,7 @@ def create_app(
     _add_errors(app, engine)
     if page:
         _add_page(app)
-    _add_studies(app, engine)
+    _add_studies(app, engine, archive)
     _add_jobs(app, engine)
     _add_downloads(app, engine)
     add_openai(app, engine, files)
@@ -242,11 +246,11 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(files[name], headers={"Cache-Control": "no-cache"})
 
 
-def _add_studies(app: FastAPI, engine: Engine) -> None:
+def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
     @app.get("/api/model")
     async def model() -> dict[str, Any]:
         """What the model is called and can be asked."""
-        return describe_model(engine)
+        return {**describe_model(engine), "pacs": archive is not None}
 
     @app.post("/api/uploads", status_code=201)
     async def new_upload() -> dict[str, str]:
@@ -262,12 +266,14 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
         return {"file": files[-1] if files else None, "files": files}
 
     opening = _InTurn(4, engine.limits.waiting)
+    if archive is not None:
+        add_archive(app, archive, _InTurn(4, engine.limits.waiting))
 
     @app.post("/api/studies", status_code=201)
     async def open_study(request: Request, name: str | None = None, series: str | None = None) -> dict[str, Any]:
-        """Open a study: JSON {"upload": id} or {"sample": seed}, a file as the body with its name in the address, or a form
-        with files. `series`, in the JSON, the address or the form, chooses where there are several CT series: without it
-        the answer is 300 with `upload` and the list `series`."""
+        """Open a study: JSON {"upload": id}, {"sample": seed} or {"pacs": StudyInstanceUID of the archive}, a file as the
+        body with its name in the address, or a form with files. `series`, in the JSON, the address or the form, chooses
+        where there are several CT series: without it the answer is 300 with `upload` and the list `series`."""
         if name is not None or is_form(request.headers):
             upload = await run_in_threadpool(engine.uploads.new)
             try:
@@ -278,12 +284,14 @@ def _add_studies(app: FastAPI, engine: Engine) -> None:
             wanted: dict[str, Any] = {"upload": upload, "series": series or fields.get("series")}
         else:
             wanted = {"series": series, **await read_json(request, engine.limits.idle_upload)}
-            refuse_unknown(wanted, ["upload", "sample", "series"])
+            refuse_unknown(wanted, ["upload", "sample", "series", *(["pacs"] if archive else [])])
         chosen = wanted["series"]
         if chosen is not None and (not isinstance(chosen, str) or chosen == "all"):
             raise CTInstructError("series must be a text that names one series.")
         if "sample" in wanted:
             study = await opening(_open_sample, engine, wanted["sample"])
+        elif archive is not None and "pacs" in wanted:
+            study = await opening(archive.open, wanted["pacs"], chosen)
         elif isinstance(wanted.get("upload"), str):
             study = await opening(engine.open_upload, wanted["upload"], chosen)
         else:
@@ -442,6 +450,7 @@ def run(
     key: str | None = None,
     files: Path | None = None,
     log: Callable[[str], None] | None = None,
+    pacs: str | None = None,
 ) -> None:
     """Serve until interrupted; see `create_app`."""
     import uvicorn
@@ -454,7 +463,9 @@ def run(
     shown = f"[{host}]" if ":" in host else host
     # with a key, a page from elsewhere gains nothing by a name of its own
     hosts = ("*",) if key is not None else ("127.0.0.1", "localhost", "[::1]", shown)
-    config = uvicorn.Config(create_app(engine, hosts, page, key, files, log), log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        create_app(engine, hosts, page, key, files, log, pacs), log_level="warning", access_log=False
+    )
     try:
         told(f"http://{shown}:{listener.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listener])

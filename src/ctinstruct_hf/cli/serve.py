@@ -42,6 +42,10 @@ def serve(
     files: Annotated[
         Path | None, typer.Option("--files", help="Folder of scans that chats may name by file://.")
     ] = None,
+    pacs: Annotated[
+        str | None,
+        typer.Option("--pacs", help="Archive that studies may be opened from: dicomweb+https://host:port/path."),
+    ] = None,
     log_jobs: Annotated[bool, typer.Option("--log-jobs", help="A line of JSON for every job, without names.")] = False,
     names: NamesOption = None,
     model: ModelOption = None,
@@ -59,6 +63,7 @@ def serve(
     if files is not None and not files.is_dir():
         raise CTInstructError(f"--files {files} is no folder.")
     try:
+        from ..app.archive import archive_address
         from ..app.engine import Engine, Limits
         from ..app.server import run
     except ModuleNotFoundError as error:
@@ -68,6 +73,8 @@ def serve(
 
     from ..data.names import read_names
 
+    if pacs is not None:
+        archive_address(pacs)  # refused before a model is loaded
     hide_progress_bars()
     fetch_model(Console(stderr=True), model, revision)
     limits = Limits(upload_bytes=int(max_upload * 2**30), studies=studies, waiting=waiting)
@@ -84,4 +91,4 @@ def serve(
             webbrowser.open(address)
 
     log = (lambda line: typer.echo(line, err=True)) if log_jobs else None
-    run(engine, host, port, page=not api, told=announce, key=api_key or None, files=files, log=log)
+    run(engine, host, port, page=not api, told=announce, key=api_key or None, files=files, log=log, pacs=pacs)

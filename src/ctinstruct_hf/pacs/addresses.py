@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from ..errors import CTInstructError
 
 WEB, DIMSE = ("dicomweb+http", "dicomweb+https"), "dimse"
-_UID = re.compile(r"[0-9][0-9.]*")
+_UID = re.compile(r"[0-9][0-9.]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,15 @@ def parse_address(text: str) -> Address:
     path, _, below = parts.path.rstrip("/").partition("/studies/")
     path = path.removesuffix("/studies")
     study, _, series = below.partition("/series/")
-    if any(uid and not _UID.fullmatch(uid) for uid in (study, series)):
+    if any(uid and not is_uid(uid) for uid in (study, series)):
         raise CTInstructError("The address has no UID after /studies/ or /series/: it is digits and dots.")
     base = f"{parts.scheme.lower()}://{parts.netloc}{path}"
     return Address(scheme, base, study or None, series or None, host=parts.hostname)
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text is a UID, as far as archives keep to it: digits and dots."""
+    return _UID.fullmatch(text) is not None
 
 
 def hashed(text: str) -> str:
@@ -87,4 +92,4 @@ def object_name(instance: str) -> str:
     return f"{hashed(instance)[:16]}.dcm"
 
 
-__all__ = ["DIMSE", "WEB", "Address", "hashed", "is_address", "object_name", "parse_address"]
+__all__ = ["DIMSE", "WEB", "Address", "hashed", "is_address", "is_uid", "object_name", "parse_address"]

@@ -28,6 +28,10 @@ class NothingWanted(CTInstructError):
     """A study without CT, or whose CT series are none of those wanted."""
 
 
+class TooLarge(CTInstructError):
+    """A study of more bytes than are taken."""
+
+
 @dataclass(frozen=True)
 class FoundStudy:
     """A study of a search; dates as the archive writes them (YYYYMMDD)."""
@@ -224,6 +228,7 @@ def fetch_study(
     *,
     wanted: Callable[[FoundSeries], bool] = lambda series: True,
     progress: Callable[[str], None] = lambda step: None,
+    most_bytes: int | None = None,
 ) -> list[FoundSeries]:
     """Write the CT series of a study, or the one series that the address names, as files.
 
@@ -232,11 +237,13 @@ def fetch_study(
         folder: new or empty; a folder `series-<n>` in it for each series.
         wanted: which CT series.
         progress: called with the name of each step.
+        most_bytes: of all images together.
 
     Returns:
         What was fetched.
 
     Raises:
+        TooLarge: beyond `most_bytes`.
         CTInstructError: where anything is missing or breaks; the folder is then not to be used.
     """
     if address.study is None:
@@ -252,7 +259,7 @@ def fetch_study(
     scans = [one for one in scans if wanted(one)]
     if not scans:
         raise NothingWanted(f"{address.server}: no CT series of the study is one of those wanted.")
-    client = open_client(address)
+    client, size = open_client(address), 0
     for number, series in enumerate(scans, start=1):
         target = folder / f"series-{number}"
         target.mkdir(parents=True)
@@ -263,7 +270,11 @@ def fetch_study(
                     raise CTInstructError(f"{address.server} sent an image of another series than was asked for.")
                 count += 1
                 progress(f"image {count} of {series.images or '?'}")
-                data.save_as(target / object_name(str(data.SOPInstanceUID)), enforce_file_format=True)
+                file = target / object_name(str(data.SOPInstanceUID))
+                data.save_as(file, enforce_file_format=True)
+                size += file.stat().st_size
+                if most_bytes is not None and size > most_bytes:
+                    raise TooLarge(f"{address.server}: the study has more than {most_bytes} bytes.")
         if not count or (series.images is not None and count < series.images):
             raise CTInstructError(
                 f"{address.server} sent {count} of {series.images or 'the'} images of series {number}: the connection "
@@ -298,6 +309,7 @@ __all__ = [
     "FoundSeries",
     "FoundStudy",
     "NothingWanted",
+    "TooLarge",
     "asking",
     "fetch_study",
     "list_series",

@@ -470,6 +470,8 @@ async function start() {
     });
   }
   $("sample").addEventListener("click", openSample);
+  $("pacs").hidden = !page.model.pacs;
+  $("pacs").addEventListener("submit", searchArchive);
   $("choose").addEventListener("submit", openSeries);
   $("other").addEventListener("click", closeStudy);
   $("cancel").addEventListener("click", cancel);
