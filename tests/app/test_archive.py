@@ -59,6 +59,7 @@ def test_a_study_is_found_by_its_date_its_series_are_listed_and_one_is_opened(
     found = post(server, "pacs/studies", **{"from": "2020-01-31", "to": "2020-02-01"})
     (study,) = found.json()["studies"]
     assert (study["uid"], study["date"], study["description"]) == ("1.2.3.4", "2020-01-31", "<b>chest</b>")
+    assert post(server, "pacs/studies", **{"from": "0999-01-01", "to": "2020-02-01"}).json() == found.json()
     listed = post(server, "pacs/series", study="1.2.3.4")
     rows = {one["description"]: one for one in listed.json()["series"]}
     assert {name: (one["number"], one["images"], one["body_part"]) for name, one in rows.items()} == {

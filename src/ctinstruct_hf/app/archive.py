@@ -128,7 +128,7 @@ def _date(text: Any, name: str) -> str:
     if text in (None, ""):
         return ""
     try:
-        return f"{datetime.date.fromisoformat(text):%Y%m%d}"
+        return datetime.date.fromisoformat(text).isoformat().replace("-", "")  # strftime does not pad early years
     except (TypeError, ValueError) as error:
         raise CTInstructError(f"{name} must be a date as 2026-01-31.") from error
 
