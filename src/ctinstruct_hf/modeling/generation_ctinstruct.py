@@ -73,6 +73,9 @@ class CTInstructGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
     """`generate` of Transformers for the whole model."""
 
+    model: Any  # a `CTInstructModel`, whose file imports this one
+    get_image_features: Callable[..., Any]
+
     def _limit_answers(self) -> None:
         """Answers of up to `ANSWER_TOKENS` where the generation config has no limit; the library's default is 20 tokens."""
         if self.generation_config.max_new_tokens is None and self.generation_config.max_length is None:
@@ -80,7 +83,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers: takes the generation config of a loaded folder, which may have no limit."""
-        super().adjust_generation_fn(*args, **kwargs)
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # see `generate`
         self._limit_answers()
 
     def _prepare_position_ids_for_generation(
@@ -99,7 +102,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
         return self.model.get_rope_index(input_ids, features.patch_grid, model_kwargs.get("attention_mask"))[0]
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # images come before what is rarely given in order
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,
@@ -136,7 +139,8 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": CTInstructVisionOutput(**vision_features)}
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
-        outputs = super().generate(inputs, generation_config, answer_heads=False, **kwargs)
+        # Transformers has a protocol for `self` that its own models do not meet
+        outputs = super().generate(inputs, generation_config, answer_heads=False, **kwargs)  # type: ignore[misc]
         if isinstance(outputs, torch.Tensor) or input_ids is None:
             return outputs
         masks, diseases = self.answers_of(outputs.sequences, input_ids, mask, vision_features, disease_ids)
@@ -187,5 +191,5 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
             for sample, part in enumerate(scores.split(counts) if scores is not None else []):
                 diseases[sample * returned + turn] = part
         all_masks = [mask for sample in masks for mask in sample]
-        all_diseases = torch.cat([part.to(self.device) for part in diseases])
+        all_diseases = torch.cat([part.to(self.model.device) for part in diseases])
         return all_masks or None, all_diseases if len(all_diseases) else None

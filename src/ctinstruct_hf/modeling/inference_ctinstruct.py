@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .quantization_ctinstruct import choose_compute_dtype, quicken_int8
+from .saving_ctinstruct import SavesItsCode
 from .segmentation_ctinstruct import CTInstructSegmentationDecoder
 from .vision_attention_ctinstruct import AttentionLayer
 from .vision_blocks_ctinstruct import ConvNorm
 from .vision_ctinstruct import SliceEncoder
 
+Model = TypeVar("Model", bound=nn.Module)
 CELLS_PER_SLICE = 128  # attention takes this many cells at once for each slice that the encoder takes
 
 
-def optimize_for_inference(model: nn.Module) -> nn.Module:
+def optimize_for_inference(model: Model) -> Model:
     """Make a network quick for answers; it can no longer be trained or saved.
 
     Modules whose weights are not simply there (adapters, quantised or offloaded ones) keep their own way.
@@ -34,7 +36,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     """
     if getattr(model, "optimized_for_inference", False):
         return model
-    model.optimized_for_inference = True
+    cast(SavesItsCode, model).optimized_for_inference = True
     stems = {getattr(module, "stem", None) for module in model.modules()}  # their maps before the norm are needed too
     for module in model.modules():
         if isinstance(module, ConvNorm) and module not in stems and has_plain_weights(module.conv):
@@ -44,9 +46,9 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
                 up = module.token_block.up
                 up.forward = partial(raise_token, up)  # type: ignore[method-assign]
             module.paint = partial(paint_in_chunks, module)  # type: ignore[method-assign]
-        elif type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
+        elif type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
             quicken_int8(module)
-        elif type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
+        elif type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":
             choose_compute_dtype(module)
     config: Any = getattr(model.config, "vision_config", model.config)
     for module in model.modules():
@@ -65,10 +67,11 @@ def has_plain_weights(module: nn.Module) -> bool:
 
 def fold_norm(block: ConvNorm) -> None:
     """One convolution that equals convolution and norm in `eval` mode."""
-    conv, norm = block.conv, block.norm
-    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
+    conv, norm = block.conv, cast(nn.BatchNorm2d, block.norm)
+    mean, variance = cast(torch.Tensor, norm.running_mean), cast(torch.Tensor, norm.running_var)
+    scale = norm.weight.float() * torch.rsqrt(variance.float() + norm.eps)
     weight = conv.weight.float() * scale.view(-1, *[1] * (conv.weight.ndim - 1))
-    bias = norm.bias.float() - norm.running_mean.float() * scale
+    bias = norm.bias.float() - mean.float() * scale
     conv.weight = nn.Parameter(weight.to(conv.weight), requires_grad=False)
     conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=False)
     block.norm = nn.Identity()

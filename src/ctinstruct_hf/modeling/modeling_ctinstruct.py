@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, CountsB
     config: CTInstructConfig
     calibration: Any  # what inference knows about this model's probabilities; set by those who load it
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # a tuple in Transformers' own models too
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -88,7 +88,7 @@ class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, CountsB
         """Make the network quick and small for answers, equal up to rounding; it can no longer be trained or saved."""
         from .inference_ctinstruct import optimize_for_inference
 
-        return optimize_for_inference(self)  # type: ignore[return-value]
+        return optimize_for_inference(self)
 
 
 def make_bridger(config: CTInstructConfig) -> nn.Module:
@@ -99,7 +99,7 @@ def make_bridger(config: CTInstructConfig) -> nn.Module:
     return nn.Sequential(nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width), nn.GELU())
 
 
-class CTInstructModel(TokenPositions, CTInstructPreTrainedModel):
+class CTInstructModel(CTInstructPreTrainedModel, TokenPositions):
     """Vision tower, bridger and language model, without heads."""
 
     _keys_to_ignore_on_load_unexpected = [r"^segmentation_", r"^disease_head", r"^lm_head"]
@@ -167,7 +167,7 @@ class CTInstructModel(TokenPositions, CTInstructPreTrainedModel):
             )
         return inputs_embeds.masked_scatter(places[..., None], tokens)
 
-    def image_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def image_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """bool [B, L], True at the image tokens."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -180,7 +180,7 @@ class CTInstructModel(TokenPositions, CTInstructPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         patch_grid: PatchGrid | None = None,
@@ -205,14 +205,15 @@ class CTInstructModel(TokenPositions, CTInstructPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise CTInstructError("You must specify exactly one of input_ids or inputs_embeds.")
         if vision_features is None and pixel_values is not None:
-            vision_features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
+            features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
+            vision_features = cast(CTInstructVisionOutput, features)
         images = None
         if vision_features is not None:
-            images = vision_features.pooler_output
+            images = cast("list[torch.Tensor] | None", vision_features.pooler_output)
             images = self.bridge(vision_features) if images is None else images
         if position_ids is None and self.config.uses_three_axis_rope:
             cache = kwargs.get("cache", past_key_values)
-            position_ids = self.positions(input_ids, inputs_embeds, attention_mask, vision_features, cache)
+            position_ids = self.positions(input_ids, attention_mask, vision_features, cache)
         outputs = self.language_model(
             inputs_embeds=self.embed(input_ids, inputs_embeds, images),
             attention_mask=attention_mask,
@@ -243,6 +244,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     main_input_name = "input_ids"
+    model: CTInstructModel
 
     def __init__(self, config: CTInstructConfig) -> None:
         super().__init__(config)
@@ -356,10 +358,10 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         patch_grid: PatchGrid | None = None,
         slice_mask: torch.Tensor | None = None,
         mask_labels: Sequence[torch.Tensor] | None = None,
@@ -400,7 +402,8 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
             input_ids, mask_labels=mask_labels, prompt_labels=prompt_labels, disease_labels=disease_labels
         )
         if vision_features is None and pixel_values is not None:
-            vision_features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
+            features = self.get_image_features(pixel_values, patch_grid, slice_mask, return_dict=True)
+            vision_features = cast(CTInstructVisionOutput, features)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

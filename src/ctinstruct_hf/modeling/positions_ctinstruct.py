@@ -82,13 +82,12 @@ class TokenPositions:
     def positions(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         vision_features: CTInstructVisionOutput | None,
         cache: Any,
     ) -> torch.Tensor | None:
         """Three-axis positions where nobody gave any. While decoding from a cache the caller has to."""
-        if inputs_embeds is not None or (cache is not None and cache.get_seq_length() > 0):
+        if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
             if vision_features is None:
                 return None
             raise CTInstructError(

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class CTInstructPretrainingOutput(ModelOutput):
     category_logits: torch.Tensor | None = None
     mask_logits: list[torch.Tensor] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor | tuple[torch.Tensor, ...], ...] | None = None
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -100,6 +100,11 @@ def contrastive_loss(
 
 class FeatureQueue(nn.Module):
     """The latest `size` image and text features of the momentum model."""
+
+    images: torch.Tensor
+    texts: torch.Tensor
+    filled: torch.Tensor
+    place: torch.Tensor
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -326,15 +331,18 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             if labels is not None and len(labels) and texts is None:
                 raise CTInstructError(f"{name}_labels need {name}_input_ids, the texts that they belong to.")
         wants_cells = bool(self.loss_weights.get("cells")) and mask_labels is not None
-        features = self.get_image_features(
-            pixel_values,
-            patch_grid,
-            slice_mask,
-            output_hidden_states=True if wants_cells else output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
+        features = cast(
+            CTInstructVisionOutput,
+            self.get_image_features(
+                pixel_values,
+                patch_grid,
+                slice_mask,
+                output_hidden_states=True if wants_cells else output_hidden_states,
+                output_attentions=output_attentions,
+                return_dict=True,
+            ),
         )
-        images = features.pooler_output
+        images = cast(torch.Tensor, features.pooler_output)
         output = CTInstructPretrainingOutput(image_features=images, hidden_states=features.hidden_states)
         output.attentions = features.attentions
         if input_ids is not None:

@@ -47,7 +47,7 @@ class QuantizesItsLanguageModel:
         return settings
 
 
-def choose_compute_dtype(layer: nn.Module) -> None:
+def choose_compute_dtype(layer: Any) -> None:
     """Have a 4-bit layer of bitsandbytes on a CPU multiply in float32, which is quicker than bfloat16 without AMX."""
     if not torch.cpu._is_amx_tile_supported():
         layer.compute_dtype = torch.float32
@@ -59,9 +59,9 @@ def quicken_int8(layer: nn.Module) -> None:
     Theirs rounds the activations to 8 bits too and takes ten times as long without AVX-512.
     """
     weight: Any = layer.weight
-    state: Any = layer.state  # type: ignore[assignment]
+    state: Any = layer.state
     scale = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
-    layer.forward = partial(multiply_int8, weight.data, scale.float() / 127, layer.bias)  # type: ignore[method-assign, arg-type]
+    layer.forward = partial(multiply_int8, weight.data, scale.float() / 127, layer.bias)  # type: ignore[arg-type]
 
 
 def multiply_int8(

@@ -39,9 +39,11 @@ MODEL_AUTO_MAP = {
 class SavesItsCode:
     """Mixin for models: `save_pretrained` also writes the code files and `auto_map`."""
 
+    optimized_for_inference = False
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
-        if getattr(self, "optimized_for_inference", False):
+        if self.optimized_for_inference:
             raise CTInstructError("The model was made quick for inference and cannot be saved: load it again.")
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):

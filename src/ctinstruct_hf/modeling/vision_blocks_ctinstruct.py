@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = conv
         norm = nn.BatchNorm2d if isinstance(conv, nn.Conv2d) else nn.BatchNorm3d
-        self.norm = norm(conv.out_channels)
+        self.norm: nn.BatchNorm2d | nn.BatchNorm3d | nn.Identity = norm(conv.out_channels)
         self.activation = activation
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -108,6 +108,10 @@ def init_weights(module: nn.Module, deviation: float) -> None:
         if module.bias is not None:
             init.zeros_(module.bias)
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
+            for buffer, fill in (
+                (module.running_mean, init.zeros_),
+                (module.running_var, init.ones_),
+                (module.num_batches_tracked, init.zeros_),
+            ):
+                if buffer is not None:
+                    fill(buffer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from .vision_attention_ctinstruct import CosineAttention, SliceAttention, Trace
 from .vision_blocks_ctinstruct import Bottleneck, ConvNorm, PatchGrid, checkpointed_blocks, grid_rows, init_weights
 from .vision_towers_ctinstruct import ResNet3D, ViT3D
 
+_ALWAYS_THERE: Any = None  # `ModelOutput` wants defaults; the tower sets these fields
+
 
 @dataclass
 class CTInstructVisionOutput(ModelOutput):
@@ -32,8 +35,8 @@ class CTInstructVisionOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: [N, D] one token per slice of each patch, in the order of `pixel_values` (Z of equation 2).
-        pooler_output: list with one [tokens, D_text] per image, what the language model sees; only from
-            `get_image_features`.
+        pooler_output: list with one [tokens, D_text] per image, what the language model sees; of a stage-one model
+            [images, D_text], for retrieval. Only from `get_image_features`.
         feature_maps: five maps [N, C, H, W] from half resolution to a thirty-second, for the segmentation decoder; before
             them, with `keeps_slices`, the slices.
         patch_grid: int64 [num_images, 4].
@@ -43,12 +46,12 @@ class CTInstructVisionOutput(ModelOutput):
             them, one per grid, where images have several.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: list[torch.Tensor] | None = None
+    last_hidden_state: torch.Tensor = _ALWAYS_THERE
+    pooler_output: list[torch.Tensor] | torch.Tensor | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
-    patch_grid: torch.Tensor | None = None
+    patch_grid: torch.Tensor = _ALWAYS_THERE
     hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor | tuple[torch.Tensor, ...], ...] | None = None
 
 
 class SliceEncoder(nn.Module):
@@ -94,7 +97,11 @@ class SliceEncoder(nn.Module):
 
 
 # `vision_config.architecture`: the paper's tower and the two of its table 4. Each gives five maps per slice.
-TOWERS: dict[str, type[nn.Module]] = {"hybrid": SliceEncoder, "resnet3d": ResNet3D, "vit3d": ViT3D}
+TOWERS: dict[str, type[SliceEncoder | ResNet3D | ViT3D]] = {
+    "hybrid": SliceEncoder,
+    "resnet3d": ResNet3D,
+    "vit3d": ViT3D,
+}
 # `vision_config.attention_layout` of the hybrid tower
 ATTENTION_LAYOUTS = {"paper": SliceAttention, "released": ReleasedSliceAttention}
 
@@ -106,7 +113,7 @@ class CTInstructVisionModel(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
     config: CTInstructVisionConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in Transformers' own models too
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -122,7 +129,8 @@ class CTInstructVisionModel(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The layer that reads the pixels."""
-        return self.encoder.stem.conv if hasattr(self.encoder.stem, "conv") else self.encoder.stem
+        stem = self.encoder.stem
+        return stem.conv if isinstance(stem, ConvNorm) else stem
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -7,6 +7,7 @@ brought back to one per slice, so that tokens and masks keep the granularity of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,7 @@ class ViT3D(Tower3D):
         tokens = tokens + sinusoid(grid, tokens.shape[-1], tokens.device, tokens.dtype)
         ends = []
         for group in self.groups:
-            for layer in group:
+            for layer in cast(nn.ModuleList, group):
                 tokens = layer(tokens)
             ends.append(tokens)
         ends[-1] = self.norm(ends[-1])
