@@ -102,7 +102,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
         return self.model.get_rope_index(input_ids, features.patch_grid, model_kwargs.get("attention_mask"))[0]
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # images come before what is rarely given in order
+    def generate(  # type: ignore[override]  # images are third in order; what is third in Transformers is a keyword
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,
