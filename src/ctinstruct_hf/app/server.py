@@ -446,7 +446,7 @@ def run(
     host: str,
     port: int,
     page: bool = True,
-    told: Callable[[str], None] = print,
+    announce: Callable[[str], None] = print,
     key: str | None = None,
     files: Path | None = None,
     log: Callable[[str], None] | None = None,
@@ -467,7 +467,7 @@ def run(
         create_app(engine, hosts, page, key, files, log, pacs), log_level="warning", access_log=False
     )
     try:
-        told(f"http://{shown}:{listener.getsockname()[1]}")
+        announce(f"http://{shown}:{listener.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass

@@ -86,8 +86,8 @@ def main() -> None:
     except Exception as error:
         from ..files import why_unwritable
 
-        told = why_unwritable(error)
-        if debug or told is None:
+        reason = why_unwritable(error)
+        if debug or reason is None:
             raise
-        print(f"ctinstruct: {told}", file=sys.stderr)
+        print(f"ctinstruct: {reason}", file=sys.stderr)
         sys.exit(2)

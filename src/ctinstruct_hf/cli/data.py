@@ -43,10 +43,10 @@ def prepare(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        told = run(source, folder, output, options, workers, limit, show)
-    _tell_rows(told["rows"])
-    if told["problems"]:
-        typer.echo(f"{told['problems']} cases could not be used: see {output / 'problems.jsonl'}")
+        summary = run(source, folder, output, options, workers, limit, show)
+    _print_rows(summary["rows"])
+    if summary["problems"]:
+        typer.echo(f"{summary['problems']} cases could not be used: see {output / 'problems.jsonl'}")
 
 
 @data_app.command()
@@ -140,9 +140,9 @@ def publish_data(
 
     with Console(stderr=True).status("reading") as status:
         counts = share(
-            folder, repository, root, private=not public, license=license, dry_run=dry_run, tell=show_steps(status)
+            folder, repository, root, private=not public, license=license, dry_run=dry_run, progress=show_steps(status)
         )
-    _tell_rows(counts)
+    _print_rows(counts)
     typer.echo(f"{'would go' if dry_run else 'sent'} to {repository}, {'public' if public else 'private'}")
 
 
@@ -158,10 +158,10 @@ def fetch_data(
     """Rows from the Hub as a prepared data set with the paths of this machine."""
     from ..data.share import fetch
 
-    _tell_rows(fetch(repository, output, root, mapping))
+    _print_rows(fetch(repository, output, root, mapping))
 
 
-def _tell_rows(counts: dict[str, dict[str, int]]) -> None:
+def _print_rows(counts: dict[str, dict[str, int]]) -> None:
     for kind, splits in counts.items():
         typer.echo(f"{kind}: " + (", ".join(f"{split} {count}" for split, count in sorted(splits.items())) or "none"))
 

@@ -28,24 +28,24 @@ QUESTIONS = ["Is there a pleural effusion?", "How many lung nodules are there?"]
 CONSENSUS = 8  # drafts of the report
 
 
-def run_demo(output: Path, seed: int = 3, tell: Callable[[str], None] = lambda step: None) -> Study:
+def run_demo(output: Path, seed: int = 3, progress: Callable[[str], None] = lambda step: None) -> Study:
     """Make a phantom scan, ask it everything, write the page.
 
     Args:
         output: folder for the scan (`scan.nii.gz`) and the results.
         seed: which phantom.
-        tell: called with the name of each step.
+        progress: called with the name of each step.
     """
     from ..inference.predict import Request, predict_study
     from ..phantoms import phantom_of
 
-    tell("making a scan")
+    progress("making a scan")
     output.mkdir(parents=True, exist_ok=True)
     scan = output / "scan.nii.gz"
     phantom = phantom_of(f"phantom:trunk:{seed}")
     phantom.volume.to_source(phantom.volume.hu, scan)
     request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom", consensus=CONSENSUS)
-    return predict_study(scan, output / "results", request, tell=tell)
+    return predict_study(scan, output / "results", request, tell=progress)
 
 
 def demo(
@@ -58,7 +58,7 @@ def demo(
     hide_progress_bars()
     console = Console(stderr=True)
     with console.status("starting") as status:
-        study = run_demo(output, seed, tell=show_steps(status))
+        study = run_demo(output, seed, progress=show_steps(status))
     for note in study.warnings:
         console.print(as_note(note))
     typer.echo(f"Research use only. Open {(output / 'results' / 'report.html').resolve()}")

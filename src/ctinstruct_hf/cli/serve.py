@@ -91,4 +91,4 @@ def serve(
             webbrowser.open(address)
 
     log = (lambda line: typer.echo(line, err=True)) if log_jobs else None
-    run(engine, host, port, page=not api, told=announce, key=api_key or None, files=files, log=log, pacs=pacs)
+    run(engine, host, port, page=not api, announce=announce, key=api_key or None, files=files, log=log, pacs=pacs)

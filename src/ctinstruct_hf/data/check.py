@@ -40,12 +40,12 @@ class Findings:
         return not (self.faults or self.missing or self.broken or self.leaks)
 
 
-def check(folder: Path, volumes: bool = False, tell: Callable[[str], None] = lambda step: None) -> Findings:
+def check(folder: Path, volumes: bool = False, progress: Callable[[str], None] = lambda step: None) -> Findings:
     """Look through a prepared data set or a JSONL file of instructions.
 
     Args:
         volumes: read every image too, which takes long.
-        tell: called with a sentence on progress.
+        progress: called with a sentence on progress.
 
     Raises:
         CTInstructError: where it is none.
@@ -77,7 +77,7 @@ def check(folder: Path, volumes: bool = False, tell: Callable[[str], None] = lam
     findings.leaks = {patient: sorted(found) for (_, patient), found in sorted(splits.items()) if len(found) > 1}
     if volumes:
         for number, (path, image) in enumerate(images.items(), start=1):
-            tell(f"reading volume {number}/{len(images)}")
+            progress(f"reading volume {number}/{len(images)}")
             if path in findings.missing:
                 continue
             try:

@@ -167,14 +167,14 @@ def _collect(source: str, target: Path, drafts: Path, count: int, problems: list
         if made:
             write_rows(target, kind, made)
     write_whole(target / "problems.jsonl", "".join(json.dumps(problem) + "\n" for problem in problems))
-    told = {
+    summary = {
         "source": source,
         "rows": {kind: dict(Counter(row["split"] for row in made)) for kind, made in rows.items()},
         "problems": len(problems),
     }
-    describe(target, told)
+    describe(target, summary)
     shutil.rmtree(drafts, ignore_errors=True)
-    return told
+    return summary
 
 
 def is_made(data: str | Path) -> bool:

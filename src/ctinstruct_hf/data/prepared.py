@@ -153,6 +153,6 @@ def _inside(name: str, root: Path, named_by: str) -> str:
         ) from error
 
 
-def describe(folder: Path, told: dict[str, Any]) -> None:
+def describe(folder: Path, summary: dict[str, Any]) -> None:
     """Write `dataset.json`, last of all: a folder without it is not finished."""
-    write_whole(folder / "dataset.json", json.dumps(told, indent=1))
+    write_whole(folder / "dataset.json", json.dumps(summary, indent=1))

@@ -118,9 +118,9 @@ def _names_its_patient(row: dict[str, Any]) -> bool:
     words = [word.lower() for word in re.findall(r"\w+", patient.replace("_", " "))]
     if len(patient) < 4:
         return False
-    told = [row.get(part) for part in ("messages", "texts", "labels", "meta")]
+    fields = [row.get(part) for part in ("messages", "texts", "labels", "meta")]
     named = any(len(word) > 2 and not word.isdigit() for word in words)
-    for text in _texts_of(told):
+    for text in _texts_of(fields):
         if re.search(rf"(?<!\w){re.escape(patient)}(?!\w)", text, re.IGNORECASE):
             return True
         if named and len(words) > 1 and set(words) <= set(re.findall(r"\w+", text.lower())):
@@ -168,7 +168,7 @@ def share(
     private: bool = True,
     license: str = "other",
     dry_run: bool = False,
-    tell: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, dict[str, int]]:
     """Send the rows of a prepared data set to the Hub; what their numbers stand for stays in `published.json` of the folder.
 
@@ -179,7 +179,7 @@ def share(
         private: who may see a new repository.
         license: of the rows.
         dry_run: send nothing.
-        tell: called with the name of each step.
+        progress: called with the name of each step.
 
     Returns:
         {kind: {split: rows}}.
@@ -200,10 +200,10 @@ def share(
     os.chmod(folder / MAPPING, 0o600)
     try:
         for kind, splits in rows.items():
-            tell(f"sending {kind}")
+            progress(f"sending {kind}")
             tables = {split: Dataset.from_list(part, features=features(kind)) for split, part in splits.items()}
             DatasetDict(tables).push_to_hub(repository, config_name=kind, private=private)
-        tell("sending the card")
+        progress("sending the card")
         api = HfApi()
         head = Path(api.hf_hub_download(repository, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
         card = _with_license(head, license) + dataset_card(repository, rows, license)

@@ -51,7 +51,7 @@ def score_alignment(
     pool: int | None = 200,
     thresholds: Sequence[float] | None = None,
     share: tuple[int, int] = (0, 1),
-    tell: Any = None,
+    progress: Any = None,
 ) -> AlignmentScores:
     """Score a `CTInstructForPretraining` on rows that have texts, labels or masks.
 
@@ -63,7 +63,7 @@ def score_alignment(
         pool: size of the retrieval pool, at most all rows.
         thresholds: of the categories, from validation rows; by default the best on the even rows, scored on the odd.
         share: (process, of how many): what each computes is exchanged, so that all return the same.
-        tell: called with a sentence on progress.
+        progress: called with a sentence on progress.
     """
     was_training = model.training
     model.eval()
@@ -74,8 +74,8 @@ def score_alignment(
     for index, sample in enumerate(samples):
         if index % share[1] != share[0]:
             continue
-        if tell is not None:
-            tell(f"scoring {index + 1}/{len(samples)}")
+        if progress is not None:
+            progress(f"scoring {index + 1}/{len(samples)}")
         with_masks = masks is None or index < masks
         one, picture = _score_one(model, store, words, sample, with_masks, device, example is None)
         example = example or picture

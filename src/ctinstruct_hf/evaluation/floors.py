@@ -87,20 +87,20 @@ def _between(values: np.ndarray) -> list[float]:
 
 
 def find_floors(
-    model: Any, processor: Any, samples: Iterable[AlignmentSample], tell: Callable[[str], None] = lambda step: None
+    model: Any, processor: Any, samples: Iterable[AlignmentSample], progress: Callable[[str], None] = lambda step: None
 ) -> dict[str, list[float]]:
     """`mask_floors` of a model from scans with masks; a name that a scan labels and lacks counts as absent.
 
     Args:
         model, processor: what `load_model` returns.
         samples: with masks of the structures that are there, and empty ones of those known to be absent.
-        tell: is told the number of each scan.
+        progress: called with the number of each scan.
     """
     found: dict[str, list[Marked]] = {}
     for number, sample in enumerate(samples, start=1):
         if not sample.masks:
             continue
-        tell(f"scan {number}")
+        progress(f"scan {number}")
         study = Study(open_volume(sample.image), model, processor)
         logits = study.mask_logits([mask.name for mask in sample.masks])
         for mask, one in zip(sample.masks, logits, strict=True):

@@ -89,13 +89,13 @@ def write_card(folder: Path, text: str) -> Path:
     return path
 
 
-def _read(path: Path, told: str) -> dict[str, Any]:
+def _read(path: Path, wrong: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CTInstructError(f"{told}: {path.name} cannot be read.") from error
+        raise CTInstructError(f"{wrong}: {path.name} cannot be read.") from error
     if not isinstance(values, dict):
-        raise CTInstructError(f"{told}: {path.name} is no object.")
+        raise CTInstructError(f"{wrong}: {path.name} is no object.")
     return values
 
 
@@ -173,10 +173,10 @@ def _table(tasks: Sequence[dict[str, Any]]) -> str:
                 continue
             bounds = f"{value['low']:.3f}–{value['high']:.3f}" if value["low"] is not None else ""
             label = _METRICS.get(name, ("", name))[1]
-            told = (
+            line = (
                 f"| {task['task']} | {task['dataset']} | {task['count']} | {label} | {value['mean']:.3f} | {bounds} |"
             )
-            lines.append(told)
+            lines.append(line)
         lines += [f"| | | | {note} | | |" for note in task.get("notes", [])]
     return "\n".join([*lines, ""])
 

@@ -99,10 +99,10 @@ def _render(template: str, arguments: str) -> str:
     answer = _CHILD.ask(json.dumps(request))
     if answer is None:
         raise CTInstructError("the chat template does not end within 2 seconds and 512 MiB.")
-    told = json.loads(answer)
-    if "error" in told:
-        raise CTInstructError(f"the chat template fails: {told['error']}.")
-    return str(told["text"])
+    response = json.loads(answer)
+    if "error" in response:
+        raise CTInstructError(f"the chat template fails: {response['error']}.")
+    return str(response["text"])
 
 
 class _Child:

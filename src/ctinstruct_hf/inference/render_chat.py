@@ -71,10 +71,10 @@ def main() -> None:
     for line in sys.stdin:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        told = json.dumps(answer(jinja, json.loads(line)))
+        response = json.dumps(answer(jinja, json.loads(line)))
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        print(told, flush=True)
+        print(response, flush=True)
 
 
 if __name__ == "__main__":

@@ -141,12 +141,12 @@ def findings_table(rows: dict[str, dict[str, Any]]) -> str:
         shown = bool(row["mask"] and row["mask"]["voxels"])
         title = f'<a href="#picture-{link}">{escape(name)}</a>' if shown else escape(name)
         words = escape(row["report"])
-        said = f'<a href="#sentence-{link}">{words}</a>' if row["sentences"] else words
+        sentence = f'<a href="#sentence-{link}">{words}</a>' if row["sentences"] else words
         number = "–" if row["probability"] is None else f"{row['probability']:.2f}"
         style = ' class="contradiction"' if wrong else ""
         lines.append(
             f'<tr id="finding-{link}"{style}><th scope="row">{title}</th><td class="number">{number}</td>'
-            f"<td>{said}</td><td>{escape(row['answer']) or '–'}</td><td>{escape(mask_words(row['mask']))}</td>"
+            f"<td>{sentence}</td><td>{escape(row['answer']) or '–'}</td><td>{escape(mask_words(row['mask']))}</td>"
             f"<td>{escape('; '.join([('contradiction: ' if wrong else '') + row['agreement'], *row['remarks']]))}</td></tr>"
         )
     heads = ("Finding", "Probability", "Report", "Asked directly", "Mask", "Agreement")

@@ -72,7 +72,7 @@ def require_complete(checkpoint: Path) -> Path:
 def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, restart: bool, writes: bool) -> str | None:
     """The checkpoint to go on from; the recipe is kept beside it, and another one is refused."""
     kept = folder / "recipe.json"
-    told = json.dumps(recipe, indent=1, sort_keys=True, default=str)
+    text = json.dumps(recipe, indent=1, sort_keys=True, default=str)
     if restart and writes and kept.exists():
         shutil.rmtree(folder)
     if resume is not None:
@@ -80,7 +80,7 @@ def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, res
     found = newest_complete(folder) if folder.is_dir() else None
     if kept.exists() and found is not None and not restart:  # else nothing was trained yet
         before = json.loads(kept.read_text())
-        now = json.loads(told)
+        now = json.loads(text)
         changed = sorted(
             name for name in {*before, *now} if before.get(name) != now.get(name) and name not in FREE_KEYS
         )
@@ -92,7 +92,7 @@ def place_to_start(folder: Path, recipe: dict[str, Any], resume: str | None, res
         return str(found)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, told)
+        write_whole(kept, text)
     return None
 
 

@@ -413,10 +413,10 @@ class PreferenceCollator(InstructionCollator):
         listed = [one.row if isinstance(one, Item) else dict(one) for one in items]
         chosen, rejected = [], []
         for row in listed:
-            told = row.pop("rejected", None)
-            if not isinstance(told, str):
+            text = row.pop("rejected", None)
+            if not isinstance(text, str):
                 raise CTInstructError(f"sample '{row.get('id', '?')}' has no rejected answer.")
-            answer = {"role": "assistant", "content": [{"type": "text", "text": told}]}
+            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
             chosen.append({**row, "masks": [], "labels": []})
             rejected.append({**row, "messages": [*row["messages"][:-1], answer], "masks": [], "labels": []})
         batch = super().__call__([*chosen, *rejected])

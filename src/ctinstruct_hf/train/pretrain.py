@@ -167,7 +167,7 @@ class AlignmentTrainer(MixtureTrainer):
         self.held_out, self.masks, self.pool = held_out, masks, pool
         super().__init__(model, args, mixture, collator, eval_dataset=held_out, **kwargs)
 
-    def score(self, tell: Callable[[str], None] | None = None) -> AlignmentScores:
+    def score(self, progress: Callable[[str], None] | None = None) -> AlignmentScores:
         """Scores of the held-out rows, shared out over the processes."""
         model: Any = whole_model(self, everywhere=True)
         if self.args.world_size > 1:  # running statistics are each process's own: those of the first are saved
@@ -176,7 +176,7 @@ class AlignmentTrainer(MixtureTrainer):
         collator: AlignmentCollator = self.data_collator  # type: ignore[assignment]
         share = (self.args.process_index, self.args.world_size)
         return score_alignment(
-            model, collator.store, collator.words, self.held_out, self.masks, self.pool, share=share, tell=tell
+            model, collator.store, collator.words, self.held_out, self.masks, self.pool, share=share, progress=progress
         )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -279,7 +279,7 @@ def pretrain(
 
 def write_scores(path: Path, scores: AlignmentScores) -> None:
     """Metrics and the Dice of each structure as JSON."""
-    told = asdict(scores)
+    values = asdict(scores)
     for name in ("example", "similarity", "texts", "ids"):
-        told.pop(name)
-    write_whole(path, json.dumps(told, indent=1))
+        values.pop(name)
+    write_whole(path, json.dumps(values, indent=1))

@@ -81,9 +81,9 @@ def whole_model(trainer: Any, everywhere: bool = False) -> Any:
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model)
         if everywhere:  # DeepSpeed gives them to the main process
-            told = [weights]
-            torch.distributed.broadcast_object_list(told, src=0)
-            weights = told[0]
+            shared = [weights]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            weights = shared[0]
     if not (everywhere or trainer.is_world_process_zero()):
         return None
     whole = trainer.make_anew()

@@ -89,8 +89,8 @@ def _texts(row: dict[str, str]) -> dict[str, str]:
     parts = {"technique": "Technique_EN", "findings": "Findings_EN", "impression": "Impressions_EN"}
     texts = {name: row.get(column, "").strip() for name, column in parts.items()}
     texts = {name: text for name, text in texts.items() if text and text.lower() != "not given."}
-    told = [f"{name.capitalize()}: {texts[name]}" for name in ("findings", "impression") if name in texts]
-    return {**texts, **({"report": " ".join(told)} if told else {})}
+    sections = [f"{name.capitalize()}: {texts[name]}" for name in ("findings", "impression") if name in texts]
+    return {**texts, **({"report": " ".join(sections)} if sections else {})}
 
 
 def _questions(path: Path) -> dict[str, list[Question]]:

@@ -106,8 +106,8 @@ def covid_19(folder: Path) -> Iterator[Case | Problem]:
 
 def nnunet(folder: Path) -> Iterator[Case | Problem]:
     """Any data set in nnU-Net v2's layout, or MSD's: imagesTr, labelsTr, dataset.json."""
-    told = read_json(folder / "dataset.json")
-    labels = told.get("labels")
+    description = read_json(folder / "dataset.json")
+    labels = description.get("labels")
     if not isinstance(labels, dict):
         raise CTInstructError(f"{folder / 'dataset.json'} has no labels.")
     names: dict[str, list[int]] = {}
@@ -118,7 +118,7 @@ def nnunet(folder: Path) -> Iterator[Case | Problem]:
             names[name] = ids
     ours = _names(names)
     names = {ours[name]: ids for name, ids in names.items()}
-    source = str(told.get("name") or folder.name).lower().replace(" ", "_")
+    source = str(description.get("name") or folder.name).lower().replace(" ", "_")
     modern = not any(isinstance(value, str) for value in labels.values())
     for label in niftis(need(folder / "labelsTr")):
         if label.name.startswith("."):

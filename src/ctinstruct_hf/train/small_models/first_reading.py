@@ -42,22 +42,22 @@ class FirstReading:
                 raise CTInstructError(f"read_first: {name} is {value!r}: give a {'whole ' * whole}number above 0.")
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> FirstReading:
+    def of(cls, settings: dict[str, Any]) -> FirstReading:
         """From a recipe.
 
         Raises:
             CTInstructError: for what is no mapping, unknown keys, none for `steps`, or values that are no positive numbers.
         """
         known = [field.name for field in fields(cls)]
-        if not isinstance(told, dict):
-            raise CTInstructError(f"read_first is {told!r}: give {{steps: …}}.")
-        unknown = sorted(set(told) - set(known))
-        if unknown or "steps" not in told:
+        if not isinstance(settings, dict):
+            raise CTInstructError(f"read_first is {settings!r}: give {{steps: …}}.")
+        unknown = sorted(set(settings) - set(known))
+        if unknown or "steps" not in settings:
             raise CTInstructError(f"read_first has {', '.join(unknown) or 'no steps'}: known are {', '.join(known)}.")
-        return cls(**told)
+        return cls(**settings)
 
 
-def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable[[str], None]) -> None:
+def learn_to_read(folder: Path, reading: FirstReading, args: Any, progress: Callable[[str], None]) -> None:
     """Train the language model `tiny` on imagined conversations, words alone, and write it with its tokenizer into a folder
     that `load_language_model` takes. A pretrained one brings along what it learns here: grammar, that names are
     copied from a question, that a conclusion follows from what was said. Not in the paper, which starts from Qwen2.
@@ -68,7 +68,7 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
         folder: of the language model.
         reading: how.
         args: of the training: device, bf16, seed, disable_tqdm.
-        tell: called with a sentence on progress.
+        progress: called with a sentence on progress.
 
     Raises:
         CTInstructError: where the loss is no number.
@@ -76,9 +76,9 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup, set_seed
 
-    told = {**asdict(reading), "seed": args.seed, "bf16": args.bf16}
+    settings = {**asdict(reading), "seed": args.seed, "bf16": args.bf16}
     mark = folder / "read_first.json"
-    if mark.exists() and json.loads(mark.read_text()) == told:
+    if mark.exists() and json.loads(mark.read_text()) == settings:
         return
     set_seed(args.seed)
     model, tokenizer = load_language_model(FRESH)
@@ -99,11 +99,11 @@ def learn_to_read(folder: Path, reading: FirstReading, args: Any, tell: Callable
         optimizer.step()
         schedule.step()
         if (step + 1) % 200 == 0:
-            tell(f"learning to read: step {step + 1}, loss {loss.item():.3f}")
+            progress(f"learning to read: step {step + 1}, loss {loss.item():.3f}")
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / mark.name).write_text(json.dumps(told, indent=1))
+        (temporary / mark.name).write_text(json.dumps(settings, indent=1))
 
 
 def _imagined_batch(processor: Any, reading: FirstReading, step: int) -> dict[str, torch.Tensor]:
@@ -112,8 +112,8 @@ def _imagined_batch(processor: Any, reading: FirstReading, step: int) -> dict[st
 
     first = step * reading.batch_size
     seeds = range(first, first + reading.batch_size)
-    told = [spell(processor, imagined_conversation(seed, reading.turns)) for seed in seeds]
-    ids, labels = ([torch.tensor(one[place]) for one in told] for place in range(2))
+    spelled = [spell(processor, imagined_conversation(seed, reading.turns)) for seed in seeds]
+    ids, labels = ([torch.tensor(one[place]) for one in spelled] for place in range(2))
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),

@@ -36,12 +36,12 @@ class TokenStore:
             self._kept[key] = self._read(key, image)
         return self._kept[key]
 
-    def fill(self, images: Iterable[ImageRef], tell: Callable[[str], None] = lambda step: None) -> None:
+    def fill(self, images: Iterable[ImageRef], progress: Callable[[str], None] = lambda step: None) -> None:
         """Compute what is missing, before workers are started that have no tower."""
         unique = {self.store.key(image): image for image in images}
         missing = {key: image for key, image in unique.items() if not self._has(key)}
         for number, (key, image) in enumerate(missing.items(), start=1):
-            tell(f"tower {number}/{len(missing)}")
+            progress(f"tower {number}/{len(missing)}")
             made = self._read(key, image)
             if self.folder is None:
                 self._kept[key] = made
