@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from ctinstruct_hf import CTInstructForConditionalGeneration, CTInstructProcessor
 from ctinstruct_hf.errors import CTInstructError
+from ctinstruct_hf.inference.calibration import CALIBRATION
 
 BUNDLED = Path(__file__).parents[1] / "src" / "ctinstruct_hf" / "assets" / "ctinstruct-tiny"
 
@@ -32,6 +34,8 @@ def bundle(source: Path, target: Path) -> None:
     processor.image_processor.antialias = True
     model.to(torch.bfloat16).save_pretrained(target)  # half the size; loaded as float32 on a CPU
     processor.save_pretrained(target)
+    if (source / CALIBRATION).is_file():
+        shutil.copyfile(source / CALIBRATION, target / CALIBRATION)
     drop_code(target)
 
 

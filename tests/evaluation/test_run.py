@@ -247,7 +247,7 @@ def test_the_tower_and_the_reading_of_the_images_run_once_for_all_questions_abou
     data: Path, tmp_path: Path
 ) -> None:
     """Also where rows of two scans come in turn."""
-    network, _ = load_model(str(BUNDLED_MODEL), None, None, None)
+    network, _ = load_model(str(BUNDLED_MODEL), None, None, None, None)
     runs: list[str] = []
     tower = network.model.vision_tower.register_forward_hook(lambda *_: runs.append("tower"))
     reading = network.model.register_forward_pre_hook(

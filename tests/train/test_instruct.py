@@ -386,7 +386,7 @@ def test_qlora_trains_four_bits_and_saves_what_loads_without_them(
         "freeze": ["vision_tower"],
     }
     trained: dict[str, torch.Tensor] = {}
-    in_full = stage_two._in_full
+    in_full = stage_two.in_full
 
     def watched(model: Any) -> Any:
         layers = {name: part for name, part in model.named_modules() if isinstance(part, bits.nn.Linear4bit)}
@@ -400,7 +400,7 @@ def test_qlora_trains_four_bits_and_saves_what_loads_without_them(
         )
         return in_full(model)
 
-    monkeypatch.setattr(stage_two, "_in_full", watched)
+    monkeypatch.setattr(stage_two, "in_full", watched)
     instruct(recipe)
     assert max(float(weight.abs().max()) for weight in trained.values()) > 0  # adapters begin at zero
     assert "quantization" not in (tmp_path / "run" / "model" / "config.json").read_text()

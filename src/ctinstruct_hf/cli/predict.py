@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..inference.scans import Scan, Scans
     from ..pacs.addresses import Address
 
-_READING = ("model", "revision", "dtype", "series", "spacing", "names")  # of `predict_study`
+_OF_BATCHES = ("devices", "workers", "engine", "restart")
 
 
 def predict(
@@ -166,7 +166,7 @@ def _predict_paths(
         return _predict_scans(console, scans, output, request, options, send)
     if len(devices) > 1:
         raise CTInstructError(f"--device names {len(devices)} devices for one scan: give one.")
-    reading = {key: value for key, value in options.items() if key in _READING}
+    reading = {key: value for key, value in options.items() if key not in _OF_BATCHES}
     reading["device"] = devices[0] if devices else None
     return _predict_scan(console, scans[0], output, request, reading, send)
 

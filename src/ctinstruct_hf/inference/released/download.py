@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +42,10 @@ def check_space(needed: Mapping[Path, int], purpose: str) -> None:
         while not home.exists():
             home = home.parent
         free = shutil.disk_usage(home).free
-        if free < size + _MARGIN:
+        if free < size + _MARGIN and os.access(home, os.W_OK):  # a locked folder is reported when it is written
             raise CTInstructError(
-                f"{purpose} needs {gigabytes(size + _MARGIN)} on the disk of {folder}, which has {gigabytes(free)} free: make room, "
+                f"{purpose} needs {gigabytes(size + _MARGIN)} on the disk of {folder}, which has {gigabytes(free)} free, and cannot be "
+                "written (No space left): make room, "
                 "or set HF_HUB_CACHE (downloads) and CTINSTRUCT_CACHE (converted models) to folders of another disk."
             )
 
