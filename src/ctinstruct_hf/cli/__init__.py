@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "watch": watch.watch,
     "app": serve.serve,
     "convert": hub.convert,
+    "export": hub.export,
     "pretrain": train.pretrain,
     "instruct": train.instruct,
     "evaluate": evaluate.evaluate,

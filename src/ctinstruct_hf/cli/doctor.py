@@ -34,6 +34,7 @@ OPTIONAL = {
     "scores of texts": ("nltk", "pip install 'ctinstruct-hf[eval]'"),
     "surface distances": ("monai", "pip install 'ctinstruct-hf[eval]'"),
     "pictures of a comparison": ("matplotlib", "pip install 'ctinstruct-hf[eval]'"),
+    "export of the vision tower": ("onnxscript", "pip install 'ctinstruct-hf[onnx]'"),
     "4-bit training on a GPU": ("bitsandbytes", "pip install bitsandbytes"),
 }
 

@@ -1,4 +1,4 @@
-"""`ctinstruct card`, `publish` and `convert`: models on their way to and from the Hub."""
+"""`ctinstruct card`, `publish`, `convert` and `export`: models on their way to and from the Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CTInstructError
-from .shared import DryRunOption, QuantizeOption, RevisionOption, as_note, show_steps, split_names
+from .shared import DryRunOption, ModelOption, QuantizeOption, RevisionOption, as_note, show_steps, split_names
 
 ScoresOption = Annotated[Path | None, typer.Option("--scores", help="scores.json of ctinstruct evaluate.")]
 DatasetsOption = Annotated[str | None, typer.Option("--datasets", help="What it was trained on, with commas.")]
@@ -142,3 +142,25 @@ def convert(
             if beside is not None:
                 console.print(as_note(f"{beside} is stage one: ctinstruct convert released -i {beside} converts it."))
     typer.echo(str(output))
+
+
+def export(
+    layout: Annotated[str, typer.Argument(help="onnx: the vision tower for ONNX Runtime.")],
+    scan: Annotated[
+        str, typer.Option("-i", "--input", help="A scan: the file is for scans that are cut into patches as it is.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, .onnx.")],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    attention: Annotated[str, typer.Option("--attention", help="sdpa or eager.")] = "sdpa",
+) -> None:
+    """Write the vision tower for other programs, compared with PyTorch on a scan before it is kept."""
+    from rich.console import Console
+
+    if layout != "onnx":
+        raise CTInstructError(f"'{layout}' is no layout to export: use onnx.")
+    from ..inference.onnx_export import export_tower
+
+    with Console(stderr=True).status("reading") as status:
+        difference = export_tower(scan, output, model, attention, show_steps(status), revision)
+    typer.echo(f"{output}: within {difference:.1g} of PyTorch")
