@@ -18,7 +18,7 @@ TASK = """
 from ctinstruct_hf.data.task import Request, Task
 
 
-def requests(case, rng, structures):
+def requests(case, rng, max_structures):
     if "technique" in case.texts:
         yield Request("How was this scan made?", case.texts["technique"])
 

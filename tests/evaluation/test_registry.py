@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctinstruct_hf.evaluation import metrics
-from ctinstruct_hf.evaluation.predictions import TASKS, Predictions, Record
+from ctinstruct_hf.evaluation.predictions import SCORED_TASKS, Predictions, Record
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.evaluation.tables import own_table
 
@@ -35,5 +35,5 @@ def test_a_metric_is_added_by_its_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_task_has_a_metric_with_columns() -> None:
-    for task in TASKS:
+    for task in SCORED_TASKS:
         assert metrics.columns_of(task)

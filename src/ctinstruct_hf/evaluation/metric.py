@@ -18,7 +18,7 @@ class Metric:
     """One metric, or several that are computed together. A file of `metrics/` holds one as `METRIC`.
 
     Attributes:
-        columns: {task of `predictions.TASKS`: what tables show of it}; other tasks are not scored by it. `consistency` is
+        columns: {task of `predictions.SCORED_TASKS`: what tables show of it}; other tasks are not scored by it. `consistency` is
             scored on the records of all tasks of a data set.
         score: puts `metrics`, `per_sample`, `details` and `notes` of the records into the scores. Whatever has scores per
             sample gets its mean and interval by itself.

@@ -29,8 +29,8 @@ from ..files import whole_file
 
 _PAPER = ("report", "caption", "question", "multiple_choice", "diagnosis", "segmentation", "retrieval")
 # a task that was added to `data.tasks` is answered in text, unless its answers have masks or probabilities
-TASKS = (*_PAPER, *(name for name in tasks.TASKS if name not in _PAPER))
-TEXT_TASKS = ("report", "caption", "question", *TASKS[len(_PAPER) :])
+SCORED_TASKS = (*_PAPER, *(name for name in tasks.TASKS if name not in _PAPER))
+TEXT_TASKS = ("report", "caption", "question", *SCORED_TASKS[len(_PAPER) :])
 _NEEDED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TEXT_TASKS, ("prediction", "reference")),
     "multiple_choice": ("prediction", "reference", "options"),
@@ -108,8 +108,8 @@ def parse_record(values: Any) -> Record:
     unknown = sorted(set(values) - known)
     if unknown:
         raise CTInstructError(f"unknown fields {', '.join(unknown)}: known are {', '.join(sorted(known))}.")
-    if not values.get("id") or values.get("task") not in TASKS:
-        raise CTInstructError(f"a record needs an id and a task of {', '.join(TASKS)}; this one has id "
+    if not values.get("id") or values.get("task") not in SCORED_TASKS:
+        raise CTInstructError(f"a record needs an id and a task of {', '.join(SCORED_TASKS)}; this one has id "
                               f"'{values.get('id', '')}' and task '{values.get('task', '')}'.")  # fmt: skip
     name = f"record '{values['id']}'"
     record = Record(**{**values, "id": str(values["id"])})
@@ -216,4 +216,4 @@ def lines_of(predictions: Predictions) -> Iterator[str]:
     yield from (to_json(record) for record in predictions.records)
 
 
-__all__ = ["TASKS", "Predictions", "Record", "check_same", "read_predictions", "write_predictions"]
+__all__ = ["SCORED_TASKS", "Predictions", "Record", "check_same", "read_predictions", "write_predictions"]

@@ -19,7 +19,7 @@ from ..inference.folders import require
 from ..inference.models import resolve_model
 from .choices import options_of
 from .jobs import Job
-from .predictions import TASKS, Predictions, Record, parse_record, to_json, write_predictions
+from .predictions import SCORED_TASKS, Predictions, Record, parse_record, to_json, write_predictions
 from .rows import load_data, split_of_data, splits_of
 from .stage_one import StageOne
 from .stage_two import StageTwo
@@ -30,7 +30,7 @@ class RunOptions:
     """How to run a model over data.
 
     Attributes:
-        tasks: of `predictions.TASKS`; all that the data has by default.
+        tasks: of `predictions.SCORED_TASKS`; all that the data has by default.
         split: of the data; "" is test, or validation of data without a test split.
         limit: samples of each task.
         batch_size: questions about one scan answered at once.
@@ -213,7 +213,8 @@ def _answer(asked: Any, jobs: Sequence[Job], output: Path) -> list[Record]:
 def _notes(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """{task: what must be noted of its names}."""
     notes = {
-        task: list(dict.fromkeys(note for job in jobs if job.task == task for note in job.notes)) for task in TASKS
+        task: list(dict.fromkeys(note for job in jobs if job.task == task for note in job.notes))
+        for task in SCORED_TASKS
     }
     return {task: listed for task, listed in notes.items() if listed}
 

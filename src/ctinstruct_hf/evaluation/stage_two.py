@@ -23,7 +23,7 @@ from ..inference.study import Study
 from .choices import options_of
 from .emission import as_asked, tokens_of_names
 from .jobs import Job
-from .predictions import TASKS, Record
+from .predictions import SCORED_TASKS, Record
 from .turns import turns_of
 
 
@@ -31,7 +31,7 @@ class StageTwo:
     """A model of stage two."""
 
     rows = "instructions"
-    tasks = tuple(task for task in TASKS if task != "retrieval")
+    tasks = tuple(task for task in SCORED_TASKS if task != "retrieval")
 
     def __init__(
         self,
@@ -90,7 +90,9 @@ class StageTwo:
         answers = study.write(questions, **self.generation) if jobs else []
         # where both answers are the same, so is what is read from them
         others = [row for row, answer in enumerate(answers) if not self._is(answer, right[row])]
-        replies = study.read([*zip(questions, right, strict=True), *((questions[row], answers[row]) for row in others)])
+        replies = study.outputs_of_answers(
+            [*zip(questions, right, strict=True), *((questions[row], answers[row]) for row in others)]
+        )
         free = dict(zip(others, replies[len(jobs) :], strict=True))
         records = []
         for row, (job, given) in enumerate(zip(jobs, replies, strict=False)):

@@ -22,7 +22,7 @@ class Turn:
     Attributes:
         index: of the answer in `messages`.
         number: 0 for the first answer.
-        task: of `predictions.TASKS`.
+        task: of `predictions.SCORED_TASKS`.
         messages: the whole conversation, with names as the model knows them.
         masks, labels: of this answer, named as in the data.
         known: {name in the data: name of the model} where they differ.

@@ -177,9 +177,10 @@ class EncodedScans:
         return input_ids[:, length:], outputs.last_hidden_state
 
     def reply(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[Reply]:
-        """The model's answers, and what their special tokens stand for; see `write` and `read`."""
+        """The model's answers, and what their special tokens stand for; see `write` and
+        `outputs_of_answers`."""
         answers = self.write(conversations, max_new_tokens, **generation)
-        return self.read(list(zip(conversations, answers, strict=True)))
+        return self.outputs_of_answers(list(zip(conversations, answers, strict=True)))
 
     @torch.inference_mode()
     def write(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[str]:
@@ -255,7 +256,7 @@ class EncodedScans:
         return int(self._ids(conversation).shape[1])
 
     @torch.inference_mode()
-    def read(self, answered: Sequence[tuple[Conversation, str]]) -> list[Reply]:
+    def outputs_of_answers(self, answered: Sequence[tuple[Conversation, str]]) -> list[Reply]:
         """What the special tokens of given answers stand for; the mask decoder runs once over the scan for all of them.
 
         Args:

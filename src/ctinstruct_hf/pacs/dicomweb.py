@@ -91,7 +91,7 @@ def _credentials() -> Any:
 
 
 @contextmanager
-def asking(address: Address, what: str, missing: str = "Check the address") -> Iterator[None]:
+def errors_as_one_sentence(address: Address, what: str, missing: str = "Check the address") -> Iterator[None]:
     """Around requests: what goes wrong becomes one sentence, and libraries log nothing of what they send.
 
     Args:
@@ -166,7 +166,7 @@ def search_studies(address: Address, dates: str = "", patient: str = "", limit: 
         raise CTInstructError("A search needs dates or a patient's ID.")
     filters = {"StudyDate": dates, "PatientID": patient, "ModalitiesInStudy": "CT"}
     client = open_client(address)
-    with asking(address, "studies were searched"):
+    with errors_as_one_sentence(address, "studies were searched"):
         found = client.search_for_studies(
             search_filters={key: value for key, value in filters.items() if value},
             fields=["StudyDescription", "ModalitiesInStudy", "NumberOfStudyRelatedInstances"],
@@ -195,7 +195,7 @@ def list_series(address: Address) -> list[FoundSeries]:
     """
     client = open_client(address)
     missing = "Check the study's UID"
-    with asking(address, "the series were listed", missing):
+    with errors_as_one_sentence(address, "the series were listed", missing):
         fields = ["SeriesDescription", "SeriesNumber", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
         found = client.search_for_series(address.study, fields=fields)
         if not all(_value(one, "0020000E") for one in found):
@@ -264,7 +264,7 @@ def fetch_study(
         target = folder / f"series-{number}"
         target.mkdir(parents=True)
         count = 0
-        with asking(address, f"series {number} of {len(scans)} was fetched"):
+        with errors_as_one_sentence(address, f"series {number} of {len(scans)} was fetched"):
             for data in client.iter_series(address.study, series.uid, media_types=_ANY_SYNTAX):
                 if str(data.StudyInstanceUID) != address.study or str(data.SeriesInstanceUID) != series.uid:
                     raise CTInstructError(f"{address.server} sent an image of another series than was asked for.")
@@ -292,7 +292,7 @@ def store(files: Sequence[Path], address: Address) -> None:
     import pydicom
 
     client = open_client(address)
-    with asking(address, f"{len(files)} objects were sent (sending them again stores nothing twice)"):
+    with errors_as_one_sentence(address, f"{len(files)} objects were sent (sending them again stores nothing twice)"):
         answer = client.store_instances([pydicom.dcmread(file) for file in files])
         failed = answer.get("FailedSOPSequence") or []
         stored = answer.get("ReferencedSOPSequence") or []
@@ -310,7 +310,7 @@ __all__ = [
     "FoundStudy",
     "NothingWanted",
     "TooLarge",
-    "asking",
+    "errors_as_one_sentence",
     "fetch_study",
     "list_series",
     "search_studies",

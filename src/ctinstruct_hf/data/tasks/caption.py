@@ -11,7 +11,7 @@ from ..cases import Case
 from ..task import Request, Task
 
 
-def requests(case: Case, rng: np.random.Generator, structures: int) -> Iterator[Request]:
+def requests(case: Case, rng: np.random.Generator, max_structures: int) -> Iterator[Request]:
     report = case.texts.get("report") or case.texts.get("findings")
     caption = case.texts.get("caption") or (case.texts.get("impression") if report else None)
     if caption:

@@ -11,7 +11,7 @@ from ..cases import Case, Label
 from ..task import Request, Task
 
 
-def requests(case: Case, rng: np.random.Generator, structures: int) -> Iterator[Request]:
+def requests(case: Case, rng: np.random.Generator, max_structures: int) -> Iterator[Request]:
     if case.labels:
         known = {label.name: label for label in case.labels}
         ordered = [known.get(name, Label(name, -1)) for name in case.diseases] or list(case.labels)

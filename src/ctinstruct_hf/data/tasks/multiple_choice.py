@@ -21,4 +21,4 @@ def phrase_choice(question: Question, truth: Mapping[str, int], rng: np.random.G
     return templates.ask_choice(question.question, question.choices, rng), answer
 
 
-TASK = Task(lambda case, rng, structures: iter(()), scored_as="multiple_choice", rank=5)
+TASK = Task(lambda case, rng, max_structures: iter(()), scored_as="multiple_choice", rank=5)

@@ -12,7 +12,7 @@ from ..task import Request, Task, pick
 from .multiple_choice import phrase_choice
 
 
-def requests(case: Case, rng: np.random.Generator, structures: int) -> Iterator[Request]:
+def requests(case: Case, rng: np.random.Generator, max_structures: int) -> Iterator[Request]:
     truth = {label.name: label.value for label in case.labels if label.value >= 0}
     for name in pick(rng, list(truth), 2):
         yield Request(*templates.ask_presence(templates.with_article(name), name, truth[name] == 1, rng))

@@ -11,7 +11,7 @@ from ..cases import Case
 from ..task import Request, Task
 
 
-def requests(case: Case, rng: np.random.Generator, structures: int) -> Iterator[Request]:
+def requests(case: Case, rng: np.random.Generator, max_structures: int) -> Iterator[Request]:
     report = case.texts.get("report") or case.texts.get("findings")
     if report:
         yield Request(templates.draw(rng, templates.REPORT), report)
