@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from ctinstruct_hf.output.report import COLOURS
+from ctinstruct_hf.output.colours import COLOURS
 from ctinstruct_hf.phantoms import make_phantom
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 

@@ -20,7 +20,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 from scans import as_nifti, asymmetric, dicom_series
 
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
-from ctinstruct_hf.output.report import picture
+from ctinstruct_hf.output.colours import css
+from ctinstruct_hf.output.report import WINDOWS, picture
 from ctinstruct_hf.phantoms import make_phantom, phantom_of
 from ctinstruct_hf.processing.volume_reading import read_volume
 
@@ -230,6 +231,64 @@ def test_one_of_several_series_is_chosen_from_a_list(page: Page, tmp_path: Path,
     expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)
     expect(page.locator("#facts")).to_contain_text("32 × 32 × 9 voxels")
     expect(page.locator("#choose")).to_be_hidden()
+
+
+def test_masks_are_one_label_map_and_a_reload_brings_everything_back(page: Page, scan: Path, server: Running) -> None:
+    open_scan(page, scan)
+    one = server.engine.studies[page.evaluate("page.study.study")]
+    truth = phantom_of("phantom:trunk:1000003").masks
+    one.study.results.answers.append(("Is there a nodule?", "No."))
+    one.study.results.report = "Clear lungs."
+    one.study.results.diagnosis["nodule"] = 0.25
+    for name in ("right lung", "liver"):
+        one.study.results.masks[name] = truth[name]
+        server.engine._keep_mask(one, name, truth[name])
+    one.label_map.update(one.study.results.masks)
+    page.locator("#view").select_option("0")
+    plain = canvas(page)
+    page.evaluate("drawMasks()")
+    expect(page.locator("#masks li")).to_have_count(2)
+    page.locator("#opacity").fill("1")
+    filled = canvas(page)
+    page.locator("#outlines").check()
+    outlined = canvas(page)
+    page.get_by_label("show right lung").uncheck()
+    page.get_by_label("show liver").uncheck()
+    hidden = canvas(page)
+    changed = [(np.abs(picture - plain).max(axis=2) > 12).sum() for picture in (filled, outlined, hidden)]
+    assert 0 < changed[1] < changed[0] / 2
+    assert changed[2] < changed[1] / 10
+    assert page.evaluate("page.viewer.volumes.length") == 1
+    colours = page.locator("#masks .swatch").evaluate_all("all => all.map(e => e.getAttribute('style'))")
+    assert colours == [f"background:{css(number)}" for number in range(2)]
+    assert f"background:{css(1)}" in server.client.get(f"{page.url.split('#')[0]}api/studies/{page.evaluate('page.study.study')}/results/report.html").text  # fmt: skip
+    page.reload()
+    expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)
+    expect(page.locator("#masks li")).to_have_count(2)
+    expect(page.locator("#chat .said")).to_have_text("No.")
+    expect(page.locator("#text")).to_have_text("Clear lungs.")
+    expect(page.locator("#bars meter")).to_have_count(1)
+
+
+def test_slices_and_windows_are_reached_by_keys_and_spoken(page: Page, scan: Path) -> None:
+    open_scan(page, scan)
+    page.locator("#view").select_option("0")
+    shown = page.locator("#slice-number")
+    page.locator("#canvas").focus()
+    for key, expected in {"Home": 1, "ArrowUp": 2, "PageUp": 12, "ArrowDown": 11, "PageDown": 1, "End": 64}.items():
+        page.keyboard.press(key)
+        expect(shown).to_have_text(f"{expected} / 64")
+    page.locator("#slice").fill("20")
+    expect(shown).to_have_text("20 / 64")
+    expect(page.locator("#cross")).to_contain_text(" HU at ")
+    expect(page.locator("#position")).to_contain_text("axial slice 20 of 64, ")
+    assert page.locator("#position").get_attribute("aria-live") == "polite"
+    page.locator("#canvas").focus()
+    for key, window in enumerate(WINDOWS, start=1):
+        page.keyboard.press(str(key))
+        expect(page.locator("#window")).to_have_value(window)
+    page.locator("#view").select_option("2")
+    expect(shown).to_contain_text(" / 128")
 
 
 def test_a_wrong_file_is_a_clear_sentence(page: Page, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ctinstruct_hf.inference.fingerprint import fingerprint
 from ctinstruct_hf.inference.predict import Request, predict_study
 from ctinstruct_hf.inference.study import load_model
 from ctinstruct_hf.output import folder as folder_module
+from ctinstruct_hf.output.colours import COLOURS
 from ctinstruct_hf.output.dicom_seg import save_dicom_seg
 from ctinstruct_hf.output.folder import file_name, file_names
 from ctinstruct_hf.output.measure import measure
@@ -68,7 +69,8 @@ def test_label_maps_carry_their_table(tmp_path: Path, model) -> None:
     study.save(tmp_path / "out", multi_label=True)
     image = nib.load(tmp_path / "out" / "masks" / "labels.nii.gz")
     assert set(np.unique(image.dataobj)) == {1, 2}
-    assert json.loads((tmp_path / "out" / "masks" / "labels.json").read_text()) == {"labels": {"liver": 1, "spleen": 2}}
+    table = json.loads((tmp_path / "out" / "masks" / "labels.json").read_text())
+    assert table == {"labels": {"liver": 1, "spleen": 2}, "colours": {"liver": COLOURS[0], "spleen": COLOURS[1]}}
     assert b"spleen" in image.header.extensions[0].content
     findings = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert findings["segmentation"]["liver"]["file"] == "masks/labels.nii.gz"

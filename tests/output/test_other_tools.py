@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from scans import as_nifti, asymmetric, dicom_series, enhanced
 
 from ctinstruct_hf import CTInstructError, Study, read_volume
+from ctinstruct_hf.output.colours import COLOURS
 from ctinstruct_hf.output.nrrd import save_nrrd
-from ctinstruct_hf.output.report import COLOURS
 from ctinstruct_hf.output.rtstruct import contours, save_rtstruct
 
 SHAPE = (8, 20, 24)

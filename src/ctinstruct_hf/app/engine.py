@@ -296,7 +296,10 @@ class Engine:
     def _answer(self, jobs: list[Job]) -> None:
         try:
             with self.find(jobs[0].study).use() as one:
-                results = self._results(jobs, one)
+                try:
+                    results = self._results(jobs, one)
+                finally:  # what a cancelled job has marked stays
+                    one.label_map.update(one.study.results.masks)
             for job, result in zip(jobs, results, strict=True):
                 if job.cancelled.is_set():
                     job.end("cancelled")
@@ -410,15 +413,15 @@ class Engine:
 
         file = f"{file_name(name)[:60]}.nii.gz"
         number = 1
-        known = {key: value for key, value in one.masks.items() if key != name}
-        while file in known.values():
+        known = {value["file"] for key, value in one.masks.items() if key != name}
+        while file in known:
             number += 1
             file = f"{file_name(name)[:60]}_{number}.nii.gz"
         (one.folder / "masks").mkdir(exist_ok=True)
         image = one.study.volume.to_source(mask, one.folder / "masks" / file)
-        one.masks[name] = file
         measured = measure(one.study.volume, mask)
-        return {**measured, "file": file, "place_mm": _largest_slice(image)}
+        one.masks[name] = {**measured, "file": file, "place_mm": _largest_slice(image)}
+        return one.masks[name]
 
     # what is left behind
 

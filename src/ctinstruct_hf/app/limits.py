@@ -24,7 +24,7 @@ class Limits:
         idle_study: seconds after which a study that nobody touches is closed.
         idle_upload: seconds after which an upload that receives nothing is removed.
         idle_job: seconds after which a job that nobody asks about is dropped. Browsers stop the timers of hidden tabs
-            for minutes; a page that is closed closes its study at once.
+            for minutes. A study stays when its page is closed or loaded again, until `idle_study`.
         new_tokens: of an answer.
     """
 

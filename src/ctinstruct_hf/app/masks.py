@@ -16,7 +16,7 @@ class Full(CTInstructError):
     """A study has as many masks as it may have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Packed:
     shape: tuple[int, ...]
     bits: bytes
@@ -37,6 +37,10 @@ class PackedMasks(MutableMapping[str, np.ndarray]):
     def bytes(self) -> int:
         """Memory of all of them."""
         return sum(len(one.bits) for one in self._masks.values())
+
+    def versions(self) -> list[tuple[str, object]]:
+        """Each name with an object that is equal only as long as its mask is the same."""
+        return [(name, one) for name, one in list(self._masks.items())]
 
     def check(self, names: list[str]) -> None:
         """Raises Full where masks of these names too would be more than a study may have."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import CTInstructError
 from ..inference.study import Study
+from ..output.colours import css
+from .label_map import LabelMap
 
 
 class SeveralSeries(CTInstructError):
@@ -38,19 +40,38 @@ class OpenStudy:
 
     Attributes:
         source: the slices as uploaded, which DICOM SEG refers to.
-        masks: file by structure.
+        masks: by structure its measurements, its file, and where it is largest.
+        label_map: all masks in one file, once there is one.
         lock: held by whoever asks the study.
     """
 
     study: Study
     folder: Path
     source: Path | None = None
-    masks: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, dict[str, Any]] = field(default_factory=dict)
     touched: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
     users: int = 0
     _gate: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.label_map = LabelMap(self.study.volume, self.folder / "labels.nii")
+
+    def results(self) -> dict[str, Any]:
+        """Everything that came out so far, as JSON for the page; `number` of a mask is its value in the label map."""
+        found = self.study.results
+        marked = [(number, name) for number, name in enumerate(list(found.masks), start=1) if name in self.masks]
+        return {
+            "report": found.report,
+            "answers": [{"question": question, "answer": answer} for question, answer in list(found.answers)],
+            "diagnosis": dict(found.diagnosis),
+            "masks": {
+                name: {**self.masks[name], "number": number, "colour": css(number - 1)} for number, name in marked
+            },
+            "findings": dict(found.findings),
+            "fitness": found.fitness,
+        }
 
     @contextmanager
     def use(self) -> Iterator[OpenStudy]:

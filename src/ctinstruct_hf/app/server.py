@@ -356,9 +356,19 @@ def _add_downloads(app: FastAPI, engine: Engine) -> None:
     async def mask(study: str, file: str) -> _File:
         """A mask as NIfTI on the scan's own grid."""
         one = engine.find(study)
-        if file not in one.masks.values():
+        if file not in {mask["file"] for mask in one.masks.values()}:
             raise KeyError(file)
         return _File(one.folder / "masks" / file, "application/gzip", file)
+
+    @app.get("/api/studies/{study}/labels.nii", response_class=Response)
+    async def labels(study: str) -> _File:
+        """All masks as one label map on the scan's own grid; `number` in the results says which value is which structure."""
+        return _File(engine.find(study).label_map.path, "application/octet-stream")
+
+    @app.get("/api/studies/{study}/results")
+    async def so_far(study: str) -> dict[str, Any]:
+        """Everything that came out so far: `report`, `answers`, `diagnosis`, `masks`, `findings` and `fitness`."""
+        return engine.find(study).results()
 
     @app.get("/api/studies/{study}/results/{file}", response_class=Response)
     async def results(study: str, file: str) -> _File:
@@ -402,7 +412,8 @@ def describe_study(one: OpenStudy) -> dict[str, Any]:
 def describe_model(engine: Engine) -> dict[str, Any]:
     """What the page needs to know before a study is open."""
     from ..data.names import read_table
-    from ..output.report import COLOURS, WINDOWS
+    from ..output.colours import COLOURS
+    from ..output.report import WINDOWS
 
     config = engine.model.config
     names = config.structures or list(read_table())

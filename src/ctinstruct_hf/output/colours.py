@@ -1,10 +1,11 @@
-"""Colours of structures in files for other programs: those of the page, and further ones that differ from all before."""
+"""Colours of structures, the same on the page, in `report.html`, in label tables and in files for other programs."""
 
 from __future__ import annotations
 
 import colorsys
 
-from .report import COLOURS
+# told apart in normal sight, by deuteranopes and by protanopes
+COLOURS = ("#f6ba06", "#1742ff", "#52ffa5", "#b00887", "#0eb7f9", "#6b8f23", "#b87da4", "#188a69", "#32ba7f", "#4d6523")
 
 
 def rgb(number: int) -> tuple[int, int, int]:
@@ -20,4 +21,9 @@ def rgb(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-__all__ = ["rgb"]
+def css(number: int) -> str:
+    """The same as #rrggbb."""
+    return "#" + bytes(rgb(number)).hex()
+
+
+__all__ = ["COLOURS", "css", "rgb"]

@@ -16,11 +16,17 @@ from PIL import Image
 
 from .._version import __version__
 from ..processing.volume import CTVolume
+from .colours import css, rgb
 from .measure import key_place
 from .results import Origin, Results
 
-WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-450.0, 1050.0)}
-COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f9dff", "#f58231", "#b865d9", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
+WINDOWS = {
+    "lung": (-1350.0, 150.0),
+    "soft tissue": (-160.0, 240.0),
+    "bone": (-450.0, 1050.0),
+    "liver": (-45.0, 105.0),
+    "all tissue": (-1024.0, 1024.0),
+}
 PICTURE_SIDE = 420
 _PLANES = {"S": "Axial", "I": "Axial", "P": "Coronal", "A": "Coronal", "L": "Sagittal", "R": "Sagittal"}
 
@@ -42,9 +48,14 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { display: grid; grid-template-columns: minmax(9rem, 16rem) 1fr 3rem; gap: .6rem; align-items: center; margin: .15rem 0; }
 .bar meter { width: 100%; height: 1rem; } blockquote { margin: .3rem 0 1rem; padding-left: .8rem; border-left: 3px solid #8c959f; }
 .text { white-space: pre-wrap; } footer { margin-top: 2rem; font-size: .85rem; color: #57606a; }
-.contradiction td, .contradiction th { background: #fdecea; } figure:target { outline: 3px solid #4f9dff; } tr:target { outline: 2px solid #4f9dff; }
+.contradiction td, .contradiction th { background: #fdecea; } .contradiction th::before { content: "▲ "; } figure:target { outline: 3px solid #4f9dff; } tr:target { outline: 2px solid #4f9dff; }
 a.grounded { color: inherit; text-decoration: underline dotted; }
 a:focus-visible { outline: 3px solid #4f9dff; }
+@media screen and (prefers-color-scheme: dark) {
+:root { color-scheme: dark; } body { color: #e6edf3; background: #0d1117; } .notice { background: #4d3a00; } .warning { background: #4b1512; }
+dt, figcaption, footer { color: #a5b0bb; } th, td { border-color: #3d444d; } a { color: #79b8ff; } a.grounded { color: inherit; }
+.contradiction td, .contradiction th { background: #4b1512; }
+}
 @media print { body { max-width: none; } .notice { position: static; } h2 { break-after: avoid; } figure { break-inside: avoid; max-width: 45%; } .bar, tr { break-inside: avoid; } }
 """
 
@@ -300,7 +311,7 @@ def _figure(
 
 
 def swatch(number: int) -> str:
-    return f'<span class="swatch" style="background:{COLOURS[number % len(COLOURS)]}"></span>'
+    return f'<span class="swatch" style="background:{css(number)}"></span>'
 
 
 def figure(image: Image.Image, description: str, caption: str, legend: str = "", place: str | None = None) -> str:
@@ -340,7 +351,7 @@ def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, in
             )
             > 127
         )
-        image[outline(large)] = tuple(int(COLOURS[number % len(COLOURS)][i : i + 2], 16) for i in (1, 3, 5))
+        image[outline(large)] = rgb(number)
     return Image.fromarray(image)
 
 

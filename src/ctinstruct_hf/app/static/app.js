@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const page = { model: null, study: null, upload: null, viewer: null, job: null, masks: new Map(), colours: 0 };
+const page = { model: null, study: null, upload: null, viewer: null, job: null, masks: new Map() };
 
 // --- talking to the server
 
@@ -113,7 +113,6 @@ async function openSample() {
 async function show(study) {
   page.study = study;
   page.masks.clear();
-  page.colours = 0;
   for (const id of ["chat", "masks", "bars", "text", "table", "fitness", "warnings", "remarks"]) $(id).replaceChildren();
   const said = $("notice").textContent; // the model's own note stands there already
   for (const note of study.warnings.filter((one) => !said.includes(one))) $("warnings").append(make("p", note, { class: "warning" }));
@@ -130,130 +129,31 @@ async function show(study) {
   }
   $("seg-item").hidden = true;
   await draw(`api/studies/${study.study}/scan.nii`);
+  location.hash = study.study; // a reload finds it again
+  await restore();
   $("canvas").dataset.ready = "yes";
 }
 
+async function reopen() {
+  // The study that the address names, as long as the server has it.
+  const id = location.hash.slice(1);
+  if (!id || (page.study && page.study.study === id)) return;
+  try {
+    await show(await call("GET", `api/studies/${encodeURIComponent(id)}`));
+  } catch (error) {
+    history.replaceState(null, "", location.pathname);
+    complain(error);
+  }
+}
+
 async function closeStudy() {
+  history.replaceState(null, "", location.pathname);
   const study = page.study;
   await cancel();
   page.study = null;
   $("study").hidden = true;
   $("open").hidden = false;
   if (study) await call("DELETE", `api/studies/${study.study}`).catch(() => {});
-}
-
-// --- the viewer
-
-async function draw(url) {
-  if (!page.viewer) {
-    page.viewer = new niivue.Niivue({
-      isRadiologicalConvention: true, // the patient's right is on the left
-      sagittalNoseLeft: true, // as in report.html
-      backColor: [0, 0, 0, 1],
-      crosshairColor: [1, 0.85, 0, 0.6],
-      crosshairWidth: 1,
-      crosshairWidthUnit: "mm",
-      show3Dcrosshair: false,
-      multiplanarShowRender: niivue.SHOW_RENDER ? niivue.SHOW_RENDER.NEVER : 0,
-      dragAndDropEnabled: false,
-      isColorbar: false,
-      logLevel: "error",
-    });
-    await page.viewer.attachToCanvas($("canvas"));
-    $("canvas").addEventListener("mousemove", hover);
-  }
-  const viewer = page.viewer;
-  await viewer.loadVolumes([{ url, name: "scan.nii", colormap: "gray" }]);
-  viewer.setSliceType(Number($("view").value));
-  setWindow();
-}
-
-function setWindow() {
-  const volume = page.viewer && page.viewer.volumes[0];
-  if (!volume) return;
-  [volume.cal_min, volume.cal_max] = page.model.windows[$("window").value];
-  page.viewer.updateGLVolume();
-}
-
-function hover(event) {
-  const viewer = page.viewer;
-  if (!viewer.volumes.length) return;
-  const scale = viewer.uiData?.dpr || window.devicePixelRatio || 1;
-  const [x, y] = [event.offsetX * scale, event.offsetY * scale];
-  const tile = viewer.tileIndex(x, y);
-  const fraction = tile < 0 ? [-1] : viewer.screenXY2TextureFrac(x, y, tile, true);
-  if (fraction[0] < 0) {
-    $("hover").textContent = "–";
-    return;
-  }
-  const volume = viewer.volumes[0];
-  const voxel = viewer.frac2vox(fraction);
-  const mm = viewer.frac2mm(fraction);
-  const value = Math.round(volume.getValue(voxel[0], voxel[1], voxel[2]));
-  const place = [["R", "L"], ["A", "P"], ["F", "H"]].map(([less, more], axis) => {
-    const number = axis === 2 ? mm[2] : -mm[axis]; // the viewer counts to the right and to the front
-    return `${Math.abs(number).toFixed(0)} ${number < 0 ? less : more}`;
-  });
-  $("hover").textContent = `${value} HU at ${place.join(", ")} mm`;
-}
-
-async function overlay(name, told) {
-  const viewer = page.viewer;
-  const before = page.masks.get(name);
-  if (before) viewer.removeVolume(before.volume);
-  const colour = before ? before.colour : page.model.colours[page.colours++ % page.model.colours.length];
-  const parts = [1, 3, 5].map((place) => parseInt(colour.slice(place, place + 2), 16));
-  const map = "mask" + colour.slice(1);
-  viewer.addColormap(map, { R: [0, parts[0]], G: [0, parts[1]], B: [0, parts[2]], A: [0, 255], I: [0, 255] });
-  const url = `api/studies/${page.study.study}/masks/${encodeURIComponent(told.file)}`;
-  const volume = await niivue.NVImage.loadFromUrl({
-    url: `${url}?${Date.now()}`, name: "mask.nii.gz", colormap: map, opacity: Number($("opacity").value), cal_min: 0, cal_max: 1,
-  });
-  volume.cal_min = 0;
-  volume.cal_max = 1;
-  viewer.addVolume(volume);
-  viewer.updateGLVolume();
-  page.masks.set(name, { volume, colour, shown: true, told, url });
-  listMasks();
-}
-
-function listMasks() {
-  const rows = [...page.masks].map(([name, mask]) => {
-    const row = make("li");
-    const box = make("input", undefined, { type: "checkbox", "aria-label": `show ${name}` });
-    box.checked = mask.shown;
-    box.addEventListener("change", () => {
-      mask.shown = box.checked;
-      setOpacity();
-    });
-    const size = mask.told.voxels ? `${mask.told.volume_ml.toFixed(1)} ml, ${Math.round(mask.told.mean_hu)} HU` : "nothing found";
-    const go = make("button", "Go to", { type: "button", "aria-label": `go to ${name}` });
-    go.disabled = !mask.told.voxels;
-    go.addEventListener("click", () => goTo(mask));
-    row.append(
-      box,
-      make("span", undefined, { class: "swatch", style: `background:${mask.colour}` }),
-      make("span", `${name}: ${size}`, { class: "grow" }),
-      go,
-      make("a", "NIfTI", { href: mask.url, download: mask.told.file, "aria-label": `download ${name} as NIfTI` }),
-    );
-    return row;
-  });
-  $("masks").replaceChildren(...rows);
-  $("seg-item").hidden = !(page.study.dicom && rows.length);
-}
-
-function goTo(mask) {
-  page.viewer.scene.crosshairPos = page.viewer.mm2frac(mask.told.place_mm);
-  page.viewer.drawScene();
-}
-
-function setOpacity() {
-  const viewer = page.viewer;
-  for (const mask of page.masks.values()) {
-    const place = viewer.volumes.indexOf(mask.volume);
-    if (place > 0) viewer.setOpacity(place, mask.shown ? Number($("opacity").value) : 0);
-  }
 }
 
 // --- asking
@@ -324,7 +224,7 @@ async function ask() {
   try {
     const result = await work({ kind: "ask", question });
     said.textContent = result ? result.answer || "The model said nothing." : "Cancelled.";
-    if (result) for (const [name, told] of Object.entries(result.masks)) await overlay(name, told);
+    if (result && Object.keys(result.masks).length) await drawMasks();
   } catch (error) {
     said.textContent = "No answer.";
     throw error;
@@ -338,15 +238,18 @@ async function mark() {
   if (!structures.length) throw new Error("Tick a structure or write its name first.");
   const result = await work({ kind: "segment", structures });
   if (!result) return;
-  for (const [name, told] of Object.entries(result.masks)) await overlay(name, told);
+  await drawMasks();
   for (const box of document.querySelectorAll(".ticks input:checked")) box.checked = false;
   $("named").value = "";
 }
 
 async function diagnose() {
   const result = await work({ kind: "diagnose", diseases: $("list").value });
-  if (!result) return;
-  const rows = Object.entries(result.diagnosis).sort((one, other) => other[1] - one[1]);
+  if (result) drawBars(result.diagnosis);
+}
+
+function drawBars(diagnosis) {
+  const rows = Object.entries(diagnosis).sort((one, other) => other[1] - one[1]);
   $("bars").replaceChildren(
     ...rows.map(([name, value]) => {
       const row = make("div", undefined, { class: "bar" });
@@ -365,11 +268,26 @@ async function report() {
 async function compare() {
   const result = await work({ kind: "findings" });
   if (!result) return;
-  for (const [name, told] of Object.entries(result.masks)) await overlay(name, told);
-  const fit = result.fitness;
-  if (fit) $("fitness").textContent = `This scan is ${fit.state === "unknown" ? "not compared: the model has no calibration" : fit.state}. ${fit.unusual.join("; ")}`;
-  drawTable(result.findings);
-  ground(result.report || "", result.findings);
+  await drawMasks();
+  showFindings(result);
+}
+
+function showFindings({ findings, fitness, report }) {
+  if (fitness) $("fitness").textContent = `This scan is ${fitness.state === "unknown" ? "not compared: the model has no calibration" : fitness.state}. ${fitness.unusual.join("; ")}`;
+  drawTable(findings);
+  ground(report || "", findings);
+}
+
+async function restore() {
+  // What the study was asked before, by this page or before a reload.
+  const found = await call("GET", `api/studies/${page.study.study}/results`);
+  for (const { question, answer } of found.answers) {
+    $("chat").append(make("p", question, { class: "asked" }), make("p", answer || "The model said nothing.", { class: "said" }));
+  }
+  if (Object.keys(found.diagnosis).length) drawBars(found.diagnosis);
+  if (found.report !== null) $("text").textContent = found.report || "The model wrote nothing.";
+  if (Object.keys(found.findings).length) showFindings(found);
+  if (Object.keys(found.masks).length) await drawMasks();
 }
 
 const anchor = (kind, name) => `${kind}-${name.replace(/\W+/g, "-")}`;
@@ -475,9 +393,7 @@ async function start() {
   $("choose").addEventListener("submit", openSeries);
   $("other").addEventListener("click", closeStudy);
   $("cancel").addEventListener("click", cancel);
-  $("view").addEventListener("change", () => page.viewer.setSliceType(Number($("view").value)));
-  $("window").addEventListener("change", setWindow);
-  $("opacity").addEventListener("input", setOpacity);
+  startViewer();
   $("ask").addEventListener("submit", guarded(ask));
   $("mark").addEventListener("click", guarded(mark));
   $("diagnose").addEventListener("click", guarded(diagnose));
@@ -488,9 +404,8 @@ async function start() {
     event.preventDefault();
     if (!page.study && event.dataTransfer.files.length) openFiles(event.dataTransfer.files);
   });
-  window.addEventListener("pagehide", () => {
-    if (page.study) fetch(`api/studies/${page.study.study}`, { method: "DELETE", keepalive: true });
-  });
+  window.addEventListener("hashchange", reopen);
+  await reopen();
   document.body.dataset.ready = "yes";
 }
 
