@@ -14,6 +14,7 @@ from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.data.statements import Statement
 from ctinstruct_hf.inference.consensus import disagreement
 from ctinstruct_hf.inference.findings import Evidence
+from ctinstruct_hf.inference.predict import Request, predict_study
 from ctinstruct_hf.inference.study import load_model
 from ctinstruct_hf.output import folder
 from ctinstruct_hf.output.report import grounded_report
@@ -92,6 +93,19 @@ def test_the_page_begins_with_the_table_and_links_sentences_and_slices_both_ways
     assert {"picture-consolidation", "finding-consolidation", "sentence-consolidation"} <= links & ids
     row = page[page.index('id="finding-lung-nodule"') :]
     assert "contradiction: present by probability, question, mask; absent by report" in row[: row.index("</tr>")]
+
+
+def test_a_report_with_probabilities_gets_the_table_but_only_the_masks_asked_for(
+    small_scan: Path, tmp_path: Path
+) -> None:
+    request = Request(report=True, diagnose="all", structures=["liver"])
+    predict_study(small_scan, tmp_path / "out", request, device="cpu")
+    findings = json.loads((tmp_path / "out" / "findings.json").read_text())
+    assert findings["findings"]
+    assert set(findings["segmentation"]) == {"liver"}
+    assert any(row["mask"] and row["mask"]["voxels"] for row in findings["findings"].values())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r' id="([^"]+)"', page))
 
 
 def test_a_report_without_masks_is_plain_text() -> None:

@@ -129,7 +129,7 @@ def test_a_users_own_settings_leave_out_the_same_parts(as_dict: bool) -> None:
     ("option", "words"),
     [
         (["--quantize", "int3"], "quantize is 'int3': use int8 or int4"),
-        (["--dtype", "int8"], "dtype is 'int8': use auto, "),
+        (["--dtype", "int8"], "dtype is 'int8': use float32, bfloat16, float16 or auto"),
     ],
 )
 def test_what_is_no_quantisation_is_refused(

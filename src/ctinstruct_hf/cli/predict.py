@@ -52,7 +52,7 @@ def predict(
     findings: Annotated[
         bool,
         typer.Option(
-            "--findings", help="The table of findings; also made where --report and --diagnose are both given."
+            "--findings", help="The table of findings with its masks; --report with --diagnose makes the table alone."
         ),
     ] = False,
     consensus: Annotated[

@@ -84,7 +84,7 @@ def choose_precision(
     target = find_device(device)
     large = sum(math.prod(shape) for shape in shapes.values()) >= _LARGE or quantized_by is not None
     if dtype not in (None, "auto", *DTYPES):
-        raise CTInstructError(f"dtype is '{dtype}': use auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+        raise CTInstructError(f"dtype is '{dtype}': use {', '.join(DTYPES)} or auto.")
     if dtype in DTYPES:
         chosen = str(dtype)
     elif target.type != "cpu" or large or (dtype == "auto" and has_amx()):

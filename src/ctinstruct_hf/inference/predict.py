@@ -24,7 +24,8 @@ class Request:
         questions: asked in words.
         structures: names to segment.
         diagnose: a list's name, names of diseases with commas, or `all`; None asks for none.
-        findings: the table of findings; also made where a report and probabilities are asked for.
+        findings: the table of findings with its masks. A report and probabilities asked together get the table, too, but no
+            mask that was not asked for.
         consensus: drafts of the report, see `Study.report`.
         output_types, multi_label, keep_series_uid: see `output.folder.save_results`.
         generation: arguments of `generate` for report and questions, as {"max_new_tokens": 64, "num_beams": 5}.
@@ -125,7 +126,10 @@ def predict_study(
         study.diagnose(diseases)
     if request.wants_findings:
         tell("findings")
+        asked_for = dict(study.results.masks)
         study.findings()
+        if not request.findings:
+            study.results.masks = asked_for
     tell("writing")
     reading = {
         "model": model, "dtype": dtype, "revision": revision, "quantize": quantize, "series": series, "spacing": spacing,

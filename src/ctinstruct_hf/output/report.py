@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,14 @@ def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dic
         f"<h1>{escape(findings['source'] or 'Scan')}</h1>",
         facts(volume, origin, results.fitness),
     ]
-    if findings["findings"]:
-        parts += ["<h2>Findings and agreement</h2>", findings_table(findings["findings"])]
+    rows = findings["findings"]
+    pictured = {name for name, numbers in findings["segmentation"].items() if numbers["voxels"]}
+    if rows:
+        parts += ["<h2>Findings and agreement</h2>", findings_table(rows, pictured)]
     if findings["asked"]:
         parts += ["<h2>What was asked</h2>", asked(findings["asked"])]
     if findings["report"] is not None:
-        text = grounded_report(findings["report"], findings["findings"]) or "<em>The model wrote nothing.</em>"
+        text = grounded_report(findings["report"], rows, pictured) or "<em>The model wrote nothing.</em>"
         parts += ["<h2>Report</h2>", f'<p class="text" id="report">{text}</p>']
     if findings["answers"]:
         parts.append("<h2>Questions</h2>")
@@ -90,7 +92,7 @@ def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dic
         parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
     if findings["segmentation"]:
         parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"])]
-    parts += ["<h2>Pictures</h2>", pictures(volume, results.masks, origin.diseases)]
+    parts += ["<h2>Pictures</h2>", pictures(volume, results.masks, origin.diseases, rows)]
     parts.append(
         f"</main><footer>Made by ctinstruct-hf {__version__}. Head or front is up. Left in a picture is the patient's right, "
         "in sagittal pictures the patient's front.</footer></body></html>"
@@ -139,9 +141,9 @@ def anchor(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-") or "finding"
 
 
-def findings_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Each finding with what every source says, those that contradict themselves first; a name leads to its picture, what the
-    report says to its sentence."""
+def findings_table(rows: dict[str, dict[str, Any]], pictured: Container[str] = ()) -> str:
+    """Each finding with what every source says, those that contradict themselves first; a name leads to its picture where
+    there is one, what the report says to its sentence."""
     lines = []
     order = {"consistent": 2, "unchecked": 1}
     for name, row in sorted(
@@ -149,8 +151,7 @@ def findings_table(rows: dict[str, dict[str, Any]]) -> str:
     ):
         wrong = row["agreement"] not in order
         link = anchor(name)
-        shown = bool(row["mask"] and row["mask"]["voxels"])
-        title = f'<a href="#picture-{link}">{escape(name)}</a>' if shown else escape(name)
+        title = f'<a href="#picture-{link}">{escape(name)}</a>' if name in pictured else escape(name)
         words = escape(row["report"])
         sentence = f'<a href="#sentence-{link}">{words}</a>' if row["sentences"] else words
         number = "–" if row["probability"] is None else f"{row['probability']:.2f}"
@@ -180,9 +181,9 @@ def mask_words(mask: dict[str, Any] | None) -> str:
     return ", ".join(words)
 
 
-def grounded_report(report: str, rows: dict[str, dict[str, Any]]) -> str:
-    """The report as HTML; a sentence that states a finding whose mask is not empty leads to the picture where that is
-    largest."""
+def grounded_report(report: str, rows: dict[str, dict[str, Any]], pictured: Container[str] = ()) -> str:
+    """The report as HTML; a sentence that states a finding with a mask shows its size and leads to its picture where there is
+    one."""
     spans: dict[tuple[int, int], list[str]] = {}
     for name, row in rows.items():
         for one in row["sentences"]:
@@ -201,7 +202,9 @@ def grounded_report(report: str, rows: dict[str, dict[str, Any]]) -> str:
         ]
         if there:
             title = "; ".join(f"{name}: {mask_words(rows[name]['mask'])}" for name in there)
-            text = f'<a class="grounded" href="#picture-{anchor(there[0])}" title="{escape(title)}">{text}</a>'
+            seen = [name for name in there if name in pictured]
+            link = f' href="#picture-{anchor(seen[0])}"' if seen else ""
+            text = f'<a class="grounded"{link} title="{escape(title)}">{text}</a>'
         parts += [escape(report[done:start]), text]
         done = end
     return "".join([*parts, escape(report[done:])])
@@ -234,9 +237,11 @@ def structure_table(segmentation: dict[str, dict[str, Any]]) -> str:
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def pictures(volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[str] = ()) -> str:
+def pictures(
+    volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[str] = (), rows: Container[str] = ()
+) -> str:
     """Key slices: three planes through the largest finding, or the middle of the scan, then each structure where it is
-    largest, findings first."""
+    largest, findings first, with a link to its row in the table."""
     depth, height, width = volume.shape
     # masks are looked at one after the other, and only their shown planes are kept: they may be packed, and many
     places = {name: key_place(mask) for name, mask in masks.items() if mask.any()}
@@ -260,7 +265,7 @@ def pictures(volume: CTVolume, masks: dict[str, np.ndarray], findings: Sequence[
         inside = float(volume.hu[best][planes[name].take(best, axis=0)].mean())
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
         caption = f"{name}, where it is largest" + (f": slice {best + 1} of {depth} from the feet" if depth > 1 else "")
-        figures.append(_figure(volume, shown, 0, best, window, caption, f"picture-{anchor(name)}"))
+        figures.append(_figure(volume, shown, 0, best, window, caption, anchor(name), name in rows))
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
@@ -298,16 +303,18 @@ def _figure(
     index: int,
     window: str,
     caption: str,
-    place: str | None = None,
+    link: str = "",
+    in_table: bool = False,
 ) -> str:
     """One picture with its legend; what is outlined is said in words too."""
     seen = [(number, name) for number, (name, mask) in enumerate(masks) if np.take(mask, index, axis=axis).any()]
     words = f"{caption}, {window} window"
     outlined = f"; outlined: {', '.join(name for _, name in seen)}" if seen else ""
     legend = "".join(f'<span class="key">{swatch(number)}{escape(name)}</span> ' for number, name in seen)
-    if place is not None:  # back to the table
-        legend += f'<a href="#{place.replace("picture-", "finding-")}">in the table</a>'
-    return figure(picture(volume, masks, axis, index, window), f"{words}{outlined}", words, legend, place)
+    if in_table:
+        legend += f'<a href="#finding-{link}">in the table</a>'
+    mark = f"picture-{link}" if link else None
+    return figure(picture(volume, masks, axis, index, window), f"{words}{outlined}", words, legend, mark)
 
 
 def swatch(number: int) -> str:
