@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import CTInstructError
 
@@ -38,6 +39,22 @@ def why_unwritable(error: BaseException | None) -> str | None:
             return "The output cannot be written: No space left on device."
         error = error.__cause__ or error.__context__
     return None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; {} for an empty one.
+
+    Raises:
+        CTInstructError: naming the file, where it cannot be read or is no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise CTInstructError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise CTInstructError(f"{path.name} is no readable YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def temporary_folder(purpose: str) -> Path:

@@ -18,6 +18,7 @@ from transformers import StoppingCriteriaList
 
 from ..errors import CTInstructError
 from ..files import remove_left_over, temporary_folder
+from ..inference.consensus import DRAFTS
 from ..inference.models import load_model
 from ..inference.study import Study, mask_names
 from ..output.measure import key_place
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 _KEPT_JOBS = 500
 # CT compresses to a third or a tenth; what unpacks to more of its size than this, and more than 256 MiB, is no scan
 _MOST_RATIO = 100
-CONSENSUS = 8  # drafts of the report that the table of findings is made with
 
 
 class Engine:
@@ -396,7 +396,7 @@ class Engine:
         warnings = _notes([fitness.warning])
         if study.results.report is None:
             step("writing the report")
-            study.report(consensus=CONSENSUS, max_new_tokens=self.limits.new_tokens)
+            study.report(consensus=DRAFTS, max_new_tokens=self.limits.new_tokens)
         step("comparing")
         try:
             rows = study.findings()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
+from ..files import read_yaml
 
 
 def read_configuration(path: Path, command: Any) -> dict[str, Any]:
@@ -18,15 +19,7 @@ def read_configuration(path: Path, command: Any) -> dict[str, Any]:
     Raises:
         CTInstructError: naming the file and the verb or option that is not known.
     """
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise CTInstructError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CTInstructError(f"{path.name} is no readable YAML: {' '.join(str(error).split())[:200]}") from error
-    return _defaults(path.name, "", found, command)
+    return _defaults(path.name, "", read_yaml(path), command)
 
 
 def _defaults(file: str, verb: str, found: Any, command: Any) -> dict[str, Any]:

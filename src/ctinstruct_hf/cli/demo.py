@@ -25,7 +25,6 @@ STRUCTURES = [
     "pleural effusion",
 ]
 QUESTIONS = ["Is there a pleural effusion?", "How many lung nodules are there?"]
-CONSENSUS = 8  # drafts of the report
 
 
 def run_demo(output: Path, seed: int = 3, progress: Callable[[str], None] = lambda step: None) -> Study:
@@ -36,6 +35,7 @@ def run_demo(output: Path, seed: int = 3, progress: Callable[[str], None] = lamb
         seed: which phantom.
         progress: called with the name of each step.
     """
+    from ..inference.consensus import DRAFTS
     from ..inference.predict import Request, predict_study
     from ..phantoms import phantom_of
 
@@ -44,7 +44,7 @@ def run_demo(output: Path, seed: int = 3, progress: Callable[[str], None] = lamb
     scan = output / "scan.nii.gz"
     phantom = phantom_of(f"phantom:trunk:{seed}")
     phantom.volume.to_source(phantom.volume.hu, scan)
-    request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom", consensus=CONSENSUS)
+    request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom", consensus=DRAFTS)
     return predict_study(scan, output / "results", request, tell=progress)
 
 

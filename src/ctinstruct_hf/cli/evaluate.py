@@ -228,7 +228,7 @@ def calibrate(
 
     from ..data.samples import from_row
     from ..evaluation.calibrating import find_calibration, pooled_ece
-    from ..evaluation.floors import find_floors, write_floors
+    from ..evaluation.floors import write_floors
     from ..evaluation.run import load_data
     from ..inference.calibration import write_calibration
     from ..inference.study import load_model
@@ -241,11 +241,11 @@ def calibrate(
         rows = load_data(data, "alignment", split)[:limit]
         if not any(row["masks"] for row in rows):
             raise CTInstructError(f"{data} has no sample of split {split} with a mask: nothing to learn a floor from.")
-        floors = find_floors(network, processor, (from_row(row, "alignment") for row in rows), show_steps(status))  # type: ignore[misc]
+        samples = (from_row(row, "alignment") for row in rows)
+        floors, found = find_calibration(network, processor, samples, show_steps(status))  # type: ignore[arg-type]  # of that stage
         write_floors(model, floors)
-        processor.image_processor.mask_floors = floors  # this process may have it loaded
-        found = find_calibration(network, processor, (from_row(row, "alignment") for row in rows), show_steps(status))  # type: ignore[misc]
         write_calibration(model, found)
+        processor.image_processor.mask_floors = floors  # this process may have it loaded
         network.calibration = found
     for name, (least, level) in sorted(floors.items()):
         typer.echo(f"{name}: empty unless more than {least:g} mL have a logit above {level:g}")

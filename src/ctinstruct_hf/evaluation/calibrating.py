@@ -1,5 +1,5 @@
-"""What `ctinstruct calibrate` finds out besides floors of masks: temperature, bias and threshold of each disease, and where the
-scans lie in the tower's pooled features."""
+"""What `ctinstruct calibrate` finds out: floors of masks, temperature, bias and threshold of each disease, and where the scans lie in
+the tower's pooled features."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..inference.calibration import Calibration, DiseaseCalibration
 from ..inference.fitness import fit_features, pooled, properties
 from ..inference.study import Study
 from .diagnosis import calibration
+from .floors import Marked, find_floor, mark
 
 LEAST = 5  # scans with a disease, and as many without, that a threshold needs
 LEAST_SCANS = 12  # that pooled features need
@@ -23,20 +24,23 @@ FOLDS = 5
 
 def find_calibration(
     model: Any, processor: Any, samples: Iterable[AlignmentSample], progress: Callable[[str], None] = lambda step: None
-) -> Calibration:
-    """A model's calibration from scans whose labels are known.
+) -> tuple[dict[str, list[float]], Calibration]:
+    """A model's `mask_floors`, and its calibration, from scans whose masks and labels are known; each scan is read once.
 
     Args:
         model, processor: what `load_model` returns; an earlier calibration of it is left aside.
-        samples: with labels of diseases.
+        samples: with labels of diseases, masks of the structures that are there, and empty ones of those known to be absent.
         progress: called with the number of each scan.
     """
     model.calibration = None
     names = list(dict.fromkeys(model.config.disease_names))
     features, found, scores, labels = [], [], [], []
+    marked: dict[str, list[Marked]] = {}
     for number, sample in enumerate(samples, start=1):
         progress(f"scan {number}")
         study = Study(open_volume(sample.image), model, processor)
+        for name, one in mark(study, sample.masks) if sample.masks else ():
+            marked.setdefault(name, []).append(one)
         features.append(pooled(study))
         found.append(properties(study.volume))
         known = {label.name: label.value for label in sample.labels}
@@ -44,7 +48,8 @@ def find_calibration(
         scores.append([row.get(name, np.nan) for name in names])
         labels.append([known.get(name, -1) if row else -1 for name in names])
     fitted = fit_features(features, found) if len(features) >= LEAST_SCANS else None
-    return Calibration(fit_diseases(names, np.array(scores), np.array(labels)), fitted)
+    floors = {name: floor for name, ones in marked.items() if (floor := find_floor(ones)) is not None}
+    return floors, Calibration(fit_diseases(names, np.array(scores), np.array(labels)), fitted)
 
 
 def fit_diseases(names: Sequence[str], scores: np.ndarray, labels: np.ndarray) -> dict[str, DiseaseCalibration]:

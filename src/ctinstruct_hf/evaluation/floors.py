@@ -7,16 +7,15 @@ marks, and how surely, still tells where there is something: from that each stru
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.reading import open_mask, open_volume
-from ..data.samples import AlignmentSample
+from ..data.cases import MaskRef
+from ..data.reading import open_mask
 from ..errors import CTInstructError
 from ..files import write_whole
 from ..inference.study import Study
@@ -86,27 +85,10 @@ def _between(values: np.ndarray) -> list[float]:
     return [float(one) for one in (ordered[1:] + ordered[:-1]) / 2]
 
 
-def find_floors(
-    model: Any, processor: Any, samples: Iterable[AlignmentSample], progress: Callable[[str], None] = lambda step: None
-) -> dict[str, list[float]]:
-    """`mask_floors` of a model from scans with masks; a name that a scan labels and lacks counts as absent.
-
-    Args:
-        model, processor: what `load_model` returns.
-        samples: with masks of the structures that are there, and empty ones of those known to be absent.
-        progress: called with the number of each scan.
-    """
-    found: dict[str, list[Marked]] = {}
-    for number, sample in enumerate(samples, start=1):
-        if not sample.masks:
-            continue
-        progress(f"scan {number}")
-        study = Study(open_volume(sample.image), model, processor)
-        logits = study.mask_logits([mask.name for mask in sample.masks])
-        for mask, one in zip(sample.masks, logits, strict=True):
-            found.setdefault(mask.name, []).append(Marked.of(study, one, open_mask(mask, study.volume)))
-    floors = {name: find_floor(marked) for name, marked in found.items()}
-    return {name: floor for name, floor in floors.items() if floor is not None}
+def mark(study: Study, masks: Sequence[MaskRef]) -> Iterator[tuple[str, Marked]]:
+    """What the model marks of each structure of a scan whose masks are known, empty ones among them, by its name."""
+    for mask, logits in zip(masks, study.mask_logits([mask.name for mask in masks]), strict=True):
+        yield mask.name, Marked.of(study, logits, open_mask(mask, study.volume))
 
 
 def write_floors(folder: Path, floors: dict[str, list[float]]) -> None:
@@ -123,4 +105,4 @@ def write_floors(folder: Path, floors: dict[str, list[float]]) -> None:
     write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-__all__ = ["Marked", "find_floor", "find_floors", "write_floors"]
+__all__ = ["Marked", "find_floor", "mark", "write_floors"]

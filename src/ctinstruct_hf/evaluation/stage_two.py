@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data.names import disease_names, structure_names
 from ..data.reading import open_volume
-from ..data.samples import ImageRef, InstructionSample, parts_of, text_of
+from ..data.samples import ImageRef, InstructionSample, text_of
 from ..data.templates import DISEASE_TOKEN, SEG_TOKEN
 from ..errors import CTInstructError
 from ..inference.encoded import Reply
@@ -50,22 +50,7 @@ class StageTwo:
 
     def jobs_of(self, sample: InstructionSample) -> Iterator[Job]:
         """One per answer of a conversation."""
-        for turn in turns_of(sample, self.structures, self.diseases, self.model.config.names_masks):
-            shown = sum(
-                part["type"] == "image" for message in sample.messages[: turn.index] for part in parts_of(message)
-            )
-            yield Job(
-                sample.id if not turn.number else f"{sample.id}/turn-{turn.number}",
-                turn.task,
-                sample,
-                sample.images[:shown],
-                turn.index,
-                turn.messages,
-                turn.masks,
-                turn.labels,
-                turn.known,
-                turn.notes,
-            )
+        return turns_of(sample, self.structures, self.diseases, self.model.config.names_masks)
 
     def answer(self, jobs: Sequence[Job], output: Path) -> list[Record]:
         """Records of jobs about the same images: all in one batch."""

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from ..data.cases import Label, MaskRef
 from ..data.choices import chosen_option, options_of
 from ..data.instructions import with_names
 from ..data.names import Names, spell
 from ..data.samples import InstructionSample, parts_of, text_of
 from ..data.templates import DISEASE_TOKEN, SEG_TOKEN
 from ..errors import CTInstructError
+from .jobs import Job
 
 
-@dataclass
-class Turn:
-    """One answer of a conversation.
-
-    Attributes:
-        index: of the answer in `messages`.
-        number: 0 for the first answer.
-        task: of `predictions.SCORED_TASKS`.
-        messages: the whole conversation, with names as the model knows them.
-        masks, labels: of this answer, named as in the data.
-        known: {name in the data: name of the model} where they differ.
-        notes: on names that the model may not know.
-    """
-
-    index: int
-    number: int
-    task: str
-    messages: list[dict[str, Any]]
-    masks: list[MaskRef] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
-    known: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def turns_of(sample: InstructionSample, structures: Names, diseases: Names, names_masks: bool) -> Iterator[Turn]:
-    """The answers of a conversation, in order; one with masks and probabilities comes once for each of the two.
+def turns_of(sample: InstructionSample, structures: Names, diseases: Names, names_masks: bool) -> Iterator[Job]:
+    """The answers of a conversation, in order, about the images that are shown before each; one with masks and probabilities comes
+    once for each of the two.
 
     Args:
         structures, diseases: what the model knows, see `data.names`.
@@ -57,13 +33,15 @@ def turns_of(sample: InstructionSample, structures: Names, diseases: Names, name
         answer = text_of(sample.messages[index])
         mine = [next(masks) for _ in range(answer.count(SEG_TOKEN))]
         judged = [next(labels) for _ in range(answer.count(DISEASE_TOKEN))]
+        shown = sum(part["type"] == "image" for turn in sample.messages[:index] for part in parts_of(turn))
+        name = f"{sample.id}/turn-{number}" if number else sample.id
+        place = (sample, sample.images[:shown], index, asked.messages)
         if mine:
-            yield Turn(index, number, "segmentation", asked.messages, masks=mine, known=known, notes=mask_notes)
+            yield Job(name, "segmentation", *place, masks=mine, known=known, notes=mask_notes)
         if judged:
-            yield Turn(index, number, "diagnosis", asked.messages, labels=judged, known=of_diseases, notes=label_notes)
+            yield Job(name, "diagnosis", *place, labels=judged, known=of_diseases, notes=label_notes)
         if not mine and not judged:
-            task = sample.task if number == 0 else _later_task(sample, index)
-            yield Turn(index, number, task, asked.messages)
+            yield Job(name, _later_task(sample, index) if number else sample.task, *place)
 
 
 def _later_task(sample: InstructionSample, index: int) -> str:
@@ -108,4 +86,4 @@ def _renamed(sample: InstructionSample, known: Mapping[str, str], structures: Na
     return replace(sample, messages=messages, masks=masks)
 
 
-__all__ = ["Turn", "turns_of"]
+__all__ = ["turns_of"]

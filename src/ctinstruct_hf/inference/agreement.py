@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,7 @@ class Agreement:
     @property
     def disagree(self) -> list[tuple[str, str]]:
         """Every two sources that contradict each other."""
-        names = list(self.says)
-        return [
-            (first, second)
-            for number, first in enumerate(names)
-            for second in names[number + 1 :]
-            if self.says[first] != self.says[second]
-        ]
+        return [pair for pair in combinations(self.says, 2) if self.says[pair[0]] != self.says[pair[1]]]
 
     def __str__(self) -> str:
         """ "consistent", "unchecked" (fewer than two sources), or "present by probability, mask; absent by report"."""

@@ -14,11 +14,11 @@ from .findings import finding_masks, findings_asked
 _GRID_MM = 4.0  # of the images that are aligned
 _WINDOW = (-1000.0, 1000.0)  # HU
 _REACH_MM = 20.0  # between two places of the same finding, beside its own radius
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LPS = np.diag([-1.0, -1.0, 1.0])  # from RAS
 _SHOWN = ("volume_ml", "diameter_mm", "perpendicular_mm", "side", "place_mm")
 
 
-def compare_studies(now: Any, before: Any, names: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def compare_studies(now: Any, before: Any, names: str | Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """How each finding of a study has grown since an earlier one; see `compare_findings`.
 
     Args:
@@ -87,13 +87,8 @@ def align(earlier: CTVolume, volume: CTVolume) -> SimpleITK.Transform:
 
 def _image(volume: CTVolume) -> SimpleITK.Image:
     """HU above air on a coarse grid, in LPS."""
-    image = SimpleITK.GetImageFromArray(np.clip(volume.hu, *_WINDOW).astype(np.float32) - _WINDOW[0])
-    affine = _LPS @ volume.affine
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    image.SetSpacing(lengths.tolist())
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection((affine[:3, :3] / lengths).ravel().tolist())
-    factors = [max(1, round(_GRID_MM / mm)) for mm in lengths]
+    image = volume.to_sitk(np.clip(volume.hu, *_WINDOW).astype(np.float32) - _WINDOW[0])
+    factors = [max(1, round(_GRID_MM / mm)) for mm in image.GetSpacing()]
     return SimpleITK.BinShrink(
         image, [min(factor, size) for factor, size in zip(factors, image.GetSize(), strict=True)]
     )
@@ -107,8 +102,8 @@ def _matched(
     old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], transform: SimpleITK.Transform
 ) -> list[dict[str, Any]]:
     """Rows of one finding: pairs that lie nearest to each other, then what is left."""
-    moved = [np.array(transform.TransformPoint((_LPS[:3, :3] @ one["centre_mm"]).tolist())) for one in old]
-    places = [_LPS[:3, :3] @ np.array(one["centre_mm"]) for one in new]
+    moved = [np.array(transform.TransformPoint((_LPS @ one["centre_mm"]).tolist())) for one in old]
+    places = [_LPS @ np.array(one["centre_mm"]) for one in new]
     apart = sorted(
         (float(np.linalg.norm(first - second)), i, j)
         for i, first in enumerate(moved)

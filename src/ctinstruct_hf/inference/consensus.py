@@ -14,6 +14,7 @@ from .agreement import agreement
 from .findings import Evidence, collect_evidence, findings_asked
 
 MOST = 64
+DRAFTS = 8  # of the demo and the page
 TEMPERATURE = 0.8
 _SEED = 0  # of the drafts, so that a scan has one report
 
@@ -64,4 +65,4 @@ def disagreement(statements: dict[str, Statement], evidence: dict[str, Evidence]
     return by_probability, by_answer, unlikely
 
 
-__all__ = ["agreed_report", "disagreement", "draft_reports"]
+__all__ = ["DRAFTS", "agreed_report", "disagreement", "draft_reports"]

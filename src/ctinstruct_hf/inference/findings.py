@@ -45,7 +45,7 @@ class Evidence:
     answer: str
 
 
-def findings_asked(study: Any, names: Sequence[str] | None) -> list[str]:
+def findings_asked(study: Any, names: str | Sequence[str] | None) -> list[str]:
     """The names given, or every finding of the model's lists.
 
     Raises:
@@ -91,7 +91,7 @@ def collect_evidence(study: Any, names: Sequence[str]) -> dict[str, Evidence]:
 
 
 @torch.inference_mode()
-def find_findings(study: Any, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+def find_findings(study: Any, names: str | Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """The table of findings; see `Study.findings`."""
     asked = findings_asked(study, names)
     report = study.report() if study.results.report is None else study.results.report

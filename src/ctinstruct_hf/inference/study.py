@@ -204,7 +204,7 @@ class Study(EncodedScans):
         Raises:
             CTInstructError: for a name that the model does not know.
         """
-        return find_findings(self, [names] if isinstance(names, str) else names)
+        return find_findings(self, names)
 
     def fitness(self) -> Fitness:
         """Whether the scan is like those that the model was calibrated on (`ctinstruct calibrate`), and what is unusual."""
@@ -218,7 +218,7 @@ class Study(EncodedScans):
 
         See `inference.comparison.compare_studies`.
         """
-        return compare_studies(self, other, [names] if isinstance(names, str) else names)
+        return compare_studies(self, other, names)
 
     @torch.inference_mode()
     def write_plainly(self, questions: Sequence[str], max_new_tokens: int, generation: dict[str, Any]) -> list[str]:

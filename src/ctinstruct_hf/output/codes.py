@@ -8,6 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 PRIVATE_SCHEME = "99CTINSTRUCT"
+NOTICE = "Research use only. Made by a model. Not a diagnosis."  # in every object
+# key of a finding's measurements -> code, scheme and meaning
+MEASUREMENTS = {
+    "probability": ("122157", "DCM", "Probability"),
+    "volume_ml": ("118565006", "SCT", "Volume"),
+    "diameter_mm": ("81827009", "SCT", "Diameter"),
+    "mean_hu": ("112031", "DCM", "Attenuation Coefficient"),
+}
+AGREEMENT = ("CTI-AGREEMENT", PRIVATE_SCHEME, "Agreement of report, probability, question and mask")
+REPORT = ("18748-4", "Diagnostic imaging report")  # of LOINC
 
 ANATOMY = ("123037004", "Anatomical Structure")
 TISSUE = ("85756007", "Tissue")
@@ -113,4 +123,17 @@ def private_scheme() -> Any:
     return item
 
 
-__all__ = ["CODES", "PRIVATE_SCHEME", "SIDES", "Coded", "coded", "coded_finding", "plain_words", "private_scheme"]
+__all__ = [
+    "AGREEMENT",
+    "CODES",
+    "MEASUREMENTS",
+    "NOTICE",
+    "PRIVATE_SCHEME",
+    "REPORT",
+    "SIDES",
+    "Coded",
+    "coded",
+    "coded_finding",
+    "plain_words",
+    "private_scheme",
+]

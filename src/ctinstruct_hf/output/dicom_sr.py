@@ -17,22 +17,29 @@ import pydicom
 from .._version import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
-from .codes import PRIVATE_SCHEME, coded, coded_finding, plain_words, private_scheme
+from .codes import (
+    AGREEMENT,
+    MEASUREMENTS,
+    NOTICE,
+    PRIVATE_SCHEME,
+    REPORT,
+    coded,
+    coded_finding,
+    plain_words,
+    private_scheme,
+)
 from .dicom_seg import plain_image
 from .dicom_source import Frame, check_dicom, derived_uid, source_frames, writing
 from .measure import stored
 from .results import Origin, Results
 
-NOTICE = "Research use only. Made by a model. Not a diagnosis."
-# key of a finding's measurements -> (code, scheme, meaning), factor, (unit, its meaning), derivation
-_MEASUREMENTS: dict[str, tuple[tuple[str, str, str], float, tuple[str, str], tuple[str, str] | None]] = {
-    "probability": (("122157", "DCM", "Probability"), 1, ("1", "no units"), None),
-    "volume_ml": (("118565006", "SCT", "Volume"), 1000, ("mm3", "cubic millimeter"), None),
-    "diameter_mm": (("81827009", "SCT", "Diameter"), 1, ("mm", "millimeter"), ("56851009", "Maximum")),
-    "mean_hu": (
-        ("112031", "DCM", "Attenuation Coefficient"), 1, ("[hnsf'U]", "Hounsfield unit"), ("373098007", "Mean")
-    ),
-}  # fmt: skip
+# key of a finding's measurements -> factor, (unit, its meaning), derivation
+_UNITS: dict[str, tuple[float, tuple[str, str], tuple[str, str] | None]] = {
+    "probability": (1, ("1", "no units"), None),
+    "volume_ml": (1000, ("mm3", "cubic millimeter"), None),
+    "diameter_mm": (1, ("mm", "millimeter"), ("56851009", "Maximum")),
+    "mean_hu": (1, ("[hnsf'U]", "Hounsfield unit"), ("373098007", "Mean")),
+}
 _AGREEMENTS = {
     "consistent": ("CTI-CONSISTENT", "Sources agree"),
     "contradictory": ("CTI-CONTRADICT", "Sources contradict each other"),
@@ -201,20 +208,20 @@ def _group(name: str, numbers: Mapping[str, Any], segment: Any, source: _Source)
     finding = coded_finding(name)
     listed = [
         sr.Measurement(
-            _concept(*concept),
+            _concept(*MEASUREMENTS[key]),
             round(float(numbers[key]) * factor, 4),
             _concept(unit[0], "UCUM", unit[1]),
             derivation=None if derivation is None else _concept(derivation[0], "SCT", derivation[1]),
             algorithm_id=algorithm,
         )
-        for key, (concept, factor, unit, derivation) in _MEASUREMENTS.items()
+        for key, (factor, unit, derivation) in _UNITS.items()
         if numbers.get(key) is not None
     ]
     evaluations = []
     if numbers.get("agreement") in _AGREEMENTS:
         code, meaning = _AGREEMENTS[numbers["agreement"]]
-        question = _concept("CTI-AGREEMENT", PRIVATE_SCHEME, "Agreement of report, probability, question and mask")
-        evaluations.append(sr.QualitativeEvaluation(question, _concept(code, PRIVATE_SCHEME, meaning)))
+        verdict = _concept(code, PRIVATE_SCHEME, meaning)
+        evaluations.append(sr.QualitativeEvaluation(_concept(*AGREEMENT), verdict))
     structure = coded(name)
     sites = []
     if structure.side is not None:
@@ -243,7 +250,7 @@ def _text_report(results: Results, source: _Source) -> Any:
     """The report and the answered questions as text under headings."""
     import highdicom.sr as sr
 
-    report = sr.ContainerContentItem(_concept("18748-4", "LN", "Diagnostic imaging report"), template_id="2000")
+    report = sr.ContainerContentItem(_concept(REPORT[0], "LN", REPORT[1]), template_id="2000")
     content = sr.ContentSequence()
     content.extend(_observer(source))
     findings = sr.ContainerContentItem(_concept("121070", "DCM", "Findings"), relationship_type="CONTAINS")
@@ -298,7 +305,7 @@ def findings_of(results: Results, measures: Mapping[str, Mapping[str, Any]]) -> 
 
     for name, probability in results.diagnosis.items():
         numbers_of(name)["probability"] = probability
-    for name, row in getattr(results, "findings", {}).items():
+    for name, row in results.findings.items():
         numbers = numbers_of(name)
         numbers.update({key: value for key, value in (row["mask"] or {}).items() if value is not None})
         if row["probability"] is not None:
@@ -308,4 +315,4 @@ def findings_of(results: Results, measures: Mapping[str, Mapping[str, Any]]) -> 
     return found
 
 
-__all__ = ["NOTICE", "check_dicom_sr", "findings_of", "save_dicom_sr"]
+__all__ = ["check_dicom_sr", "findings_of", "save_dicom_sr"]

@@ -12,22 +12,21 @@ from typing import Any
 from .._version import __version__
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume
-from .codes import PRIVATE_SCHEME, coded_finding
+from .codes import AGREEMENT, MEASUREMENTS, NOTICE, PRIVATE_SCHEME, REPORT, coded_finding
 from .dicom_source import study_and_series
 from .results import Origin, Results
 
-NOTICE = "Research use only. Made by a model. Not a diagnosis."
 _SYSTEMS = {
     "SCT": "http://snomed.info/sct",
     "DCM": "http://dicom.nema.org/resources/ontology/DCM",
     PRIVATE_SCHEME: "urn:ctinstruct-hf:private-codes-for-research-use-only",
 }
-# key of a finding's measurements -> code, UCUM unit, how the unit is written
-_QUANTITIES = {
-    "probability": (("122157", "DCM", "Probability"), "1", ""),
-    "volume_ml": (("118565006", "SCT", "Volume"), "mL", "mL"),
-    "diameter_mm": (("81827009", "SCT", "Diameter"), "mm", "mm"),
-    "mean_hu": (("112031", "DCM", "Attenuation Coefficient"), "[hnsf'U]", "HU"),
+# key of a finding's measurements -> UCUM unit, how the unit is written
+_UNITS = {
+    "probability": ("1", ""),
+    "volume_ml": ("mL", "mL"),
+    "diameter_mm": ("mm", "mm"),
+    "mean_hu": ("[hnsf'U]", "HU"),
 }
 
 
@@ -83,7 +82,7 @@ def save_fhir(
     report = {
         "resourceType": "DiagnosticReport",
         **_shared(now),
-        "code": _concept("18748-4", "http://loinc.org", "Diagnostic imaging report"),
+        "code": _concept(REPORT[0], "http://loinc.org", REPORT[1]),
         "conclusion": "\n".join([NOTICE, *([results.report] if results.report else [])]),
         "result": [{"reference": one} for one in observations],
         "resultsInterpreter": [],
@@ -152,7 +151,7 @@ def _observation(name: str, numbers: Mapping[str, Any], names: Mapping[str, str]
     finding = coded_finding(name)
     components: list[dict[str, Any]] = [
         {
-            "code": _concept(*code),
+            "code": _concept(*MEASUREMENTS[key]),
             "valueQuantity": {
                 "value": round(float(numbers[key]), 4),
                 "system": "http://unitsofmeasure.org",
@@ -160,12 +159,11 @@ def _observation(name: str, numbers: Mapping[str, Any], names: Mapping[str, str]
                 **({"unit": written} if written else {}),
             },
         }
-        for key, (code, unit, written) in _QUANTITIES.items()
+        for key, (unit, written) in _UNITS.items()
         if numbers.get(key) is not None
     ]
     if numbers.get("agreement"):
-        code = _concept("CTI-AGREEMENT", PRIVATE_SCHEME, "Agreement of report, probability, question and mask")
-        components.append({"code": code, "valueString": numbers["agreement"]})
+        components.append({"code": _concept(*AGREEMENT), "valueString": numbers["agreement"]})
     return {
         "resourceType": "Observation",
         **_shared(now),

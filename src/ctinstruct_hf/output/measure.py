@@ -115,9 +115,8 @@ def components(mask: np.ndarray, spacing: tuple[float, float, float]) -> list[tu
     """The parts of a mask (depth, height, width), the largest first and without specks: each as the first voxel of its box
     and bool of the box. Parts that lie within `2 * JOIN_MM` of each other are one."""
     reach = [max(1, round(JOIN_MM / mm)) for mm in spacing]
-    first = [int(axis.min()) for axis in mask.nonzero()]
-    inside = mask[tuple(slice(axis.min(), axis.max() + 1) for axis in mask.nonzero())]
-    image = SimpleITK.GetImageFromArray(np.pad(inside, [(r, r) for r in reach]).astype(np.uint8))
+    box = box_of(mask)
+    image = SimpleITK.GetImageFromArray(np.pad(mask[box], [(r, r) for r in reach]).astype(np.uint8))
     joined = SimpleITK.ConnectedComponent(SimpleITK.BinaryDilate(image, reach[::-1], SimpleITK.sitkBall), True)
     labels = SimpleITK.Mask(joined, image)
     shapes = SimpleITK.LabelShapeStatisticsImageFilter()
@@ -129,7 +128,7 @@ def components(mask: np.ndarray, spacing: tuple[float, float, float]) -> list[tu
         if sizes[label] < SPECK * max(sizes.values()):
             break
         x, y, z, width, height, depth = shapes.GetBoundingBox(label)
-        z0, y0, x0 = (f + s - r for f, s, r in zip(first, (z, y, x), reach, strict=True))
+        z0, y0, x0 = (b.start + s - r for b, s, r in zip(box, (z, y, x), reach, strict=True))
         parts.append(((z0, y0, x0), numbers[z : z + depth, y : y + height, x : x + width] == label))
     return parts
 
@@ -163,7 +162,7 @@ def organ_of(mask: np.ndarray, organs: Mapping[str, np.ndarray]) -> str | None:
     """
     if not organs or not mask.any():
         return None
-    box = tuple(slice(max(axis.min() - 1, 0), axis.max() + 2) for axis in mask.nonzero())
+    box = box_of(mask, margin=1)
     image = SimpleITK.GetImageFromArray(mask[box].astype(np.uint8))
     near = SimpleITK.GetArrayViewFromImage(SimpleITK.BinaryDilate(image, [1, 1, 1], SimpleITK.sitkBox)) > 0
     shared = {name: int((organ[box] & near).sum()) for name, organ in organs.items()}
@@ -172,6 +171,12 @@ def organ_of(mask: np.ndarray, organs: Mapping[str, np.ndarray]) -> str | None:
         if found:
             return max(found, key=lambda name: found[name])
     return None
+
+
+def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """The smallest box around a mask of three axes that is not empty, wider by `margin` voxels where the grid goes on."""
+    inside = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return tuple(slice(max(int(found[0]) - margin, 0), int(found[-1]) + 1 + margin) for found in inside)
 
 
 def key_place(mask: np.ndarray) -> tuple[int, int, int]:
@@ -202,6 +207,7 @@ __all__ = [
     "SIDES",
     "WALLS",
     "axial_diameters",
+    "box_of",
     "components",
     "cut_off",
     "in_patient",

@@ -11,9 +11,8 @@ from isal import igzip
 from ..processing.volume import CTVolume
 from .codes import Coded, coded
 from .colours import rgb
-from .measure import stored
-
-_LPS = np.diag([-1.0, -1.0, 1.0])  # from RAS
+from .dicom_source import LPS
+from .measure import box_of, stored
 
 
 def save_nrrd(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> None:
@@ -31,7 +30,7 @@ def save_nrrd(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> Non
         label = 1 + sum(other == layer for _, other, _, _ in placed)
         layers[layer][grid] = label
         placed.append((name, layer, label, _extent(grid)))
-    directions = _LPS @ volume.source.affine[:3, :3]
+    directions = LPS @ volume.source.affine[:3, :3]
     vectors = [f"({','.join(f'{value:.17g}' for value in directions[:, axis])})" for axis in range(3)]
     several = len(layers) > 1
     header = [
@@ -44,7 +43,7 @@ def save_nrrd(volume: CTVolume, masks: dict[str, np.ndarray], path: Path) -> Non
         f"kinds: {' '.join(['list'] * several + ['domain'] * 3)}",
         "endian: little",
         "encoding: gzip",
-        f"space origin: ({','.join(f'{value:.17g}' for value in _LPS @ volume.source.affine[:3, 3])})",
+        f"space origin: ({','.join(f'{value:.17g}' for value in LPS @ volume.source.affine[:3, 3])})",
         "Segmentation_ContainedRepresentationNames:=Binary labelmap|",
         "Segmentation_MasterRepresentation:=Binary labelmap",
         "Segmentation_ReferenceImageExtentOffset:=0 0 0",
@@ -73,8 +72,7 @@ def _extent(grid: np.ndarray) -> np.ndarray:
     """First and last index of a mask along each axis; 0 to −1 for an empty one."""
     if not grid.any():
         return np.array([0, -1] * 3)
-    inside = [np.flatnonzero(grid.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    return np.array([[indices[0], indices[-1]] for indices in inside]).ravel()
+    return np.array([[inside.start, inside.stop - 1] for inside in box_of(grid)]).ravel()
 
 
 def _term(structure: Coded) -> str:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import CTInstructError
+from ..files import read_yaml
 from ..inference.predict import Request
 from .transfer import with_sent_types
 
@@ -60,6 +59,11 @@ class Order:
         request.report = request.report or request.empty
         return request
 
+    def wants(self, description: str, body_part: str) -> bool:
+        """Whether a series is one of those asked for."""
+        asked = ((self.series_description, description), (self.body_part, body_part))
+        return all(pattern is None or re.search(pattern, text, re.IGNORECASE) for pattern, text in asked)
+
     @property
     def folder(self) -> Path:
         return Path(self.output)
@@ -75,12 +79,7 @@ def read_order(path: Path, changes: Mapping[str, Any]) -> Order:
     Raises:
         CTInstructError: naming the file and the key.
     """
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise CTInstructError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CTInstructError(f"{path.name} is no readable YAML: {' '.join(str(error).split())[:200]}") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise CTInstructError(f"{path.name} is no request: expected 'key: value' lines.")
     settings = {**found, **{key: value for key, value in changes.items() if value is not None}}

@@ -17,7 +17,6 @@ from ..output.dicom_source import no_quotes
 from . import dicomweb
 from .addresses import Address, hashed
 from .orders import Order
-from .transfer import matches
 
 # of a search; a server with more studies of the days asked for is asked again as these are answered
 _MOST_STUDIES = 1000
@@ -117,16 +116,15 @@ class FolderSource:
     def _is_wanted(self, scan: Scan) -> bool:
         import pydicom
 
-        patterns = {"SeriesDescription": self.order.series_description, "BodyPartExamined": self.order.body_part}
-        wanted = {tag: pattern for tag, pattern in patterns.items() if pattern is not None}
-        if not wanted:
+        if self.order.series_description is None and self.order.body_part is None:
             return True
+        tags = ["SeriesDescription", "BodyPartExamined"]
         try:
             with no_quotes():
-                header = pydicom.dcmread(scan.files[0], stop_before_pixels=True, specific_tags=list(wanted))
+                header = pydicom.dcmread(scan.files[0], stop_before_pixels=True, specific_tags=list(tags))
         except Exception:  # no DICOM has no description
             return False
-        return all(matches(pattern, str(header.get(tag) or "")) for tag, pattern in wanted.items())
+        return self.order.wants(*(str(header.get(tag) or "") for tag in tags))
 
     def release(self, study: Candidate) -> None:
         for path in study.files if self.owned else ():
@@ -164,14 +162,7 @@ class WebSource:
             shutil.rmtree(root, ignore_errors=True)
 
     def _is_wanted(self, series: dicomweb.FoundSeries) -> bool:
-        order = self.order
-        return all(
-            pattern is None or matches(pattern, text)
-            for pattern, text in (
-                (order.series_description, series.description),
-                (order.body_part, series.body_part),
-            )
-        )
+        return self.order.wants(series.description, series.body_part)
 
     def release(self, study: Candidate) -> None:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +24,6 @@ def local_inputs(inputs: Sequence[str], progress: Callable[[str], None] = lambda
     Raises:
         CTInstructError: for a scan that cannot be fetched.
     """
-    import shutil
-
     root: Path | None = None
     try:
         paths = []
@@ -73,9 +71,4 @@ def send(files: Sequence[Path], address: Address) -> None:
     (dimse if address.scheme == DIMSE else dicomweb).store(files, address)
 
 
-def matches(pattern: str, text: str) -> bool:
-    """Whether a text has a part that a pattern of a request file describes, in any case."""
-    return re.search(pattern, text, re.IGNORECASE) is not None
-
-
-__all__ = ["SENT_TYPES", "local_inputs", "matches", "result_files", "send", "with_sent_types"]
+__all__ = ["SENT_TYPES", "local_inputs", "result_files", "send", "with_sent_types"]

@@ -13,6 +13,7 @@ import yaml
 
 from ..data.parts import part_name
 from ..errors import CTInstructError
+from ..files import read_yaml
 
 Settings = TypeVar("Settings")
 
@@ -44,16 +45,13 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = (), stage: str = ""
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
             raise CTInstructError(f"{path} does not exist.")
-        text = path.read_text()
+        file = path
     elif str(recipe) in recipe_names(stage):
-        text = (resources.files("ctinstruct_hf.train") / "recipes" / f"{stage}{recipe}.yaml").read_text()
+        file = Path(str(resources.files("ctinstruct_hf.train") / "recipes" / f"{stage}{recipe}.yaml"))
     else:
         known = ", ".join(recipe_names(stage))
         raise CTInstructError(f"There is no recipe '{recipe}': give a YAML file or one of {known}.")
-    try:
-        settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise CTInstructError(f"{path.name} is no readable YAML: {' '.join(str(error).split())}") from error
+    settings = read_yaml(file)
     if not isinstance(settings, dict):
         raise CTInstructError(f"{path.name} is no recipe: expected 'key: value' lines.")
     if "base" in settings:

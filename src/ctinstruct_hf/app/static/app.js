@@ -197,19 +197,23 @@ async function cancel() {
   if (page.job) await call("DELETE", `api/jobs/${page.job}`).catch(() => {});
 }
 
+async function withoutButtons(buttons, action) {
+  buttons.forEach((button) => (button.disabled = true));
+  try {
+    await action();
+  } catch (error) {
+    complain(error);
+  }
+  buttons.forEach((button) => (button.disabled = false));
+}
+
 function guarded(action) {
   // One thing at a time from one page.
   return async (event) => {
     if (event) event.preventDefault();
     const buttons = ["mark", "diagnose", "report", "compare"].map($).concat([...$("ask").querySelectorAll("button")]);
     if (page.job || buttons[0].disabled) return;
-    buttons.forEach((button) => (button.disabled = true));
-    try {
-      await action();
-    } catch (error) {
-      complain(error);
-    }
-    buttons.forEach((button) => (button.disabled = false));
+    await withoutButtons(buttons, action);
   };
 }
 

@@ -5,14 +5,7 @@ async function fromArchive(step, action) {
   calm();
   $("choose").hidden = true;
   $("opening").textContent = step;
-  const buttons = [...$("pacs").querySelectorAll("button")];
-  buttons.forEach((button) => (button.disabled = true));
-  try {
-    await action();
-  } catch (error) {
-    complain(error);
-  }
-  buttons.forEach((button) => (button.disabled = false));
+  await withoutButtons([...$("pacs").querySelectorAll("button")], action);
   $("opening").textContent = "";
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ctinstruct_hf.evaluation.metric import Metric, module_of
 from ctinstruct_hf.evaluation.predictions import Record
 from ctinstruct_hf.evaluation.scores import Settings, TaskScores
 from ctinstruct_hf.evaluation.segmentation import read_prediction
-from ctinstruct_hf.inference.agreement import THRESHOLD, agreement
+from ctinstruct_hf.inference.agreement import SOURCES, THRESHOLD, agreement
 
 # what a question that asks for nothing but presence has beside the name: "Is there any sign of …?"
 _ASKED = re.compile(
@@ -35,11 +36,11 @@ def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> 
         compared = agreement(**sources, threshold=settings.limits.get(name, THRESHOLD))
         if compared.consistent is None:
             continue
-        key, speaking = f"{scan}: {name}", list(compared.says)
+        key = f"{scan}: {name}"
         found["contradictory"][key] = float(not compared.consistent)
         per_finding[name].append(found["contradictory"][key])
-        for first, second in ((a, b) for number, a in enumerate(speaking) for b in speaking[number + 1 :]):
-            found[f"{first} / {second}"][key] = float((first, second) in compared.disagree)
+        for pair in combinations(compared.says, 2):
+            found[" / ".join(pair)][key] = float(pair in compared.disagree)
     scores.per_sample |= found
     scores.count = len(found["contradictory"])
     scores.details["per_finding"] = {name: {"contradictory": float(np.mean(row))} for name, row in per_finding.items()}
@@ -91,13 +92,7 @@ def compute(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"contradictory": float(np.mean([not one for one in checked])) if checked else float("nan")}
 
 
-_PAIRS = tuple(
-    f"{first} / {second}"
-    for first, second in (
-        ("report", "probability"), ("report", "question"), ("report", "mask"), ("probability", "question"),
-        ("probability", "mask"), ("question", "mask"),
-    )
-)  # fmt: skip
+_PAIRS = tuple(" / ".join(pair) for pair in combinations(SOURCES, 2))
 METRIC = Metric(
     {"consistency": (("Contradictory", "contradictory"), *((pair.capitalize(), pair) for pair in _PAIRS))},
     score,

@@ -15,14 +15,13 @@ from ...files import whole_folder
 from ...modeling.configuration_ctinstruct import CTInstructConfig
 from ...modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from ...modeling.saving_ctinstruct import MODEL_AUTO_MAP, add_auto_map, copy_code
-from ...processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ...processing.processing_ctinstruct import CTInstructProcessor
 from ..chat_templates import QWEN2_VL_TEMPLATE
 from ..folders import ADAPTER, TOKENIZER_FILES, WEIGHT_FILES, check_json_files, identify, read_object, require
 from .checkpoint import Entry, find_checkpoint, read_entries
 from .download import check_space, download
 from .rules import HEAD, convert_tensor
-from .settings import ADDED_TOKENS, HEADS, check_names, config_of
+from .settings import ADDED_TOKENS, HEADS, check_names, config_of, image_processor_of_release
 from .shards import DTYPES, Packer, Writer, as_it_is
 
 LANGUAGE_MODEL = "Qwen/Qwen2-VL-7B-Instruct"  # of the release, whose tokenizer it uses
@@ -190,7 +189,7 @@ def write_processor(source: Path | None, config: CTInstructConfig, folder: Path)
         config: of the model.
         folder: to write to.
     """
-    image_processor = CTInstructImageProcessor(fit="released", axes="file", intensity="zscore", max_patches=6)
+    image_processor = image_processor_of_release()
     if source is None:
         image_processor.save_pretrained(folder)
         warnings.warn(

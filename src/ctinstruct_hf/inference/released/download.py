@@ -28,19 +28,14 @@ def check_space(needed: Mapping[Path, int], purpose: str) -> None:
     Raises:
         CTInstructError: with the numbers.
     """
-    disks: dict[int, tuple[Path, int]] = {}
+    disks: dict[int, tuple[Path, Path, int]] = {}
     for folder, size in needed.items():
         if not size:
             continue
-        home = folder.absolute()
-        while not home.exists():
-            home = home.parent
+        home = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         device = home.stat().st_dev
-        disks[device] = (folder, disks.get(device, (folder, 0))[1] + size)
-    for folder, size in disks.values():
-        home = folder.absolute()
-        while not home.exists():
-            home = home.parent
+        disks[device] = (folder, home, size + (disks[device][2] if device in disks else 0))
+    for folder, home, size in disks.values():
         free = shutil.disk_usage(home).free
         if free < size + _MARGIN and os.access(home, os.W_OK):  # a locked folder is reported when it is written
             raise CTInstructError(

@@ -11,6 +11,7 @@ import torch
 from ...errors import CTInstructError
 from ...modeling.configuration_ctinstruct import CT_RATE_DISEASES, RAD_CHESTCT_DISEASES, CTInstructConfig
 from ...modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
+from ...processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..folders import some
 from .checkpoint import Entry
 from .rules import HEAD, our_names, released_name
@@ -48,6 +49,11 @@ _TOKEN_IDS = {
     "seg_token_id": 151657,
     "disease_token_id": 151663,
 }
+
+
+def image_processor_of_release() -> CTInstructImageProcessor:
+    """The release's preparation of a scan."""
+    return CTInstructImageProcessor(fit="released", axes="file", intensity="zscore", max_patches=6)
 
 
 def _shape(entries: dict[str, Entry], name: str) -> tuple[int, ...]:
@@ -199,4 +205,4 @@ def check_names(entries: dict[str, Entry], config: CTInstructConfig) -> None:
         raise CTInstructError("The checkpoint is not the released one; of its tensors " + "; ".join(parts) + ".")
 
 
-__all__ = ["ADDED_TOKENS", "HEADS", "check_names", "config_of", "vision_of"]
+__all__ = ["ADDED_TOKENS", "HEADS", "check_names", "config_of", "image_processor_of_release", "vision_of"]

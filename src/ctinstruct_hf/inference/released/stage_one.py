@@ -14,10 +14,9 @@ from ...errors import CTInstructError
 from ...files import whole_folder
 from ...modeling.configuration_ctinstruct import CTInstructConfig
 from ...modeling.pretraining_ctinstruct import CTInstructForPretraining
-from ...processing.image_processing_ctinstruct import CTInstructImageProcessor
 from .checkpoint import STAGE_ONE_FILE, Entry, find_checkpoint, read_entries
 from .rules import convert_tensor
-from .settings import vision_of
+from .settings import image_processor_of_release, vision_of
 
 # as stage two takes them from it: its names are those of the release without `visual.`
 _PARTS = re.compile(r"(visual_encoder|transformer_decoder|decoder|projection_layer|mask_embed_proj)\.(.+)")
@@ -96,6 +95,6 @@ def convert_stage_one(
     with whole_folder(output) as draft:
         progress("writing")
         model.to(torch.float32).save_pretrained(draft)
-        CTInstructImageProcessor(fit="released", axes="file", intensity="zscore", max_patches=6).save_pretrained(draft)
+        image_processor_of_release().save_pretrained(draft)
         tokenizer.save_pretrained(draft)
     return output
