@@ -17,6 +17,7 @@ test: ## all tests but those marked slow
 
 test-slow: ## the rest: full width, thousands of broken files, benchmarks, conformance
 	@scripts/install.sh dev
+	@scripts/install_ohif.sh || echo "The test of the viewer OHIF will be skipped." >&2
 	@$(BIN)/python -m pytest -m slow --timeout=3600
 
 test-min: ## all tests with the lowest versions that pyproject.toml allows, in .venv-min
