@@ -18,7 +18,7 @@ from scans import AXIS_ORDERS
 
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor, read_volume
 from ctinstruct_hf.processing.any_resolution import (
-    axis_places,
+    axis_positions,
     choose_grid,
     fit_to_canvas,
     labels_on_canvas,
@@ -81,11 +81,11 @@ def test_the_inverse_undoes_the_resize_within_a_voxel(shape, patch, most, fit_na
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.booleans())
-def test_places_stay_inside_and_ascend(source, target, corners) -> None:
-    places = axis_places(source, target, corners)
-    assert float(places.min()) >= 0
-    assert float(places.max()) <= source - 1 + 1e-9
-    assert bool((places.diff() >= 0).all())
+def test_positions_stay_inside_and_ascend(source, target, corners) -> None:
+    positions = axis_positions(source, target, corners)
+    assert float(positions.min()) >= 0
+    assert float(positions.max()) <= source - 1 + 1e-9
+    assert bool((positions.diff() >= 0).all())
 
 
 def _release(height: int, width: int, depth: int, canvas: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """Any resolution: a volume of any size on a canvas of whole patches, and logits from the canvas back (section 3.2).
 
-Everything is said in the volume's axes (depth, height, width); patches lie along them as Z, Y, X.
+All sizes are in the volume's axes (depth, height, width); patches lie along them as Z, Y, X.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def released_size(shape: Size, canvas: Size) -> Size:
     return tuple(sizes)  # type: ignore[return-value]
 
 
-def axis_places(source: int, target: int, corners: bool) -> torch.Tensor:
+def axis_positions(source: int, target: int, corners: bool) -> torch.Tensor:
     """Where the target's cells lie on the source's axis, in source cells: float64 [target]."""
     cells = torch.arange(target, dtype=torch.float64)
     if corners:
@@ -179,10 +179,10 @@ def axis_weights(
         weights = (1 - (cells + 0.5 - centres).abs() / width).clamp(min=0)
         weights[(cells < 0) | (cells >= source)] = 0
         return cells.long().clamp(0, source - 1), (weights / weights.sum(1, keepdim=True)).float()
-    places = axis_places(source, target, corners)
-    lower = places.floor().long().clamp(max=source - 1)
+    positions = axis_positions(source, target, corners)
+    lower = positions.floor().long().clamp(max=source - 1)
     upper = (lower + 1).clamp(max=source - 1)
-    return torch.stack([lower, upper], 1), torch.stack([1 - (places - lower), places - lower], 1).float()
+    return torch.stack([lower, upper], 1), torch.stack([1 - (positions - lower), positions - lower], 1).float()
 
 
 def resized_slices(
@@ -223,7 +223,7 @@ def resized_slices(
         for column in range(1, cells.shape[1]):
             share = shares[first:last, column]
             if bool((share > 0).any()):
-                # a cell that does not count need not be there: any other, of which nothing is taken, will do
+                # a cell of weight 0 may be missing: any slice stands in for it
                 others = [in_plane.get(index, slices[0]) for index in cells[first:last, column].tolist()]
                 slices.lerp_(torch.stack(others), share[:, None, None])
         yield first, slices
@@ -252,14 +252,14 @@ def write_slices(patches: torch.Tensor, slices: torch.Tensor, depth: int, fit: C
     (_, rows, columns), (s, h, w) = fit.grid, fit.patch
     _, top, left = fit.offset
     for index, image in enumerate(slices):
-        plane, place = divmod(depth + index, s)
+        plane, layer = divmod(depth + index, s)
         for row in range(rows):
             up, down = max(top, row * h), min(top + image.shape[0], (row + 1) * h)
             for column in range(columns):
                 near, far = max(left, column * w), min(left + image.shape[1], (column + 1) * w)
                 if up < down and near < far:
                     patches[
-                        plane, row, column, place, up - row * h : down - row * h, near - column * w : far - column * w
+                        plane, row, column, layer, up - row * h : down - row * h, near - column * w : far - column * w
                     ] = image[up - top : down - top, near - left : far - left]
 
 
@@ -268,16 +268,15 @@ def labels_on_canvas(labels: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
     canvas = torch.full(fit.canvas, -1, dtype=torch.int8)
     index = []
     for axis in range(3):
-        places = axis_places(fit.size[axis], fit.resized[axis], fit.corners)
-        index.append((places + 0.5).floor().long().clamp(max=fit.size[axis] - 1) + fit.start[axis])
+        positions = axis_positions(fit.size[axis], fit.resized[axis], fit.corners)
+        index.append((positions + 0.5).floor().long().clamp(max=fit.size[axis] - 1) + fit.start[axis])
     picked = labels[index[0]][:, index[1]][:, :, index[2]].to(torch.int8)
-    place = tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
-    canvas[place] = picked
+    logits_inside(canvas, fit).copy_(picked)
     return canvas
 
 
 def logits_inside(logits: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
-    """What of the canvas [D, H, W] is the volume and not padding."""
+    """The part of the canvas [D, H, W] that is the volume and not padding, a view."""
     return logits[tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))]
 
 

@@ -10,7 +10,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
 
 class CTInstructImageProcessorKwargs(ImagesKwargs, total=False):
-    """Settings of `CTInstructImageProcessor`, each also an argument of a call; `spacing` is one of a call only. Those that
+    """Settings of `CTInstructImageProcessor`, each also an argument of a call; `spacing` is only that. Those that
     every image processor of Transformers takes (`do_rescale`, …) change nothing here."""
 
     patch_size: dict[str, int] | None

@@ -92,7 +92,7 @@ def decoded(text: str) -> bytes | None:
 
 
 def from_base64(text: str) -> bytes:
-    """Bytes of text that is said to be base64. Raises CTInstructError where it is not."""
+    """Bytes of base64 or of a data URL. Raises CTInstructError where the text is neither."""
     content = from_data_url(text) if text.lower().startswith("data:") else decoded(text)
     if content is None:
         raise CTInstructError(f"An image of {len(text)} characters is not base64.")

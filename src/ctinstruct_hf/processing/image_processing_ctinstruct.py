@@ -41,14 +41,14 @@ class CTInstructImageProcessor(BaseImageProcessor):
         axes: `anatomical` works in the axes of `CTVolume.hu`; `file` takes height, width and depth from the file's
             first, second and third axis as stored (the release).
         intensity: `window` maps `hu_window` to −1…1; `zscore` crops to voxels above 0 HU, clips to the 0.5 and 99.5
-            percentiles where the range exceeds 1000 and standardises (the release); `unit` maps the volume's own range
+            percentiles where the range exceeds 1000 and standardises (the release); `unit` maps the volume's range
             to 0…1.
         hu_window: [low, high] in HU for `window`.
-        target_spacing: mm (depth, height, width) that a volume is brought to before it is fitted; None keeps its own.
-        antialias: a canvas coarser than the volume holds weighted means of all voxels that its own cover (less noise from
-            thin slices), instead of linear interpolation between the nearest, as in the release.
-        mask_floors: {structure: [mL, logit]}: a mask of it is left empty unless more than so much of the scan has a
-            higher logit. From `ctinstruct calibrate`; {} turns it off.
+        target_spacing: mm (depth, height, width) that a volume is resampled to before the fit; None keeps the stored.
+        antialias: a voxel of a canvas coarser than the volume is a weighted mean of all voxels that it covers (less noise
+            from thin slices), instead of linear interpolation between the nearest, as in the release.
+        mask_floors: {structure: [mL, logit]}: the structure's mask is empty unless more than that volume of the scan has
+            a higher logit. From `ctinstruct calibrate`; {} turns it off.
     """
 
     model_input_names = ["pixel_values", "patch_grid", "slice_mask"]
@@ -76,7 +76,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         self.hu_window = [float(value) for value in hu_window]
         self.target_spacing = None if target_spacing is None else [float(value) for value in target_spacing]
         self.antialias = bool(antialias)
-        self.mask_floors = {name: [float(one) for one in floor] for name, floor in (mask_floors or {}).items()}
+        self.mask_floors = {name: [float(value) for value in floor] for name, floor in (mask_floors or {}).items()}
         self._check(self._settings({}))
         wrong = [name for name, floor in self.mask_floors.items() if len(floor) != 2]
         if wrong:
@@ -116,7 +116,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Nothing to fetch yet: `read` does, one image at a time."""
+        """The references unchanged: `read` loads each image when it is prepared."""
         return image_url_or_urls
 
     def read(self, image: Any, spacing: Sequence[float] | None = None, intensity: str | None = None) -> CTVolume:
@@ -143,10 +143,10 @@ class CTInstructImageProcessor(BaseImageProcessor):
         """A batch of any volumes.
 
         Args:
-            images: one or a (nested) list of what `read` takes, or HU arrays (depth, height, width).
-            spacing: mm (depth, height, width), one for all or one each; for arrays.
+            images: what `read` takes, an HU array (depth, height, width), or a (nested) list of them.
+            spacing: mm (depth, height, width) of arrays, for all or a list.
             return_tensors: "pt" for torch tensors, "np" for numpy; lists of arrays otherwise.
-            kwargs: settings of this class to use instead of its own.
+            kwargs: settings of this class that replace the stored ones for this call.
 
         Returns:
             pixel_values float32 [N, patch height, patch width], patch_grid int64 [images, 4], slice_mask bool [N].
@@ -277,23 +277,23 @@ class CTInstructImageProcessor(BaseImageProcessor):
         return int((logits_inside(logits, fit) > level).sum()) * fit.voxel_volume(volume.spacing)
 
 
-def settings_of(one: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def settings_of(processor: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """A processor's settings, without `auto_map` unless it is being saved (see `as_auto_class`)."""
-    if type(one)._auto_class is None:
+    if type(processor)._auto_class is None:
         settings.pop("auto_map", None)
     return settings
 
 
 @contextmanager
-def as_auto_class(one: Any, auto_class: str) -> Iterator[None]:
+def as_auto_class(processor: Any, auto_class: str) -> Iterator[None]:
     """While saving, `one` counts as custom code, so that Transformers copies its files; not before and after."""
-    kind = type(one)
-    before = kind._auto_class
-    kind._auto_class = auto_class
+    cls = type(processor)
+    before = cls._auto_class
+    cls._auto_class = auto_class
     try:
         yield
     finally:
-        kind._auto_class = before
+        cls._auto_class = before
 
 
 class Clipped:
@@ -313,7 +313,7 @@ class Clipped:
 def as_tensor(array: np.ndarray) -> torch.Tensor:
     """A tensor over the array's memory where torch can view it: flipped axes and foreign dtypes are copied."""
     if any(stride < 0 for stride in array.strides) or not array.flags.writeable or not array.dtype.isnative:
-        # `copy`, not `ascontiguousarray`: that one keeps a negative stride of an axis of length 1
+        # `copy`, not `ascontiguousarray`, which keeps a negative stride of an axis of length 1
         array = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
     return torch.from_numpy(array)
 
@@ -360,10 +360,10 @@ def histogram_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
         cumulative = np.cumsum(counts)
 
         def percentile(share: float) -> float:
-            place = share / 100 * (cumulative[-1] - 1)
-            below = values[np.searchsorted(cumulative, np.floor(place), side="right")]
-            above = values[np.searchsorted(cumulative, np.ceil(place), side="right")]
-            return float(below + (above - below) * (place - np.floor(place)))
+            rank = share / 100 * (cumulative[-1] - 1)
+            below = values[np.searchsorted(cumulative, np.floor(rank), side="right")]
+            above = values[np.searchsorted(cumulative, np.ceil(rank), side="right")]
+            return float(below + (above - below) * (rank - np.floor(rank)))
 
         low, high = percentile(0.5), percentile(99.5)
     clipped = np.clip(values, low, high)
@@ -376,14 +376,14 @@ def histogram_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
 def flatten_images(images: Any) -> list[Any]:
     """Nested lists to one list; a list of numbers is an array, not a batch."""
     if isinstance(images, list | tuple):
-        return [one for part in images for one in flatten_images(part)]
+        return [image for part in images for image in flatten_images(part)]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
     return [images]
 
 
 def spacing_of_each(spacing: Any, count: int) -> list[Any]:
-    """One spacing for all, or one each."""
+    """A spacing in mm per image, from a single spacing or a list of them."""
     if spacing is None:
         return [None] * count
     listed = list(spacing)

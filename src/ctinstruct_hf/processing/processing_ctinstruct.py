@@ -41,7 +41,7 @@ _CONTENT = (
 )
 _CLOSE = "<|im_end|>\n"
 _END = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-# writes the same text, without saying what the assistant's is: in folders saved before
+# the same text without marks around the assistant's, as older saved folders have it
 _PLAIN_TEMPLATE = _BEGIN + _CONTENT + _CLOSE + _END
 CHAT_TEMPLATE = (
     f"{_BEGIN}{{% set content %}}{_CONTENT}{_CLOSE}{{% endset %}}"
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 )
 # call options that a tokenizer may have been made with
 _TOKENIZER_OPTIONS = ("padding", "max_length", "truncation")
-_PLACES = ("image", "url", "path", "base64")  # keys of a message's image
+_IMAGE_KEYS = ("image", "url", "path", "base64")  # keys of a message's image
 _NAMED = re.compile(r"presence of (?P<names>[^.?!\n]+)", re.IGNORECASE)
 
 
@@ -103,9 +103,9 @@ class CTInstructProcessor(ProcessorMixin):
         """A batch for the model.
 
         Args:
-            images: whatever `CTInstructImageProcessor.read` takes, one or a list in the order of `<|image_pad|>` in the
-                texts, or a list of images per text.
-            text: one or several prompts with one `<|image_pad|>` per image; each becomes one per slice of its patches.
+            images: what `CTInstructImageProcessor.read` takes, a list of it in the order of `<|image_pad|>` in the texts,
+                or a list of images per text.
+            text: a prompt or a list, with an `<|image_pad|>` per image, which is repeated for each slice of its patches.
             kwargs: `spacing` in mm (depth, height, width) of images given as arrays, settings of the image processor,
                 arguments of the tokenizer (padding is on by default), `return_tensors` ("pt" by default),
                 `return_mm_token_type_ids`, `return_text_replacement_offsets`; `images_kwargs` and `text_kwargs` as
@@ -173,14 +173,14 @@ class CTInstructProcessor(ProcessorMixin):
             raise CTInstructError("Give images, text or both.")
         if text is None:
             return
-        if not isinstance(text, list) or not all(isinstance(one, str) for one in text):
+        if not isinstance(text, list) or not all(isinstance(prompt, str) for prompt in text):
             raise CTInstructError("text is neither a string nor a list of strings.")
-        self._check_places(text, 0 if images is None else len(flatten_images(images)))
+        self._check_image_count(text, 0 if images is None else len(flatten_images(images)))
         if isinstance(images, list | tuple) and all(isinstance(part, list | tuple) for part in images):
             if len(images) != len(text):
                 raise CTInstructError(f"images has {len(images)} lists for {len(text)} texts: give one per text.")
-            for one, part in zip(text, images, strict=True):
-                self._check_places([one], len(flatten_images(part)))
+            for prompt, part in zip(text, images, strict=True):
+                self._check_image_count([prompt], len(flatten_images(part)))
 
     def _merge_kwargs(
         self,
@@ -206,17 +206,17 @@ class CTInstructProcessor(ProcessorMixin):
         except ValueError as error:
             raise CTInstructError("max_length cuts image tokens: raise it, or pass truncation=False.") from error
 
-    def _check_places(self, texts: Sequence[str], images: int) -> None:
-        places = sum(text.count(IMAGE_TOKEN) for text in texts)
-        if places != images:
+    def _check_image_count(self, texts: Sequence[str], images: int) -> None:
+        tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
+        if tokens != images:
             raise CTInstructError(
-                f"The texts have {places} {IMAGE_TOKEN} for {images} images: one each is needed, the number of {IMAGE_TOKEN} "
+                f"The texts have {tokens} {IMAGE_TOKEN} for {images} images: one each is needed, the number of {IMAGE_TOKEN} "
                 "tokens in the prompts should be the same as the number of images."
             )
 
     def expand(self, texts: list[str], tokens: Sequence[int]) -> list[str]:
-        """Each `<|image_pad|>` repeated to one per slice of its image."""
-        self._check_places(texts, len(tokens))
+        """Each `<|image_pad|>` repeated as often as its image has slices in all patches (`tokens`)."""
+        self._check_image_count(texts, len(tokens))
         return self.get_text_with_replacements(list(texts), [IMAGE_TOKEN * count for count in tokens])[0]
 
     def apply_chat_template(
@@ -226,8 +226,8 @@ class CTInstructProcessor(ProcessorMixin):
         {"type": "image", "image": …} (or `url`, `path`, `base64`, or none of them where images come apart) and
         {"type": "image_url", "image_url": {"url": …}}.
 
-        What stands in a message cannot write a control token: in `<|im_end|>` a blank is put after the first character.
-        Only the assistant's own text may hold `<SEG>` and `<disease_confidence>`.
+        Control tokens in a message become text: `<|im_end|>` gets a blank after its first character. Only the assistant's
+        text may hold `<SEG>` and `<disease_confidence>`.
 
         Raises:
             CTInstructError: for any other content.
@@ -257,19 +257,19 @@ class CTInstructProcessor(ProcessorMixin):
         return {**message, "role": self._without_control_tokens(message["role"]), "content": content or ""}
 
     def _checked_part(self, part: Any, allowed: Sequence[str]) -> dict[str, Any]:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind == "text" and isinstance(part.get("text"), str):
+        content = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if content == "text" and isinstance(part.get("text"), str):
             return {"type": "text", "text": self._without_control_tokens(part["text"], allowed)}
-        if kind == "image":
-            image = {name: part[name] for name in _PLACES if part.get(name) is not None}
+        if content == "image":
+            image = {name: part[name] for name in _IMAGE_KEYS if part.get(name) is not None}
             if "base64" in image:
                 image["image"] = from_base64(image.pop("base64"))
             return {"type": "image", **image}
-        if kind == "image_url" and part.get("image_url"):
+        if content == "image_url" and part.get("image_url"):
             url = part["image_url"]
             return {"type": "image", "image": url["url"] if isinstance(url, Mapping) else url}
         raise CTInstructError(
-            f"A message has content of the type '{kind}': known are text (with 'text'), image and image_url."
+            f"A message has content of the type '{content}': known are text (with 'text'), image and image_url."
         )
 
     def _without_control_tokens(self, text: str, allowed: Sequence[str] = ()) -> str:
@@ -281,7 +281,7 @@ class CTInstructProcessor(ProcessorMixin):
         return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def disease_ids_of(self, texts: Iterable[str]) -> list[int] | None:
-        """Ids of the diseases that prompts name, one after the other; None where a prompt's cannot be told."""
+        """Ids of the diseases that prompts name, in their order; None where those of a prompt are not known."""
         ids: list[int] = []
         for text in texts:
             found = self.named_diseases(text)
@@ -321,11 +321,11 @@ class CTInstructProcessor(ProcessorMixin):
         threshold: float = 0.5,
         names: Sequence[str | None] | None = None,
     ) -> list[np.ndarray]:
-        """Masks on the volumes' own grids.
+        """Masks on the volumes' grids.
 
         Args:
             outputs: of `forward` or `generate`, with `mask_logits`, or the list of mask logits itself.
-            volumes: the `CTVolume` of each `<SEG>`, or the one that all are about.
+            volumes: the `CTVolume` of each `<SEG>`, or a single volume for all.
             threshold: probability above which a voxel belongs to the mask.
             names: of the structures, see `structures_named`: a mask that does not reach the floor of its structure in
                 `image_processor.mask_floors` is left empty. Without names, none is.
@@ -348,8 +348,8 @@ class CTInstructProcessor(ProcessorMixin):
         ]
 
     def structures_named(self, question: str, answer: str) -> list[str | None]:
-        """Which structure with a floor each `<SEG>` of an answer is about: the name before it ("heart <SEG>"), or the one
-        that the question has ("Where is the heart?", "it is <SEG>"); None where it is another or cannot be told."""
+        """The structure with a floor that each `<SEG>` of an answer is about: the name before it ("heart <SEG>") or, for a
+        single `<SEG>`, the name in the question ("Where is the heart?"); None where neither is known."""
         known = sorted(self.image_processor.mask_floors, key=len, reverse=True)
         before = [part.rstrip().lower() for part in answer.split(SEG_TOKEN)[:-1]]
         asked = next((name for name in known if name.lower() in question.lower()), None) if len(before) == 1 else None

@@ -22,7 +22,7 @@ try:
 except ImportError:  # in a saved folder, on a machine without the package
 
     class CTInstructError(ValueError):  # type: ignore[no-redef]
-        """Bad input, told in one sentence."""
+        """Bad input; the message is one sentence."""
 
 
 AIR_HU = -1024
@@ -47,12 +47,12 @@ class VolumeSource:
     """All that is needed to write a mask in the grid of the file that a volume came from.
 
     Attributes:
-        shape: voxels of the source along its own axes (i, j, k), in the order of nibabel and of SimpleITK's GetSize.
+        shape: voxels along the file's axes (i, j, k), in the order of nibabel and of SimpleITK's GetSize.
         affine: 4 x 4, source voxel (i, j, k) -> RAS mm.
         orientation: [3, 2], nibabel's orientation that turns (width, height, depth) back into (i, j, k).
         kind: nifti, dicom, itk, array, picture, nibabel or simpleitk.
         name: the file's or folder's name without its path; "" for objects.
-        path: where it was read from; never written to results.
+        path: the file or folder; never written to results.
         resampling: what was done to tilted or uneven slices, or to sheared axes.
         dicom_files: the source slices in the order of k, for DICOM SEG.
         dicom_frames: the frame of each in its file, from 0.
@@ -71,7 +71,7 @@ class VolumeSource:
 
 @dataclass
 class CTVolume:
-    """A volume in HU with its place in the patient.
+    """A volume in HU with its position in the patient.
 
     Attributes:
         hu: float32 or int16 (depth, height, width): toward the head, the back, the patient's left.
@@ -98,7 +98,7 @@ class CTVolume:
         return float(depth), float(height), float(width)
 
     def in_file_axes(self, array: np.ndarray) -> np.ndarray:
-        """An array in the axes of `hu` turned to the source's own axes (i, j, k); a view."""
+        """An array in the axes of `hu` turned to the file's axes (i, j, k); a view."""
         return nib.orientations.apply_orientation(array.transpose(2, 1, 0), self.source.orientation)
 
     def from_file_axes(self, array: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ class CTVolume:
         return image
 
     def to_sitk(self, array: Any = None) -> Any:
-        """The volume, or a mask of it, as a SimpleITK image with its place in the patient.
+        """The volume, or a mask of it, as a SimpleITK image with its position in the patient.
 
         Args:
             array: numbers or bool (depth, height, width), the shape of `hu`; `hu` by default.
@@ -176,7 +176,7 @@ class CTVolume:
 
 
 def is_volume(image: Any) -> bool:
-    """Whether it is a `CTVolume`, of this module or of another copy of it: code that a saved folder brings has its own."""
+    """Whether it is a `CTVolume`, of this module or of the copy in a saved folder."""
     return isinstance(image, CTVolume) or all(hasattr(image, name) for name in ("hu", "affine", "source"))
 
 
@@ -317,7 +317,7 @@ def as_stored(mask: np.ndarray) -> np.ndarray:
         return mask.astype(np.float32) if mask.dtype.itemsize == 2 else mask
     if mask.dtype.itemsize == 8:
         low, high = int(mask.min(initial=0)), int(mask.max(initial=0))
-        fits = [kind for kind in (np.int32, np.uint32) if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
+        fits = [dtype for dtype in (np.int32, np.uint32) if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max]
         return mask.astype(fits[0] if fits else np.float64)
     return mask
 
@@ -348,7 +348,7 @@ def last_line(error: BaseException) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "read_volume":  # by name only when it is asked for: this module imports no reader
+    if name == "read_volume":  # imported on first use: the readers import this module
         return importlib.import_module(".volume_reading", __package__).read_volume
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,6 +1,6 @@
-"""DICOM: find the CT series, order its slices by position, read pixels in threads, notice what is odd.
+"""DICOM: find the CT series, order its slices by position, read pixels in threads, warn of what is odd.
 
-Steps, in order: files -> headers -> one series -> slices in space -> pixels in HU -> an even, upright grid.
+Steps, in order: files -> headers -> a series -> slices in space -> pixels in HU -> an even, upright grid.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def read_dicom(
             raise CTInstructError(_why_nothing(path, found))
         chosen = choose_series(found, series, name)
         warnings = [*_left_out(found), *chosen.notes]
-        for one in chosen.images:
-            if one.pixel_spacing is None:
+        for image in chosen.images:
+            if image.pixel_spacing is None:
                 if spacing is None:
                     raise CTInstructError(
-                        f"{one.path.name} has no pixel spacing: pass spacing=(depth, height, width) in mm."
+                        f"{image.path.name} has no pixel spacing: pass spacing=(depth, height, width) in mm."
                     )
-                one.pixel_spacing = float(spacing[1]), float(spacing[2])
+                image.pixel_spacing = float(spacing[1]), float(spacing[2])
         if len(chosen.images) == 1 and chosen.images[0].thickness is None:
             chosen.images[0].thickness = float(spacing[0]) if spacing else 1.0
             if not spacing:
@@ -85,11 +85,11 @@ def _left_out(found: SeriesList) -> list[str]:
 
 
 def _modalities(found: SeriesList) -> Counter[str]:
-    return Counter(one.modality for one in found.skipped for _ in one.files if one.modality not in ("", "CT"))
+    return Counter(part.modality for part in found.skipped for _ in part.files if part.modality not in ("", "CT"))
 
 
-def _counted(kinds: Counter[str]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+def _counted(modalities: Counter[str]) -> str:
+    return ", ".join(f"{count} {modality}" for modality, count in modalities.items())
 
 
 def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Limits) -> CTVolume:
@@ -97,7 +97,7 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     first = slices[0]
     rows, columns = integer(first.header, "Rows"), integer(first.header, "Columns")
     name = path.name or str(path)
-    frames = sum({one.path: integer(one.header, "NumberOfFrames", 1) for one in slices}.values())
+    frames = sum({image.path: integer(image.header, "NumberOfFrames", 1) for image in slices}.values())
     check_size(
         name, (max(frames, len(slices)), rows, columns), max(integer(first.header, "BitsAllocated") // 8, 2), limit
     )
@@ -108,7 +108,7 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
     assert first.pixel_spacing is not None
     between_rows, between_columns = first.pixel_spacing  # mm
     normal = np.cross(*first.orientation)
-    positions = np.array([one.position for one in slices])
+    positions = np.array([image.position for image in slices])
     distances = positions @ normal - first.position @ normal
     step, even, gaps = slice_step(distances, first)
     if step < SMALLEST_STEP:
@@ -127,8 +127,8 @@ def build_volume(slices: list[Slice], path: Path, warnings: list[str], limit: Li
         "dicom",
         name,
         path,
-        dicom_files=[one.path for one in slices],
-        dicom_frames=[one.frame for one in slices],
+        dicom_files=[image.path for image in slices],
+        dicom_frames=[image.frame for image in slices],
     )
     stored = hu.transpose(2, 1, 0)  # (i, j, k)
     drift = positions - first.position

@@ -51,7 +51,7 @@ _MILLIMETRES = {
 
 @dataclass
 class Stored:
-    """What a header says.
+    """The fields of a header.
 
     Attributes:
         shape: voxels along the file's axes (i, j, k), two or three.
@@ -145,7 +145,7 @@ def itk_affine(origin: Any, spacing: Any, direction: Any) -> np.ndarray:
 
 
 def _voxels(file: Any, header: Stored, path: Path, limit: Limits) -> np.ndarray:
-    """The stored values, one after the other, from where `file` stands."""
+    """The stored values in the file's order, read from the stream's position."""
     count = int(np.prod(header.shape, dtype=np.int64))
     size = count * header.dtype.itemsize
     length = path.stat().st_size
@@ -173,7 +173,7 @@ def _voxels(file: Any, header: Stored, path: Path, limit: Limits) -> np.ndarray:
         return read_exactly(stream, size, path.name).view(header.dtype)
     except CTInstructError:
         raise
-    except Exception as error:  # isal, zlib and bz2 each have their own
+    except Exception as error:  # isal, zlib and bz2 raise different classes
         raise CTInstructError(f"{path.name} cannot be unpacked or is cut short: {last_line(error)}") from error
 
 
@@ -202,11 +202,11 @@ def _meta_header(start: bytes, name: str) -> tuple[Stored, int]:
     if dims not in (2, 3) or len(shape) != dims:
         raise CTInstructError(f"{name} has {dims} dimensions and size {fields['DimSize']}: give one volume of it.")
     channels = int(fields.get("ElementNumberOfChannels", "1"))
-    kind = fields["ElementType"]
-    if channels != 1 or kind.endswith("_ARRAY"):
+    element = fields["ElementType"]
+    if channels != 1 or element.endswith("_ARRAY"):
         raise CTInstructError(f"{name} has {channels} values per voxel: expected CT in HU.")
-    if kind not in _META_TYPES:
-        raise CTInstructError(f"{name} has the element type {kind[:40]}: expected one of {', '.join(_META_TYPES)}.")
+    if element not in _META_TYPES:
+        raise CTInstructError(f"{name} has the element type {element[:40]}: expected one of {', '.join(_META_TYPES)}.")
     large = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() in ("true", "1")
     binary = fields.get("BinaryData", "True").lower() in ("true", "1")
     packed = fields.get("CompressedData", "False").lower() in ("true", "1")
@@ -214,11 +214,11 @@ def _meta_header(start: bytes, name: str) -> tuple[Stored, int]:
     if data.upper().startswith("LIST") or "%" in data:
         raise CTInstructError(f"{name} names a list of data files: write the volume as one .mha file.")
     full = int(fields["NDims"])
-    place = _first(fields, "Offset", "Position", "Origin")
+    offset = _first(fields, "Offset", "Position", "Origin")
     turn = _first(fields, "TransformMatrix", "Rotation", "Orientation")
     origin, rows = np.zeros(3), np.eye(full)
-    if place:
-        origin[:dims] = _numbers(place)[:dims]
+    if offset:
+        origin[:dims] = _numbers(offset)[:dims]
     if turn:
         rows = np.array(_numbers(turn)).reshape(full, full)
     warnings = [] if turn else ["The header has no orientation: axes are taken as toward left, back and head."]
@@ -240,7 +240,7 @@ def _meta_header(start: bytes, name: str) -> tuple[Stored, int]:
         warnings.append(f"The header's slope {slope:g} and offset {inter:g} from stored values to HU are applied.")
     stored = Stored(
         shape=shape,
-        dtype=np.dtype(_META_TYPES[kind]).newbyteorder(">" if large else "<"),
+        dtype=np.dtype(_META_TYPES[element]).newbyteorder(">" if large else "<"),
         encoding=("zlib" if packed else "raw") if binary or packed else "text",
         data="" if data.upper() == "LOCAL" else data,
         columns=columns,
@@ -275,15 +275,15 @@ def _nrrd_header(start: bytes, name: str) -> tuple[Stored, int]:
     shape = [int(part) for part in fields["sizes"].split()]
     if len(shape) != dims:
         raise CTInstructError(f"{name} has {dims} dimensions and {len(shape)} sizes: its header is broken.")
-    kind = fields["type"].lower()
-    if kind not in _NRRD_TYPES:
-        raise CTInstructError(f"{name} has the type {kind[:40]}: expected numbers.")
+    element = fields["type"].lower()
+    if element not in _NRRD_TYPES:
+        raise CTInstructError(f"{name} has the type {element[:40]}: expected numbers.")
     encoding = fields["encoding"].lower()
     known = {"raw": "raw", "txt": "text", "text": "text", "ascii": "text"}
     known |= {"gz": "gzip", "gzip": "gzip", "bz2": "bzip2", "bzip2": "bzip2"}
     if encoding not in known:
         raise CTInstructError(f"{name} has the encoding {encoding[:40]}: expected one of {', '.join(known)}.")
-    itemsize = np.dtype(_NRRD_TYPES[kind]).itemsize
+    itemsize = np.dtype(_NRRD_TYPES[element]).itemsize
     order = fields.get("endian", "little" if itemsize == 1 or known[encoding] == "text" else "").lower()
     if order not in ("little", "big"):
         raise CTInstructError(f"{name} does not say its byte order (endian).")
@@ -294,7 +294,7 @@ def _nrrd_header(start: bytes, name: str) -> tuple[Stored, int]:
     columns, origin, kept = _nrrd_grid(fields, shape, name, warnings)
     stored = Stored(
         shape=[shape[axis] for axis in kept],
-        dtype=np.dtype(_NRRD_TYPES[kind]).newbyteorder(">" if order == "big" else "<"),
+        dtype=np.dtype(_NRRD_TYPES[element]).newbyteorder(">" if order == "big" else "<"),
         encoding=known[encoding],
         data=data,
         columns=columns,
@@ -343,9 +343,9 @@ def _nrrd_grid(
         raise CTInstructError(f"{name} has space directions that are not in three dimensions.")
     factors = _factors(fields.get("spaceunits", ""), 3, warnings)
     columns = np.array(numbers).T * (signs * factors)[:, None]
-    place = re.fullmatch(r"\s*\(([^)]*)\)\s*", fields.get("spaceorigin", ""))
-    if place:
-        origin = np.array([float(part) for part in place.group(1).split(",")]) * signs * factors
+    offset = re.fullmatch(r"\s*\(([^)]*)\)\s*", fields.get("spaceorigin", ""))
+    if offset:
+        origin = np.array([float(part) for part in offset.group(1).split(",")]) * signs * factors
     if not np.isfinite(columns).all() or not np.isfinite(origin).all():
         raise CTInstructError(f"{name} has space directions or an origin that are no numbers.")
     return columns, origin, kept

@@ -30,7 +30,7 @@ def read_nifti(path: Path, limit: Limits) -> CTVolume:
                     stored = _read_voxels(data, header, b"", voxels.name, limit, packed)
     except CTInstructError:
         raise
-    except Exception as error:  # isal, zlib and nibabel each have their own
+    except Exception as error:  # isal, zlib and nibabel raise different classes
         raise CTInstructError(f"{path.name} is no readable NIfTI file or is cut short: {last_line(error)}") from error
     scale = _scale_of(header, path.name)
     return _volume(
@@ -49,7 +49,7 @@ def from_nibabel(image: Any, limit: Limits) -> CTVolume:
     else:  # an array, or scaled by nibabel
         raw, scale = np.asanyarray(data), (1.0, 0.0)
     affine = image.affine
-    known = isinstance(header, nib.AnalyzeHeader)  # NIfTI's are of this kind too
+    known = isinstance(header, nib.AnalyzeHeader)  # the base class of NIfTI's headers
     header = header.copy() if known else nib.Nifti1Header()
     stated = affine is None or (known and np.allclose(affine, header.get_best_affine()))
     if not stated and isinstance(header, nib.Nifti1Header):
@@ -60,7 +60,7 @@ def from_nibabel(image: Any, limit: Limits) -> CTVolume:
 
 
 def _pair_of(path: Path) -> tuple[Path, Path | None]:
-    """The file with the header, and that with the voxels where it is another one."""
+    """The file with the header, and the file with the voxels; None where both are the same."""
     name = path.name
     ending = ".gz" if name.lower().endswith(".gz") else ""
     stem, suffix = name[: len(name) - len(ending) - 4], name[len(name) - len(ending) - 4 : len(name) - len(ending)]
@@ -69,7 +69,7 @@ def _pair_of(path: Path) -> tuple[Path, Path | None]:
         return path, None
     other = other.upper() if suffix.isupper() else other
     candidates = [stem + other + end for end in (name[len(name) - len(ending) :] if ending else "", ".gz", "")]
-    found = next((one for one in candidates if (path.parent / one).exists()), candidates[0])
+    found = next((file for file in candidates if (path.parent / file).exists()), candidates[0])
     beside = file_beside(path, found)
     return (path, beside) if suffix.lower() == ".hdr" else (beside, path)
 
@@ -181,7 +181,7 @@ def _scaled(stored: np.ndarray, slope: float, inter: float) -> np.ndarray:
 
 
 def _affine(header: Any, name: str, warnings: list[str]) -> np.ndarray:
-    """Voxel -> RAS mm by the header's own rules and units."""
+    """Voxel -> RAS mm by the rules and units of the header."""
     if not isinstance(header, nib.Nifti1Header):
         warnings.append("An Analyze file has no orientation: its first axis is taken as toward the patient's left.")
         return np.asarray(header.get_best_affine(), dtype=float)

@@ -41,27 +41,27 @@ def read_pixels(
     """HU (slices, rows, columns): int16 where every rescale is whole, float32 otherwise."""
     check_encoding(slices, warnings)
     check_rescale(slices, warnings)
-    whole = all((one.slope or 1.0).is_integer() and (one.intercept or 0.0).is_integer() for one in slices)
+    whole = all((image.slope or 1.0).is_integer() and (image.intercept or 0.0).is_integer() for image in slices)
     hu = np.empty((len(slices), rows, columns), dtype=np.int16 if whole else np.float32)
     wrong_sign: list[str] = []
 
     frames_of: dict[Path, list[int]] = {}
-    for index, one in enumerate(slices):
-        frames_of.setdefault(one.path, []).append(index)
+    for index, image in enumerate(slices):
+        frames_of.setdefault(image.path, []).append(index)
 
     def fill(item: tuple[Path, list[int]]) -> None:
         path, indices = item
-        if len(indices) == 1 and whole and fill_in_place(slices[indices[0]], hu[indices[0]], keep_padding):
+        if len(indices) == 1 and whole and read_plain(slices[indices[0]], hu[indices[0]], keep_padding):
             return
         stored = decode(path, slices[indices[0]].header)
         if stored.shape[-2:] != (rows, columns):
             raise CTInstructError(f"{path.name} holds {stored.shape[-2:]} pixels, its header says {(rows, columns)}.")
         stored = stored.reshape(-1, rows, columns)
         for index in indices:
-            one = slices[index]
-            if one.frame >= len(stored):
-                raise CTInstructError(f"{path.name} is cut short: frame {one.frame + 1} is missing.")
-            hu[index] = rescaled(stored[one.frame], one, hu.dtype, wrong_sign, keep_padding)
+            image = slices[index]
+            if image.frame >= len(stored):
+                raise CTInstructError(f"{path.name} is cut short: frame {image.frame + 1} is missing.")
+            hu[index] = rescaled(stored[image.frame], image, hu.dtype, wrong_sign, keep_padding)
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(fill, frames_of.items()))
@@ -74,31 +74,31 @@ def read_pixels(
 
 def check_encoding(slices: list[Slice], warnings: list[str]) -> None:
     """Refuse encodings that lose HU or cannot be decoded, name lossy ones."""
-    for syntax, one in {str(one.header.file_meta.get("TransferSyntaxUID", "")): one for one in slices}.items():
-        bits = integer(one.header, "BitsStored", 16)
+    for syntax, image in {str(image.header.file_meta.get("TransferSyntaxUID", "")): image for image in slices}.items():
+        bits = integer(image.header, "BitsStored", 16)
         if syntax in UNDECODABLE:
-            raise CTInstructError(f"{one.path.name} is stored as {UID(syntax).name}, for which there is no decoder.")
+            raise CTInstructError(f"{image.path.name} is stored as {UID(syntax).name}, for which there is no decoder.")
         if syntax in EIGHT_BIT_JPEG:
             raise CTInstructError(
-                f"{one.path.name} is stored as {UID(syntax).name}, which keeps 8 bits of {bits}: its HU are lost."
+                f"{image.path.name} is stored as {UID(syntax).name}, which keeps 8 bits of {bits}: its HU are lost."
             )
         if syntax in LOSSY:
             warnings.append(f"Pixels are stored lossy ({UID(syntax).name}): HU are a few off.")
-        elif text(one.header, "LossyImageCompression") == "01":
+        elif text(image.header, "LossyImageCompression") == "01":
             warnings.append("Pixels were stored lossy before (LossyImageCompression 01): HU are a few off.")
 
 
 def check_rescale(slices: list[Slice], warnings: list[str]) -> None:
     """Refuse what gives no HU, name what is missing or unusual."""
     name = f"{slices[0].path.name} and its series"
-    for unit in dict.fromkeys(one.unit.upper() for one in slices):
+    for unit in dict.fromkeys(image.unit.upper() for image in slices):
         if unit in NO_HU:
             raise CTInstructError(f"{name} hold {unit} (RescaleType) instead of HU: expected CT in HU.")
         if unit not in ("", "HU"):
             warnings.append(f"RescaleType is {unit[:16]} instead of HU: the values are taken as HU.")
     absent = Counter(
-        " and ".join(part for part, value in (("slope", one.slope), ("intercept", one.intercept)) if value is None)
-        for one in slices
+        " and ".join(part for part, value in (("slope", image.slope), ("intercept", image.intercept)) if value is None)
+        for image in slices
     )
     for part, meaning in (
         ("slope and intercept", "stored values are taken as HU"),
@@ -107,27 +107,27 @@ def check_rescale(slices: list[Slice], warnings: list[str]) -> None:
     ):
         if absent[part]:
             warnings.append(f"{absent[part]} slices have no rescale {part}: {meaning}.")
-    rescales = {(1.0 if one.slope is None else one.slope, one.intercept or 0.0) for one in slices}
+    rescales = {(1.0 if image.slope is None else image.slope, image.intercept or 0.0) for image in slices}
     if not all(slope != 0 and np.isfinite([slope, intercept]).all() for slope, intercept in rescales):
         raise CTInstructError(
             f"{name} have a rescale slope of 0 or a rescale that is no number: HU cannot be computed."
         )
     if len(rescales) > 1:
-        warnings.append("Rescale slope and intercept differ between slices: each slice has its own.")
+        warnings.append("Rescale slope and intercept differ between slices: each slice is rescaled by its header.")
 
 
-def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], keep_padding: bool) -> np.ndarray:
+def rescaled(stored: np.ndarray, image: Slice, dtype: Any, wrong_sign: list[str], keep_padding: bool) -> np.ndarray:
     """One slice in HU from its stored words, its padding set to air unless it is to be kept."""
-    slope = one.slope if one.slope is not None else 1.0
-    intercept = one.intercept or 0.0
-    words, stored = stored, significant(stored, one)
-    padded = padding_of(words, stored, one)
-    if stored.dtype == np.uint16 and integer(one.header, "BitsStored", 16) == 16:
+    slope = image.slope if image.slope is not None else 1.0
+    intercept = image.intercept or 0.0
+    words, stored = stored, significant(stored, image)
+    padded = padding_of(words, stored, image)
+    if stored.dtype == np.uint16 and integer(image.header, "BitsStored", 16) == 16:
         # values of 32768 and more, far above any HU, are negative numbers stored as unsigned
         highest = int(stored.max() if padded is None else stored.max(initial=0, where=~padded))
         if highest >= 2**15 and highest * slope + intercept > 16000:
             stored = stored.view(np.int16)
-            wrong_sign.append(one.path.name)
+            wrong_sign.append(image.path.name)
     values: np.ndarray
     if np.dtype(dtype) == np.int16:
         lowest = np.iinfo(np.int16).min if keep_padding else AIR_HU
@@ -145,24 +145,24 @@ def rescaled(stored: np.ndarray, one: Slice, dtype: Any, wrong_sign: list[str], 
     return values
 
 
-def significant(words: np.ndarray, one: Slice) -> np.ndarray:
+def significant(words: np.ndarray, image: Slice) -> np.ndarray:
     """The BitsStored bits below and with HighBit, sign extended; the other bits of a word are undefined."""
     allocated = 8 * words.dtype.itemsize
-    bits = integer(one.header, "BitsStored", allocated)
-    high = integer(one.header, "HighBit", bits - 1)
+    bits = integer(image.header, "BitsStored", allocated)
+    high = integer(image.header, "HighBit", bits - 1)
     if not 0 < bits <= allocated or not bits - 1 <= high < allocated:
-        raise CTInstructError(f"{one.path.name} has {bits} bits stored up to bit {high} of {allocated}: refused.")
+        raise CTInstructError(f"{image.path.name} has {bits} bits stored up to bit {high} of {allocated}: refused.")
     if bits == allocated:
         return words
     return (words << (allocated - 1 - high)) >> (allocated - bits)
 
 
-def padding_of(words: np.ndarray, stored: np.ndarray, one: Slice) -> np.ndarray | None:
+def padding_of(words: np.ndarray, stored: np.ndarray, image: Slice) -> np.ndarray | None:
     """Where a slice is padded by its PixelPaddingValue, or the range up to PixelPaddingRangeLimit; None for nowhere."""
-    value, limit = (one.header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    value, limit = (image.header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     if not isinstance(value, int):
         return None
-    bits, signed = integer(one.header, "BitsStored", 16), stored.dtype.kind == "i"
+    bits, signed = integer(image.header, "BitsStored", 16), stored.dtype.kind == "i"
     low, high = sorted((value, limit if isinstance(limit, int) else value))
     if signed and high >= 2 ** (bits - 1) and high < 2**bits:  # written as unsigned
         low, high = sorted((low - 2**bits if low >= 2 ** (bits - 1) else low, high - 2**bits))
@@ -249,13 +249,13 @@ def coded_size(frame: bytes) -> tuple[int, int] | None:
     return None
 
 
-def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
-    """The usual slice (16-bit little endian, slope 1) read straight into its place; False where it is not usual."""
-    header = one.header
+def read_plain(image: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
+    """Read a slice of 16-bit little endian and slope 1 straight into `hu` [rows, columns]; False for any other."""
+    header = image.header
     syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
     bits = integer(header, "BitsStored", 16)
-    slope, intercept = 1.0 if one.slope is None else one.slope, one.intercept or 0.0
-    if syntax not in _PLAIN or slope != 1 or abs(intercept) >= 2**14 or bits not in (12, 16) or one.frame:
+    slope, intercept = 1.0 if image.slope is None else image.slope, image.intercept or 0.0
+    if syntax not in _PLAIN or slope != 1 or abs(intercept) >= 2**14 or bits not in (12, 16) or image.frame:
         return False
     if integer(header, "BitsAllocated", 16) != 16 or integer(header, "HighBit", bits - 1) != bits - 1:
         return False
@@ -263,7 +263,7 @@ def fill_in_place(one: Slice, hu: np.ndarray, keep_padding: bool) -> bool:
         return False
     if integer(header, "NumberOfFrames", 1) != 1:
         return False
-    with open(one.path, "rb") as stream:
+    with open(image.path, "rb") as stream:
         if not _at_plain_pixels(stream, header, syntax, hu.size):
             return False
         if stream.readinto(hu.data.cast("B")) != hu.nbytes:

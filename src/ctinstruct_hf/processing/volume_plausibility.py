@@ -1,4 +1,4 @@
-"""Whether voxels can be HU, and voxel sizes those of a CT: told, or refused where a label map is given as a scan."""
+"""Warn of values that cannot be HU and of voxel sizes that are no CT's; refuse a label map given as a scan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_plausible(volume: CTVolume, refuse_labels: bool) -> None:
 
     Args:
         volume: as read.
-        refuse_labels: whether a mask or a label map is refused; a warning else.
+        refuse_labels: refuse a mask or a label map instead of warning of it.
 
     Raises:
         CTInstructError: for a mask or a label map.

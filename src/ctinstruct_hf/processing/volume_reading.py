@@ -1,4 +1,4 @@
-"""`read_volume`: a CT volume from whatever holds one."""
+"""`read_volume`: a CT volume from a file, a folder or an object."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def read_volume(
     Args:
         source: NIfTI (`.nii`, `.nii.gz`, `.hdr/.img`), a DICOM file, folder or zip, `.mha/.mhd/.nrrd/.nhdr`,
             `.npy/.npz`, a picture (PNG, JPEG, BMP, TIFF: one slice), a nibabel or SimpleITK image, a numpy array or
-            torch tensor (depth, height, width), or a `CTVolume`, which is returned as it is. A file's first bytes tell
-            its format, not its name.
+            torch tensor (depth, height, width), or a `CTVolume`, which is returned as it is. A file's first bytes
+            decide its format, not its name.
         spacing: mm along (depth, height, width); for arrays, and for files that have none. An array file may have it
             beside it instead, as `<name>.json` with `{"spacing": [...]}`.
         series: which CT series to read where there are several (`list_series`): its SeriesInstanceUID, its number, a part of
@@ -57,7 +57,7 @@ def read_volume(
         max_bytes: what the volume may unpack to, 4 GiB by default; checked before anything is allocated. A packed file
             may grow to 256 MiB or 200 times its size, whichever is more.
         keep_padding: leave values below −1024 HU as stored instead of setting them to air.
-        labels: what is read is a label map, whose integers are kept as stored; otherwise one is refused as a scan.
+        labels: read a label map, whose integers are kept as stored; without it, a label map is refused.
 
     Raises:
         CTInstructError: one sentence naming the file, what was found and what to do.
@@ -67,7 +67,7 @@ def read_volume(
         return source
     volume = _read(source, spacing, series, window, limit)
     if not labels:
-        # an array is in HU by its contract, and DICOM says that it is CT: there the values are only told
+        # an array is in HU by contract and DICOM names its modality: there labels only give a warning
         bare = volume.source.kind == "dicom" or (volume.source.kind == "array" and volume.source.path is None)
         check_plausible(volume, refuse_labels=not bare)
     return volume
@@ -132,8 +132,8 @@ def _read_path(
 def format_of(path: Path) -> str:
     """nifti, itk, array, picture, zip or dicom (also a folder): by a file's first bytes, whatever its name.
 
-    The name's ending decides where the bytes do not: a broken file is then blamed as what it is called, and a pair of
-    `.hdr` and `.img` has its header in one and nothing but voxels in the other.
+    The name's ending decides where the bytes do not, so that errors name the format a broken file is called by; in a pair
+    the `.img` holds nothing but voxels.
     """
     if not path.is_file():
         return "dicom"
@@ -153,7 +153,7 @@ def format_of(path: Path) -> str:
 
 
 def format_of_contents(path: Path) -> tuple[str, bool]:
-    """The format that a file's first bytes say, "" where they say none, and whether it is packed by gzip."""
+    """The format by a file's first bytes, "" where they are unknown, and whether it is packed by gzip."""
     with open(path, "rb") as file:
         start = file.read(_HEAD)
     if start.startswith(b"PK"):
@@ -163,7 +163,7 @@ def format_of_contents(path: Path) -> tuple[str, bool]:
 
 
 def _format_of_bytes(start: bytes) -> str:
-    """The format that the first bytes of a file say, "" where they say none."""
+    """The format by the first bytes of a file, "" where they are unknown."""
     if start[128:132] == b"DICM":
         return "dicom"
     if start.startswith(b"\x93NUMPY"):
@@ -192,7 +192,7 @@ def _inflated_start(path: Path) -> bytes:
     try:
         with open_inflated(path) as stream:
             return stream.read(_HEAD)
-    except Exception:  # isal and zlib each have their own
+    except Exception:  # isal and zlib raise different classes
         return b""
 
 
@@ -215,7 +215,7 @@ def _read_zip(
 
 
 def _scan_of(folder: Path) -> Path | None:
-    """The scan of an unpacked zip that is one file; None where it is to be read as DICOM.
+    """The scan of an unpacked zip that holds a single file of another format; None where it is read as DICOM.
 
     Raises:
         CTInstructError: for several, and for a zip in the zip.

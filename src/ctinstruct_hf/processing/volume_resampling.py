@@ -54,10 +54,10 @@ class SliceResampling:
             return upright[index]
 
         for k in range(self.count):
-            place = min(k * self.step, float(self.distances[-1]))
-            upper = int(np.clip(np.searchsorted(self.distances, place), 1, len(self.distances) - 1))
+            distance = min(k * self.step, float(self.distances[-1]))
+            upper = int(np.clip(np.searchsorted(self.distances, distance), 1, len(self.distances) - 1))
             low, high = self.distances[upper - 1], self.distances[upper]
-            weight = float(np.clip((place - low) / (high - low), 0.0, 1.0))
+            weight = float(np.clip((distance - low) / (high - low), 0.0, 1.0))
             weight = round(weight) if nearest else weight
             if weight == 0.0:
                 even[..., k] = slice_of(upper - 1)
@@ -84,7 +84,7 @@ class SliceResampling:
 
 @dataclass
 class ShearResampling:
-    """Axes that are not perpendicular, made so one after the other.
+    """Sheared axes, made perpendicular axis by axis.
 
     Attributes:
         steps: (order of the axes, resampling): the last axis of the order is straightened against the first two.
@@ -99,7 +99,7 @@ class ShearResampling:
         return stored
 
     def mask_back(self, upright: np.ndarray) -> np.ndarray:
-        """A mask from the upright grid to the stored one, nearest neighbour."""
+        """A mask from the upright grid to the stored grid, nearest neighbour."""
         for order, step in reversed(self.steps):
             upright = step.mask_back(upright.transpose(order)).transpose(np.argsort(order))
         return upright

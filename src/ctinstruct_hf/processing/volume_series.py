@@ -1,4 +1,4 @@
-"""The CT series of a DICOM file, folder or zip, and the choice of one of them."""
+"""The CT series of a DICOM file, folder or zip, and which of them is read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class DicomSeries:
     """CT images that make one scan.
 
     Attributes:
-        uid: the SeriesInstanceUID; where images under one UID make several scans, with -1, -2 … behind it.
+        uid: the SeriesInstanceUID; where images under the same UID make several scans, with -1, -2 … behind it.
         number: the SeriesNumber, None where the file has none.
-        description: the SeriesDescription, with what tells the scans under one UID apart.
+        description: the SeriesDescription, with the marks that differ between scans under the same UID.
         modality: CT.
         slices: how many.
         spacing: mm along (depth, height, width), as stored; None where the files do not say.
@@ -107,7 +107,7 @@ def find_series(path: Path, limit: Limits) -> SeriesList:
                 images.setdefault(uid, []).extend(slices_of(file, header))
             except CTInstructError as error:
                 skipped.append(Skipped(file.name, str(error).removeprefix(f"{file.name} "), [file]))
-        elif class_of(header) == DIRECTORY:  # beside the files themselves it says nothing
+        elif class_of(header) == DIRECTORY:  # beside the files themselves it is not needed
             if len(headers) == 1:
                 skipped.append(Skipped(file.name, "is the index of a DICOM folder: give the folder itself", [file]))
         else:
@@ -120,7 +120,7 @@ def find_series(path: Path, limit: Limits) -> SeriesList:
                 _add_stacks(uid, slices, found)
             except CTInstructError as error:
                 found.skipped.append(
-                    Skipped(f"Series {uid}", f"cannot be read: {error}", [one.path for one in slices], "CT")
+                    Skipped(f"Series {uid}", f"cannot be read: {error}", [image.path for image in slices], "CT")
                 )
     found.sort(key=lambda series: (series.number is None, series.number or 0, series.uid))
     return found
@@ -131,7 +131,7 @@ def _add_stacks(uid: str, slices: list[Slice], found: SeriesList) -> None:
     stacks, left_out = stacks_of(slices, notes)
     for label, images, reason in left_out:
         name = f"{len(images)} images of series {uid}" + (f" ({label})" if label else "")
-        found.skipped.append(Skipped(name, reason, list(dict.fromkeys(one.path for one in images)), "CT"))
+        found.skipped.append(Skipped(name, reason, list(dict.fromkeys(image.path for image in images)), "CT"))
     for index, (label, images, more) in enumerate(stacks, start=1):
         first = images[0].header
         description = " ".join(part for part in (describe(first), f"({label})" if label else "") if part)
@@ -147,7 +147,7 @@ def _add_stacks(uid: str, slices: list[Slice], found: SeriesList) -> None:
                 "CT",
                 len(images),
                 _spacing(images),
-                [one.path for one in images],
+                [image.path for image in images],
                 [*notes, *more],
                 images,
             )
@@ -163,12 +163,12 @@ def _spacing(images: list[Slice]) -> tuple[float, float, float] | None:
     pixel, depth = images[0].pixel_spacing, images[0].thickness
     if len(images) > 1:
         normal = np.cross(*images[0].orientation)
-        depth = float(np.median(np.diff([one.along(normal) for one in images])))
+        depth = float(np.median(np.diff([image.along(normal) for image in images])))
     return None if pixel is None or depth is None else (depth, *pixel)
 
 
 def choose_series(found: SeriesList, wanted: str | int | None, name: str) -> DicomSeries:
-    """The only series, or the one asked for by UID, number, part of the description, `largest` or `thinnest`.
+    """The only series, or the series wanted by UID, number, part of the description, `largest` or `thinnest`.
 
     Raises:
         CTInstructError: where none or several fit, with the list of what there is.

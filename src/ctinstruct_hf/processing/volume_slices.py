@@ -1,4 +1,4 @@
-"""DICOM images in space: a slice per file or frame, with what tells one image stack of a series from another."""
+"""DICOM images in space: a slice per file or frame, with the marks that differ between image stacks of a series."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Slice:
     """One axial, coronal or sagittal image in space; `frame` counts within a multi-frame file.
 
     Attributes:
-        position: mm (LPS) of the first pixel's centre, None where the file does not say.
-        orientation: [2, 3], unit vectors along a row and along a column, None where the file does not say.
-        pixel_spacing: mm between rows and between columns, None where the file does not say.
-        marks: what tells apart images of different stacks, by name.
+        position: [3], mm (LPS) of the first pixel's centre, None where the file has none.
+        orientation: [2, 3], unit vectors along a row and along a column, None where the file has none.
+        pixel_spacing: mm between rows and between columns, None where the file has none.
+        marks: {name: value} of what differs between images of different stacks.
     """
 
     path: Path

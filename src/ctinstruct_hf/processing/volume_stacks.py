@@ -14,7 +14,7 @@ from .volume import CTInstructError
 from .volume_headers import integer, some, text
 from .volume_slices import Slice
 
-Group = tuple[str, list[Slice]]  # what tells a group of images from the others, its images
+Group = tuple[str, list[Slice]]  # (label, images)
 
 # another stack with fewer images than this part of the largest is left out and named; with more, a choice is asked for
 FEW = 0.25
@@ -40,9 +40,9 @@ def stacks_of(
     if len(groups[0][1]) == 1:
         return [("", groups[0][1], [])], []
     for mark in ("patient", "frame of reference", "kernel"):
-        if len({one.marks[mark] for one in groups[0][1]}) == len(groups[0][1]) > 2:
+        if len({image.marks[mark] for image in groups[0][1]}) == len(groups[0][1]) > 2:
             notes.append(f"Each image has another {mark}: this is ignored.")
-    splits: list[Callable[[list[Slice]], list[Group]]] = [_by_grid, _by_marks, *map(_by_mark, SOFT_MARKS), _by_place]
+    splits: list[Callable[[list[Slice]], list[Group]]] = [_by_grid, _by_marks, *map(_by_mark, SOFT_MARKS), _by_gap]
     for split in splits:
         groups = [
             (", ".join(part for part in (label, more) if part), part)
@@ -55,12 +55,12 @@ def stacks_of(
     for label, part in groups:
         if len(part) < few:
             left_out.append((label, part, "are few beside the others"))
-            names = some([one.path.name for one in part])
+            names = some([image.path.name for image in part])
             notes.append(f"Left out of the series ({label}): {names}.")
             continue
         more: list[str] = []
         try:
-            stacks.append((label, _one_at_each_place(part, more), more))
+            stacks.append((label, _without_repeats(part, more), more))
         except CTInstructError as error:
             if not stacks:  # the largest, or all as large
                 raise
@@ -74,47 +74,47 @@ def stacks_of(
 def _without_copies(images: list[Slice], notes: list[str]) -> list[Slice]:
     """Each image once: the same SOPInstanceUID, frame and position is the same image, wherever it lies."""
     kept: dict[tuple[object, ...], Slice] = {}
-    for one in images:
-        uid = text(one.header, "SOPInstanceUID") or str(one.path)
-        place = None if one.position is None else tuple(one.position)
-        kept.setdefault((uid, one.frame, place), one)
+    for image in images:
+        uid = text(image.header, "SOPInstanceUID") or str(image.path)
+        position = None if image.position is None else tuple(image.position)
+        kept.setdefault((uid, image.frame, position), image)
     if len(kept) < len(images):
         notes.append(f"{len(images) - len(kept)} images lie there twice (copies) and are read once.")
     return list(kept.values())
 
 
 def _with_position(images: list[Slice], notes: list[str]) -> list[Slice]:
-    """The images that say where they lie; a single image is taken as axial where it does not."""
-    lost = [one for one in images if one.position is None or one.orientation is None]
+    """The images that have a position and an orientation; a single image without them is taken as axial at 0."""
+    lost = [image for image in images if image.position is None or image.orientation is None]
     if not lost:
         return images
     if len(images) == 1:
-        one = images[0]
-        what = "position" if one.position is None else ""
-        if one.orientation is None:
+        image = images[0]
+        what = "position" if image.position is None else ""
+        if image.orientation is None:
             what += (" and " if what else "") + "orientation"
-            one.orientation = np.eye(3)[:2]
-            notes.append(f"{one.path.name} has no {what}: it is taken as axial, left and right may be swapped.")
+            image.orientation = np.eye(3)[:2]
+            notes.append(f"{image.path.name} has no {what}: it is taken as axial, left and right may be swapped.")
         else:
-            notes.append(f"{one.path.name} has no {what}: it is placed at 0.")
-        one.position = np.zeros(3) if one.position is None else one.position
+            notes.append(f"{image.path.name} has no {what}: it is placed at 0.")
+        image.position = np.zeros(3) if image.position is None else image.position
         return images
-    what = "position" if any(one.position is None for one in lost) else "orientation"
+    what = "position" if any(image.position is None for image in lost) else "orientation"
     if len(lost) == len(images):
         raise CTInstructError(
             f"{lost[0].path.name} and its series have no slice {what}s: they cannot be ordered, give a single image or "
             "another format."
         )
-    names = some([one.path.name for one in lost])
+    names = some([image.path.name for image in lost])
     notes.append(f"Left out, without a slice {what}: {names}.")
-    return [one for one in images if one.position is not None and one.orientation is not None]
+    return [image for image in images if image.position is not None and image.orientation is not None]
 
 
 def _by_grid(images: list[Slice]) -> list[Group]:
     """Images of like size, pixel spacing and orientation, with the tolerance of rounded headers."""
-    sizes = np.array([(integer(one.header, "Rows"), integer(one.header, "Columns")) for one in images])
-    spacings = np.array([one.pixel_spacing or (0.0, 0.0) for one in images])
-    planes = np.array([one.orientation.ravel() for one in images])
+    sizes = np.array([(integer(image.header, "Rows"), integer(image.header, "Columns")) for image in images])
+    spacings = np.array([image.pixel_spacing or (0.0, 0.0) for image in images])
+    planes = np.array([image.orientation.ravel() for image in images])
     left = np.arange(len(images))
     groups: list[Group] = []
     while len(left):
@@ -133,27 +133,27 @@ def _by_grid(images: list[Slice]) -> list[Group]:
 
 
 def _by_marks(images: list[Slice]) -> list[Group]:
-    """Images alike in every mark that no scan mixes; a mark that differs in each image says nothing."""
-    differ = [mark for mark in HARD_MARKS if 1 < len({one.marks[mark] for one in images}) < len(images)]
+    """Images alike in every mark that no scan mixes; a mark that differs in each image is ignored."""
+    differ = [mark for mark in HARD_MARKS if 1 < len({image.marks[mark] for image in images}) < len(images)]
     if len(images) == 2:
         differ = [mark for mark in HARD_MARKS if images[0].marks[mark] != images[1].marks[mark]]
     return _grouped(images, differ)
 
 
 def _by_mark(mark: str) -> Callable[[list[Slice]], list[Group]]:
-    """Splits by a mark where its values lie among each other: stacks one behind the other are one scan."""
+    """Split by a mark whose values alternate along the normal; stacks behind each other are the same scan."""
 
     def split(images: list[Slice]) -> list[Group]:
-        values = {one.marks[mark] for one in images}
+        values = {image.marks[mark] for image in images}
         if not 1 < len(values) < len(images):
             return [("", images)]
         normal = np.cross(*images[0].orientation)
-        ordered = sorted(images, key=lambda one: (one.along(normal), one.marks[mark]))
-        changes = sum(one.marks[mark] != after.marks[mark] for one, after in itertools.pairwise(ordered))
+        ordered = sorted(images, key=lambda image: (image.along(normal), image.marks[mark]))
+        changes = sum(image.marks[mark] != after.marks[mark] for image, after in itertools.pairwise(ordered))
         groups = _grouped(images, [mark])
-        shared = _shared_places(images)
+        shared = _repeats(images)
         mixed = changes >= 2 * len(values) or (
-            shared > sum(_shared_places(part) for _, part in groups) and all(len(part) > 1 for _, part in groups)
+            shared > sum(_repeats(part) for _, part in groups) and all(len(part) > 1 for _, part in groups)
         )
         return groups if mixed else [("", images)]
 
@@ -164,8 +164,8 @@ def _grouped(images: list[Slice], marks: list[str]) -> list[Group]:
     if not marks:
         return [("", images)]
     groups: dict[tuple[str, ...], list[Slice]] = {}
-    for one in images:
-        groups.setdefault(tuple(one.marks[mark] for mark in marks), []).append(one)
+    for image in images:
+        groups.setdefault(tuple(image.marks[mark] for mark in marks), []).append(image)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     numbered = {  # a patient or a UID is counted, not named
         mark: {value: str(number) for number, value in enumerate(dict.fromkeys(key[k] for key, _ in ordered), 1)}
@@ -180,13 +180,13 @@ def _grouped(images: list[Slice], marks: list[str]) -> list[Group]:
     return [(label(key), part) for key, part in ordered]
 
 
-def _by_place(images: list[Slice]) -> list[Group]:
+def _by_gap(images: list[Slice]) -> list[Group]:
     """Images that lie behind each other without a gap that no missing slice explains."""
     groups: list[Group] = []
     for beside, part in _by_axis(images):
         normal = np.cross(*part[0].orientation)
-        part = sorted(part, key=lambda one: one.along(normal))
-        distances = np.array([one.along(normal) for one in part])
+        part = sorted(part, key=lambda image: image.along(normal))
+        distances = np.array([image.along(normal) for image in part])
         steps = np.diff(distances)
         apart = steps[steps > 1e-3]
         usual = float(np.sort(apart)[(len(apart) - 1) // 2]) if len(apart) else 0.0  # the lower median
@@ -201,8 +201,8 @@ def _by_axis(images: list[Slice]) -> Iterator[Group]:
     """Images on one straight line, upright or tilted, and those more than half a field of view beside it."""
     first = images[0]
     normal = np.cross(*first.orientation)
-    ordered = sorted(images, key=lambda one: one.along(normal))
-    positions = np.array([one.position for one in ordered])
+    ordered = sorted(images, key=lambda image: image.along(normal))
+    positions = np.array([image.position for image in ordered])
     distances, drift = positions @ normal, (positions - first.position) @ first.orientation.T  # [n], [n, 2]
     steps = np.diff(distances)
     wide = steps > 1e-3
@@ -213,18 +213,18 @@ def _by_axis(images: list[Slice]) -> Iterator[Group]:
     spacing = first.pixel_spacing or (1.0, 1.0)
     stray = (np.abs(rest) > 0.5 * np.array([columns * spacing[1], rows * spacing[0]])).any(axis=1)
     if stray.any() and not stray.all():
-        yield "beside the others", [one for one, is_stray in zip(ordered, stray, strict=True) if is_stray]
-    yield "", [one for one, is_stray in zip(ordered, stray, strict=True) if not is_stray or stray.all()]
+        yield "beside the others", [image for image, is_stray in zip(ordered, stray, strict=True) if is_stray]
+    yield "", [image for image, is_stray in zip(ordered, stray, strict=True) if not is_stray or stray.all()]
 
 
-def _shared_places(images: list[Slice]) -> int:
-    """How many images lie where another one does."""
+def _repeats(images: list[Slice]) -> int:
+    """How many images share a position with the image before them."""
     normal = np.cross(*images[0].orientation)
-    return len(_repeated(np.sort([one.along(normal) for one in images])))
+    return len(_repeated(np.sort([image.along(normal) for image in images])))
 
 
 def _repeated(distances: np.ndarray) -> np.ndarray:
-    """Indices of slices at the place of the one before: closer than a tenth of the usual step."""
+    """Indices of slices at the position of the slice before: closer than a tenth of the usual step."""
     steps = np.diff(distances)
     apart = steps[steps > 1e-3]
     usual = float(np.quantile(apart, 0.75)) if len(apart) else 0.0
@@ -238,22 +238,22 @@ def _repeated(distances: np.ndarray) -> np.ndarray:
     return np.array(repeated, dtype=int)
 
 
-def _one_at_each_place(images: list[Slice], notes: list[str]) -> list[Slice]:
-    """The images by position, each place once; refused where several images share many places."""
+def _without_repeats(images: list[Slice], notes: list[str]) -> list[Slice]:
+    """The images by position, each position once. Raises CTInstructError where many positions hold several images."""
     normal = np.cross(*images[0].orientation)
-    images = sorted(images, key=lambda one: one.along(normal))
-    distances = np.array([one.along(normal) for one in images])
+    images = sorted(images, key=lambda image: image.along(normal))
+    distances = np.array([image.along(normal) for image in images])
     name = images[0].path.name
     repeated = _repeated(distances)
-    places = len(images) - len(repeated)
+    positions = len(images) - len(repeated)
     if len(repeated):
-        if places == 1 or len(repeated) > FEW * places:
+        if positions == 1 or len(repeated) > FEW * positions:
             raise CTInstructError(
-                f"The series of {name} has {len(repeated) + places} images at {places} places (4D, or several "
+                f"The series of {name} has {len(repeated) + positions} images at {positions} positions (4D, or several "
                 "reconstructions) and nothing in their headers tells them apart: give the files of one scan."
             )
-        notes.append(f"{len(repeated)} repeated slices are left out, the first of each place is kept.")
-        images = [one for index, one in enumerate(images) if index not in set(repeated.tolist())]
+        notes.append(f"{len(repeated)} repeated slices are left out, the first at each position is kept.")
+        images = [image for index, image in enumerate(images) if index not in set(repeated.tolist())]
         distances = np.delete(distances, repeated)
     combs = [np.diff(distances[start::2]) for start in (0, 1)]
     if len(images) >= 8 and not _even(np.diff(distances)) and _even(np.concatenate(combs)):
@@ -261,10 +261,10 @@ def _one_at_each_place(images: list[Slice], notes: list[str]) -> list[Slice]:
             f"The series of {name} holds two sets of images between each other, and nothing in their headers tells them "
             "apart: give the files of one scan."
         )
-    acquisitions = len({one.marks["acquisition"] for one in images})
+    acquisitions = len({image.marks["acquisition"] for image in images})
     if 1 < acquisitions < len(images):
         notes.append(f"The series is put together of {acquisitions} acquisitions, one behind the other.")
-    cosines = np.array([one.orientation.ravel() for one in images])
+    cosines = np.array([image.orientation.ravel() for image in images])
     turn = float(np.abs(cosines - cosines[0]).max())
     if turn * max(integer(images[0].header, "Rows"), integer(images[0].header, "Columns")) > 0.5:
         notes.append(f"Orientations of slices differ by {np.degrees(turn):.2f} degrees: the first is used for all.")

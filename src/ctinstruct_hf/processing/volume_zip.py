@@ -49,13 +49,13 @@ def _unpack(path: Path, folder: Path, limit: Limits) -> None:
             budget = limit.bytes
             for index, member in enumerate(members):
                 base, _, last = member.filename.rpartition("/")
-                place = folders.setdefault(base, str(len(folders)))
+                subfolder = folders.setdefault(base, str(len(folders)))
                 name = re.sub(r"[^\w.-]", "_", last)[-80:]
-                if f"{place}/{name}".casefold() in taken:
+                if f"{subfolder}/{name}".casefold() in taken:
                     name = f"{index:06d}_{name}"
-                taken.add(f"{place}/{name}".casefold())
-                (folder / place).mkdir(exist_ok=True)
-                with archive.open(member) as packed, open(folder / place / name, "wb") as file:
+                taken.add(f"{subfolder}/{name}".casefold())
+                (folder / subfolder).mkdir(exist_ok=True)
+                with archive.open(member) as packed, open(folder / subfolder / name, "wb") as file:
                     while block := packed.read(min(2**20, budget + 1)):
                         budget -= len(block)
                         if budget < 0:
