@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from datasets_on_disk import nifti, table, totalsegmentator
@@ -94,6 +96,81 @@ def test_ct_rate(tmp_path: Path) -> None:
     talk = next(one for one in instructions if "What is seen?" in one.messages[0]["content"][-1]["text"])
     assert [turn["role"] for turn in talk.messages] == ["user", "assistant", "user", "assistant"]
     assert not any("<" in text_of(one.messages[0]) for one in instructions)
+
+
+def ct_rate_volume(path: Path, stored: int, scale: tuple[float, float] | None, spacing: tuple[float, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(np.full((12, 10, 4), stored, np.int16), np.diag([*spacing, 1.0]))
+    if scale is not None:
+        image.header.set_slope_inter(*scale)
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize(("folder", "scale", "stored", "spacing"), [
+    ("train", None, 24, (1.0, 1.0, 1.0)),  # as first released: slope, intercept and spacing in the metadata only
+    ("train", (1, -1024), 24, (1.0, 1.0, 1.0)),
+    ("train", (2, -1024), 12, (1.0, 1.0, 1.0)),
+    ("train_fixed", (1, -1024), 24, (0.7, 0.7, 1.5)),
+    ("train_fixed", None, -1000, (0.7, 0.7, 1.5)),  # in HU, which needs no slope
+])  # fmt: skip
+@pytest.mark.parametrize("above", [False, True])
+def test_ct_rate_is_in_hu_in_either_release(
+    tmp_path: Path, folder: str, scale: tuple[float, float] | None, stored: int, spacing: tuple[float, ...], above: bool
+) -> None:
+    raw = tmp_path / "raw"
+    ct_rate(raw)
+    for left in ("train", "valid"):
+        shutil.rmtree(raw / "dataset" / left)
+    ct_rate_volume(raw / "dataset" / folder / "train_1/train_1_a/train_1_a_1.nii.gz", stored, scale, spacing)
+    if above:
+        for name in ("metadata", "radiology_text_reports", "multi_abnormality_labels", "vqa"):
+            shutil.move(raw / "dataset" / name, raw / name)
+    alignment, instructions, problems = prepared("ct_rate", raw, tmp_path)
+    (sample,) = alignment
+    volume = open_volume(sample.image)
+    assert np.unique(volume.hu).tolist() == [-1000]
+    assert volume.spacing == pytest.approx((1.5, 0.7, 0.7), abs=1e-6)
+    assert {one.task for one in instructions} >= {"report", "diagnosis", "question", "multiple_choice"}
+    assert {problem["id"] for problem in problems} == {"train_2_a_1", "train_3_a_1", "valid_1_a_1"}
+
+
+def test_of_two_releases_of_a_volume_the_second_is_taken(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    ct_rate(raw)
+    ct_rate_volume(raw / "dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz", -1000, None, (0.7, 0.7, 1.5))
+    alignment, _, problems = prepared("ct_rate", raw, tmp_path)
+    assert {sample.id: "fixed" in sample.image.path for sample in alignment} == {
+        "train_1_a_1": True, "train_2_a_1": False, "valid_1_a_1": False
+    }  # fmt: skip
+    assert [problem["id"] for problem in problems] == ["train_3_a_1"]
+
+
+@pytest.mark.parametrize(("source", "ids"), [
+    ("ct_rate", ["train_1_a_1", "train_1_b_2", "train_2_a_1", "valid_1_a_1"]),
+    ("ct_rate_all", ["train_1_a_1", "train_1_a_2", "train_1_b_2", "train_2_a_1", "valid_1_a_1"]),
+])  # fmt: skip
+def test_one_reconstruction_of_each_scan_that_is_there_or_all(tmp_path: Path, source: str, ids: list[str]) -> None:
+    raw = tmp_path / "raw"
+    ct_rate(raw)
+    base = raw / "dataset"
+    more = ["train_1_a_2", "train_1_b_1", "train_1_b_2"]
+    for name in (more[0], more[2]):  # the first of train_1_b was not downloaded
+        nifti(base / "train" / "train_1" / name.rpartition("_")[0] / f"{name}.nii.gz", stored=24)
+    for path, names in (
+        (base / "metadata" / "train_metadata.csv", more),
+        (base / "radiology_text_reports" / "train_reports.csv", ["train_1_b_1"]),
+        (base / "multi_abnormality_labels" / "train_predicted_labels.csv", ["train_1_b_1"]),
+    ):
+        head, row, *rest = path.read_text().splitlines()
+        path.write_text("\n".join([head, row, *(row.replace("train_1_a_1", name) for name in names), *rest]))
+    alignment, instructions, problems = prepared(source, raw, tmp_path)
+    assert sorted(sample.id for sample in alignment) == ids
+    assert {sample.source for sample in alignment} == {"ct_rate"}
+    assert {problem["id"] for problem in problems} == {"train_3_a_1"} | ({"train_1_b_1"} if "all" in source else set())
+    for sample in alignment:  # reports and labels are of the scan, also where another reconstruction's row has them
+        assert (len(sample.texts), len(sample.labels)) == (3, 18)
+    talks = [one for one in instructions if "What is seen?" in text_of(one.messages[0])]
+    assert [one.id.partition("/")[0] for one in talks] == [name for name in ids if name.startswith("train_1_a")]
 
 
 def test_rad_chestct(tmp_path: Path) -> None:
