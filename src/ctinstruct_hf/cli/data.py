@@ -109,17 +109,38 @@ def export_data(
 
 @data_app.command("import")
 def import_data(
-    file: Annotated[Path, typer.Option("-i", "--input", help="A JSONL file.")],
+    source: Annotated[
+        Path,
+        typer.Option(
+            "-i",
+            "--input",
+            help="CSV, JSONL or Parquet with a path, a report, labels a row; a set of datasets with messages and images; a "
+            "folder of NIfTI with masks.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    kind: Annotated[str, typer.Option(help="instructions or alignment.")] = "instructions",
+    kind: Annotated[
+        str, typer.Option(help="Of JSONL that ctinstruct data export wrote: instructions or alignment.")
+    ] = "instructions",
     root: Annotated[
-        Path | None, typer.Option("--root", help="Folder that its files lie in; the JSONL file's own by default.")
+        Path | None, typer.Option("--root", help="Folder that the files lie in; that of -i by default.")
     ] = None,
 ) -> None:
-    """A JSONL file of your own as a prepared data set."""
-    from ..data.prepared import import_jsonl
+    """Data of your own as a prepared data set."""
+    from rich.console import Console
 
-    typer.echo(f"{import_jsonl(file, output, _kind(kind), root)} rows in {output}")
+    from ..data.importing import import_own
+
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        summary = import_own(source, output, _kind(kind), root, show_steps(status))
+    _print_rows(summary["rows"])
+    count = sum(number for splits in summary["rows"].values() for number in splits.values())
+    typer.echo(f"{count} rows in {output}")
+    for note in summary["notes"]:
+        typer.echo(note)
+    if summary["problems"]:
+        typer.echo(f"{summary['problems']} cases could not be used: see {output / 'problems.jsonl'}")
 
 
 @data_app.command("publish")

@@ -278,6 +278,19 @@ def in_known_words(names: Iterable[str]) -> dict[str, str]:
     return {name: canonical(name) for name in names if not _is_plain(name) and _canonical().find(name).known}
 
 
+def distinct(names: Iterable[str], keep_plain: bool = False) -> dict[str, str]:
+    """{a data set's name: ours}; two that we would write alike stay as they are, in plain words.
+
+    Args:
+        names: of one data set.
+        keep_plain: see `in_known_words`.
+    """
+    plain = {name: " ".join(name.replace("_", " ").split()) for name in names}
+    ours = {**plain, **in_known_words(plain)} if keep_plain else {name: canonical(name) for name in plain}
+    written = list(ours.values())
+    return {name: known if written.count(known) == 1 else plain[name] for name, known in ours.items()}
+
+
 def spell(text: str, names: Mapping[str, str]) -> str:
     """A text with names {as written: known name}; case, blanks, underscores and hyphens do not matter."""
     for given, name in names.items():

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,7 +27,7 @@ from .instructions import to_alignment, to_instructions
 from .prepared import describe, load_rows, write_rows
 from .reading import open_labels, open_volume
 from .samples import InstructionSample, to_row
-from .sources import MADE, SOURCES
+from .sources import MADE, SOURCES, Found
 from .sources.common import Problem
 
 CASES_A_PART = 32
@@ -52,6 +52,7 @@ def finish(found: Case | InstructionSample, options: PrepareOptions) -> dict[str
     """The rows of one case: its files are looked at, and structures that its labels lack are found absent."""
     try:
         if isinstance(found, InstructionSample):
+            found.check()
             _need_files([image.path for image in found.images] + [mask.path for mask in found.masks if mask.path])
             return {"instructions": [to_row(found)]}
         _need_files([image.path for image in found.images])
@@ -67,6 +68,10 @@ def finish(found: Case | InstructionSample, options: PrepareOptions) -> dict[str
         if alignment.grains:
             alignment.check()
             rows["alignment"] = [to_row(alignment)]
+        elif not rows["instructions"]:
+            raise CTInstructError(
+                f"{found.id} has no text, no known label, no mask and no question: nothing to learn from."
+            )
         return rows
     except CTInstructError as error:
         return {"problems": [asdict(Problem(found.id, str(error)))]}
@@ -119,13 +124,30 @@ def prepare(
         raise CTInstructError(f"There is no source '{source}': use one of {', '.join(SOURCES)}.")
     if source not in MADE and not folder.exists():
         raise CTInstructError(f"{folder} does not exist.")
+    return prepare_cases(source, SOURCES[source](folder), target, options, workers, limit, progress)
+
+
+def prepare_cases(
+    source: str,
+    found: Iterable[Found],
+    target: Path,
+    options: PrepareOptions = PrepareOptions(),
+    workers: int | None = None,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Cases as a prepared data set; see `prepare`.
+
+    Raises:
+        CTInstructError: where the target is finished already, and where no case can be used.
+    """
     if (target / "dataset.json").exists():
         raise CTInstructError(f"{target} is a finished data set: remove it, or choose another folder.")
-    found = list(SOURCES[source](folder))
-    problems = [asdict(one) for one in found if isinstance(one, Problem)]
-    cases = [one for one in found if not isinstance(one, Problem)][:limit]
+    listed = list(found)
+    problems = [asdict(one) for one in listed if isinstance(one, Problem)]
+    cases = [one for one in listed if not isinstance(one, Problem)][:limit]
     if not cases:
-        raise CTInstructError(f"{folder} has no usable case of {source}.")
+        raise CTInstructError(f"{source} has no usable case{_first_reason(problems)}.")
     plan = json.dumps([source, asdict(options), [case.id for case in cases]])
     drafts = target / f".parts-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
     drafts.mkdir(parents=True, exist_ok=True)
@@ -163,6 +185,9 @@ def _collect(source: str, target: Path, drafts: Path, count: int, problems: list
         problems += part["problems"]
         for kind in rows:
             rows[kind] += part[kind]
+    if not any(rows.values()):
+        shutil.rmtree(drafts, ignore_errors=True)
+        raise CTInstructError(f"{source} has no usable case{_first_reason(problems)}.")
     for kind, made in rows.items():
         if made:
             write_rows(target, kind, made)
@@ -175,6 +200,13 @@ def _collect(source: str, target: Path, drafts: Path, count: int, problems: list
     describe(target, summary)
     shutil.rmtree(drafts, ignore_errors=True)
     return summary
+
+
+def _first_reason(problems: Sequence[dict[str, Any]]) -> str:
+    if not problems:
+        return ""
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f": {problems[0]['reason'].rstrip('.')}{more}"
 
 
 def is_made(data: str | Path) -> bool:

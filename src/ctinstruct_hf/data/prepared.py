@@ -10,15 +10,16 @@ dataset/
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CTInstructError
 from ..files import whole_file, write_whole
-from ..processing.volume_files import inside
 from .cases import SPLITS
 from .names import in_known_words, spell
+from .reading import path_named
 from .samples import KINDS, features, from_row, read_jsonl, to_row
 
 ROWS_A_FILE = 20_000
@@ -113,12 +114,12 @@ def import_jsonl(path: Path, folder: Path, kind: str = "instructions", root: Pat
     for number, sample in enumerate(read_jsonl(path, kind), start=1):
         row = _in_known_words(to_row(sample))
         for one in named_files(row):
-            one["path"] = _inside(one["path"], root or path.parent, f"{path.name}, sample {number}")
+            one["path"] = path_named(one["path"], root or path.parent, f"{path.name}, sample {number}")
         rows.append(row)
     if not rows:
         raise CTInstructError(f"{path.name} has no sample.")
     write_rows(folder, kind, rows)
-    describe(folder, {"source": path.name, "rows": {kind: len(rows)}})
+    describe(folder, {"source": path.name, "rows": {kind: dict(Counter(row["split"] for row in rows))}})
     return len(rows)
 
 
@@ -135,22 +136,6 @@ def _in_known_words(row: dict[str, Any]) -> dict[str, Any]:
 def named_files(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a row of either kind that name a file."""
     return [*(row["images"] if "images" in row else [row["image"]]), *row["masks"]]
-
-
-def _inside(name: str, root: Path, named_by: str) -> str:
-    """An absolute path in `root`; "" of absent masks as it is."""
-    if not name:
-        return name
-    root = root.absolute()
-    relative = Path(name)
-    try:
-        if relative.is_absolute():
-            relative = relative.relative_to(root)
-        return str(inside(root, str(relative), named_by))
-    except ValueError as error:  # ours are, too
-        raise CTInstructError(
-            f"{named_by} names {Path(name).name}, which lies outside of {root.name or root}: name the folder of the files (--root)."
-        ) from error
 
 
 def describe(folder: Path, summary: dict[str, Any]) -> None:

@@ -9,8 +9,35 @@ import numpy as np
 
 from ..errors import CTInstructError
 from ..processing.volume import CTVolume, clean_hu
+from ..processing.volume_files import inside
 from ..processing.volume_reading import read_volume
 from .cases import ImageRef, MaskRef
+
+
+def path_named(name: str, root: Path, named_by: str, anywhere: bool = False) -> str:
+    """The absolute path of a file that a row names; "" of absent masks as it is.
+
+    Args:
+        name: relative to `root`, or absolute.
+        root: the folder that it lies in.
+        named_by: the row, for the message.
+        anywhere: absolute paths may lie outside of `root`.
+
+    Raises:
+        CTInstructError: where it lies outside, by its path or by a link.
+    """
+    if not name or (anywhere and Path(name).is_absolute()):
+        return name
+    root = root.absolute()
+    relative = Path(name)
+    try:
+        if relative.is_absolute():
+            relative = relative.relative_to(root)
+        return str(inside(root, str(relative), named_by))
+    except ValueError as error:  # ours are, too
+        raise CTInstructError(
+            f"{named_by} names {Path(name).name}, which lies outside of {root.name or root}: name the folder of the files (--root)."
+        ) from error
 
 
 def open_volume(image: ImageRef) -> CTVolume:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import nibabel as nib
 
@@ -121,8 +121,8 @@ def _image(base: Path, identifier: str, row: dict[str, str]) -> ImageRef:
 def _is_scaled(path: Path) -> bool:
     """Whether a header says how stored values become HU."""
     try:
-        stored = nib.load(path).dataobj
-        return (stored.slope, stored.inter) != (1.0, 0.0)
+        stored: Any = nib.load(path)
+        return (stored.dataobj.slope, stored.dataobj.inter) != (1.0, 0.0)
     except Exception:  # missing or broken: told when it is read
         return False
 
@@ -157,7 +157,9 @@ def _questions(path: Path) -> dict[str, list[Question]]:
         for number in range(0, len(turns) - 1, 2):
             human, answer = turns[number], turns[number + 1]
             text = human["value"].replace("<image>", "").strip()
-            kind = next((kind for tag, kind in _TAGS.items() if tag in text), _TYPES.get(human.get("type", ""), "short"))
+            kind = next(
+                (kind for tag, kind in _TAGS.items() if tag in text), _TYPES.get(human.get("type", ""), "short")
+            )
             text = re.sub("|".join(_TAGS), "", text).strip()
             asked.setdefault(entry["image"], []).append(
                 Question(text, answer["value"].strip(), kind, follows=number > 0)

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import CTInstructError
 from ..cases import Case, ImageRef, MaskRef
-from ..names import canonical
+from ..names import distinct
 from .common import Problem, masks_of, need, nifti_name, niftis, read_json, read_table, split_of
 
 ABDOMEN_1K = {"liver": [1], "kidneys": [2], "spleen": [3], "pancreas": [4]}
 CT_ORG = {"liver": [1], "urinary bladder": [2], "lungs": [3], "kidneys": [4], "bones": [5], "brain": [6]}
 COVID_19 = {"left lung": [1], "right lung": [2], "COVID infection": [3]}
 COVID_19_PICTURES = (1500 / 255, -1250.0)  # slope and intercept of the cases stored 0…255 in window −1250…250 HU
-
-
-def _names(theirs: Iterable[str]) -> dict[str, str]:
-    """{a data set's name: ours}; two that we would write alike stay as they are, in plain words."""
-    ours = {name: canonical(name) for name in theirs}
-    written = list(ours.values())
-    return {
-        name: known if written.count(known) == 1 else " ".join(name.replace("_", " ").split())
-        for name, known in ours.items()
-    }
 
 
 def _case(source: str, name: str, image: ImageRef, masks: list[MaskRef], split: str, structures: list[str]) -> Case:
@@ -41,7 +31,7 @@ def _case(source: str, name: str, image: ImageRef, masks: list[MaskRef], split: 
 def totalsegmentator(folder: Path) -> Iterator[Case | Problem]:
     """Version 1 or 2: a folder a case, a binary file a class, splits in meta.csv."""
     rows = read_table(folder / "meta.csv", ("image_id", "split"), delimiter=";")
-    names = _names(
+    names = distinct(
         sorted({nifti_name(path) for row in rows for path in niftis(folder / row["image_id"] / "segmentations")})
     )
     for row in rows:
@@ -116,7 +106,7 @@ def nnunet(folder: Path) -> Iterator[Case | Problem]:
         ids = [int(one) for one in values] if isinstance(values, list) else [int(values)]
         if name.lower() not in ("background", "ignore"):
             names[name] = ids
-    ours = _names(names)
+    ours = distinct(names)
     names = {ours[name]: ids for name, ids in names.items()}
     source = str(description.get("name") or folder.name).lower().replace(" ", "_")
     modern = not any(isinstance(value, str) for value in labels.values())
