@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from scans import asymmetric, dicom_series, enhanced
 
 from ctinstruct_hf import CTInstructError, read_volume
 from ctinstruct_hf.output import dicom_seg
+from ctinstruct_hf.output.colours import rgb
 from ctinstruct_hf.output.dicom_seg import CODES, SERIES_DESCRIPTION, save_dicom_seg
 
 hd = pytest.importorskip("highdicom", reason="highdicom is not installed")
@@ -125,6 +130,123 @@ def test_slices_in_files_of_their_own_and_any_tilt_of_their_orientation(tmp_path
         assert len(written) == int(mask.any(axis=(1, 2)).sum())
         for z, pixels in written.items():
             assert np.array_equal(pixels, mask[round((z - volume.affine[2, 3]) / volume.affine[2, 2])])
+
+
+def series(folder: Path, source: str) -> Any:
+    """A scan of slices in files of their own that do not lie on a grid, or one that does."""
+    changes: dict[str, Any] = {
+        "plain": {},
+        "tilted": {"step": (0.0, 0.4, 2.0)},
+        "uneven": {"positions": [np.array([-30.0, -40.0, z]) for z in (0, 2, 4, 7, 9, 11, 13, 15)]},
+    }
+    return read_volume(dicom_series(folder / "ct", asymmetric(SHAPE), **changes[source]))
+
+
+def in_file(volume: Any, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The masks on the scan's own slices: bool [slice, row, column]."""
+    return {name: volume.to_source(mask).get_fdata().transpose(2, 1, 0) > 0 for name, mask in masks.items()}
+
+
+def on_top(masks: dict[str, np.ndarray]) -> np.ndarray:
+    """The number of the last mask in each voxel."""
+    labels = np.zeros(next(iter(masks.values())).shape, int)
+    for number, mask in enumerate(masks.values(), start=1):
+        labels[mask] = number
+    return labels
+
+
+@pytest.mark.parametrize("label_map", [False, True])
+@pytest.mark.parametrize("source", ["plain", "tilted", "uneven"])
+def test_every_frame_lies_on_the_slice_of_the_source_that_it_refers_to(
+    tmp_path: Path, source: str, label_map: bool
+) -> None:
+    volume = series(tmp_path, source)
+    masks = masks_of(volume)
+    save_dicom_seg(volume, masks, tmp_path / "seg.dcm", label_map=label_map)
+    seg, wanted = pydicom.dcmread(tmp_path / "seg.dcm"), in_file(volume, masks)
+    images = [pydicom.dcmread(file, stop_before_pixels=True) for file in volume.source.dicom_files]
+    instances = [image.SOPInstanceUID for image in images]
+    found = []
+    for frame, group in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        reference = group.DerivationImageSequence[0].SourceImageSequence[0]
+        k = instances.index(reference.ReferencedSOPInstanceUID)
+        assert group.PlanePositionSequence[0].ImagePositionPatient == images[k].ImagePositionPatient
+        if label_map:
+            assert np.array_equal(frame, on_top(wanted)[k])
+            found.append(k)
+        else:
+            number = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+            assert np.array_equal(frame, list(wanted.values())[number - 1][k])
+            found.append((number, k))
+    shown = [
+        (number, k) for number, mask in enumerate(wanted.values(), start=1) for k in np.flatnonzero(mask.any((1, 2)))
+    ]
+    assert found == (sorted({k for _, k in shown}) if label_map else shown)
+
+
+def test_a_label_map_is_read_back_by_highdicom_and_says_what_others_cover(tmp_path: Path) -> None:
+    volume = series(tmp_path, "plain")
+    masks = masks_of(volume)
+    (note,) = save_dicom_seg(volume, masks, tmp_path / "seg.dcm", label_map=True, seed="asked")
+    assert note == "The DICOM label map holds one structure a voxel: later ones cover voxels of liver, right lung."
+    found = hd.seg.segread(tmp_path / "seg.dcm")
+    assert found.segmentation_type == hd.seg.SegmentationTypeValues.LABELMAP
+    assert [found.get_segment_description(number).segment_label for number in (1, 2, 3, 4)] == list(masks)
+    instances = [pydicom.dcmread(file, stop_before_pixels=True).SOPInstanceUID for file in volume.source.dicom_files]
+    options: dict[str, Any] = {"combine_segments": True, "ignore_spatial_locations": True}
+    labels = found.get_pixels_by_source_instance(instances, assert_missing_frames_are_empty=True, **options)
+    assert np.array_equal(labels, on_top(in_file(volume, masks)))
+    save_dicom_seg(volume, masks, tmp_path / "binary.dcm", seed="asked")
+    assert hd.seg.segread(tmp_path / "binary.dcm").SOPInstanceUID != found.SOPInstanceUID
+    assert not save_dicom_seg(volume, {"liver": masks["liver"]}, tmp_path / "one.dcm", label_map=True)
+
+
+@pytest.mark.parametrize(("count", "bits"), [(255, 8), (256, 16)])
+def test_a_label_map_holds_as_many_structures_as_there_are(tmp_path: Path, count: int, bits: int) -> None:
+    volume = read_volume(dicom_series(tmp_path / "ct", asymmetric((3, 12, 10))))
+    numbers = np.arange(volume.hu.size).reshape(volume.hu.shape) + 1
+    masks = {f"structure {number}": numbers == number for number in range(1, count + 1)}
+    assert not save_dicom_seg(volume, masks, tmp_path / "seg.dcm", label_map=True)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.BitsAllocated == bits
+    assert seg.pixel_array.max() == count
+    assert len(np.unique(seg.pixel_array)) == count + 1
+
+
+DCMQI = shutil.which("segimage2itkimage") or Path(sys.executable).with_name("segimage2itkimage")
+
+
+@pytest.mark.skipif(not Path(DCMQI).exists(), reason="dcmqi is not installed: pip install dcmqi")
+@pytest.mark.parametrize("label_map", [False, True])
+@pytest.mark.parametrize("source", ["plain", "tilted", "uneven"])
+def test_dcmqi_reads_voxels_names_codes_and_colours_without_a_warning(
+    tmp_path: Path, source: str, label_map: bool
+) -> None:
+    nrrd = pytest.importorskip("nrrd", reason="pynrrd is not installed")
+    volume = series(tmp_path, source)
+    masks = masks_of(volume)
+    save_dicom_seg(volume, masks, tmp_path / "seg.dcm", label_map=label_map)
+    command = [DCMQI, "--inputDICOM", tmp_path / "seg.dcm", "--outputDirectory", tmp_path, "--prefix", "read"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("W:", "E:"))]
+    layers = [nrrd.read(str(file)) for file in sorted(tmp_path.glob("read-*.nrrd"))]
+    wanted = in_file(volume, masks)
+    if label_map:
+        wanted = {name: on_top(wanted) == number for number, name in enumerate(wanted, start=1)}
+    for number, mask in enumerate(wanted.values(), start=1):
+        found = np.any([layer == number for layer, _ in layers], axis=0).transpose(2, 1, 0)
+        assert found.sum() == mask.sum()
+        if source == "plain":
+            assert np.array_equal(found, mask)
+    assert layers[0][1]["space origin"].tolist() == pydicom.dcmread(volume.source.dicom_files[0]).ImagePositionPatient
+    groups = json.loads((tmp_path / "read-meta.json").read_text())["segmentAttributes"]
+    described = {one["labelID"]: one for group in groups for one in group}
+    assert [described[number]["SegmentLabel"] for number in (1, 2, 3, 4)] == list(masks)
+    assert [tuple(described[number + 1]["recommendedDisplayRGBValue"]) for number in range(4)] == [
+        rgb(number) for number in range(4)
+    ]
+    assert described[1]["SegmentedPropertyTypeCodeSequence"]["CodeValue"] == "10200004"
+    assert described[2]["SegmentedPropertyTypeModifierCodeSequence"]["CodeMeaning"] == "Right"
 
 
 TEXTS = {

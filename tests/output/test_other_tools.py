@@ -199,7 +199,10 @@ def test_monai_gets_channel_first_and_the_affine(tmp_path: Path) -> None:
     assert np.allclose(found.affine, wanted.affine, atol=1e-5)
 
 
-@pytest.mark.parametrize(("output_type", "file"), [("nrrd", "masks.seg.nrrd"), ("rtstruct", "rtstruct.dcm")])
+FILES = [("nrrd", "masks.seg.nrrd"), ("dicom-seg-labelmap", "masks_labelmap.dcm"), ("rtstruct", "rtstruct.dcm")]
+
+
+@pytest.mark.parametrize(("output_type", "file"), FILES)
 def test_a_study_is_saved_as_other_programs_take_it(
     tmp_path: Path, untrained: Path, output_type: str, file: str
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ def save_dicom_seg(
     masks: dict[str, np.ndarray],
     path: Path,
     *,
+    label_map: bool = False,
     seed: str | None = None,
     origin: Origin | None = None,
 ) -> list[str]:
-    """Write a binary DICOM SEG with a segment per mask, on the frames of the source series.
+    """Write a DICOM SEG with a segment per mask, on the frames of the source series.
 
     What the standard allows is repaired: an absent UID of the study, the series or the
     frame of reference becomes one that is derived from the files, a date,
@@ -50,11 +51,13 @@ def save_dicom_seg(
         volume: read from a DICOM file or folder whose files are still there.
         masks: {name: bool (depth, height, width)} on the volume's grid.
         path: the file to write.
+        label_map: a frame a slice with the number of a segment in each voxel (Supplement 243) instead of a binary frame for
+            each segment and slice. Where masks share a voxel, the later one has it.
         seed: what was asked of which model, as text: the same seed and scan give the same UIDs; None gives new ones.
         origin: the model, which is named as the algorithm.
 
     Returns:
-        What was repaired, a sentence each.
+        What was repaired or left out, a sentence each.
 
     Raises:
         CTInstructError: where the scan is no DICOM on disk, highdicom is not installed, or the SEG cannot be written.
@@ -64,8 +67,12 @@ def save_dicom_seg(
     with writing(volume, "DICOM SEG"):
         frames, elements = source_frames(volume, notes)
         instances = [frame.sop_instance for frame in frames]
-        uids = tuple(derived_uid(seed, purpose, *instances) for purpose in ("segmentation series", "segmentation"))
-        _write(volume, masks, frames, elements, path, uids, origin)
+        what = "label map" if label_map else "segmentation"
+        uids = tuple(derived_uid(seed, purpose, *instances) for purpose in (f"{what} series", what))
+        covered = _write(volume, masks, frames, elements, path, uids, origin, label_map)
+    if covered:
+        names = ", ".join(covered)
+        notes.append(f"The DICOM label map holds one structure a voxel: later ones cover voxels of {names}.")
     return notes
 
 
@@ -86,35 +93,27 @@ def _write(
     path: Path,
     uids: tuple[str, ...],
     origin: Origin | None,
-) -> None:
-    """Write the file: what highdicom makes of one frame a segment, with the items and pixels of all frames in its place.
+    label_map: bool,
+) -> list[str]:
+    """Write the file: what highdicom makes of one frame, with the items and pixels of all frames in its place.
 
     highdicom and pydicom take some milliseconds a frame, and a scan has thousands of them. Their parts are encoded once a
     slice and once a segment here, and the masks are gone through once.
-    """
-    rows, columns = elements["Rows"], elements["Columns"]
-    shown: list[tuple[int, int]] = []  # segment and slice of each frame
-    packed: list[bytes] = []
-    rest = np.zeros(0, dtype=bool)  # frames follow each other without padding to whole bytes
-    seen = np.zeros((len(frames), rows, columns), dtype=bool)
-    overlap = False
-    for segment, mask in enumerate(masks.values()):
-        grid = stored(volume, mask).transpose(2, 1, 0)
-        for k, inside in enumerate(grid):
-            if not inside.any():
-                continue
-            shown.append((segment, k))
-            overlap = overlap or bool((seen[k] & inside).any())
-            seen[k] |= inside
-            bits = np.concatenate([rest, inside.ravel()])
-            whole = len(bits) // 8 * 8
-            packed.append(np.packbits(bits[:whole], bitorder="little").tobytes())
-            rest = bits[whole:]
-    if not shown:  # a file has a frame at least
-        shown, rest = [(segment, 0) for segment in range(len(masks))], np.zeros(len(masks) * rows * columns, dtype=bool)
-    packed.append(np.packbits(rest, bitorder="little").tobytes())
 
-    dataset = _dataset(masks, frames[shown[0][1]], elements, uids, origin)
+    Returns:
+        The masks that others cover in part in a label map.
+    """
+    grids = (stored(volume, mask).transpose(2, 1, 0) for mask in masks.values())
+    shape = (len(frames), elements["Rows"], elements["Columns"])
+    covered: list[str] = []
+    if label_map:
+        labels, numbers = _labels(grids, shape, len(masks))
+        covered = [name for number, name in enumerate(masks, start=1) if number in numbers]
+        shown = [(0, k) for k in range(len(frames)) if labels[k].any()] or [(0, 0)]
+        pixels, overlap = b"".join(labels[k].tobytes() for _, k in shown), False
+    else:
+        shown, pixels, overlap = _bits(grids, shape, len(masks))
+    dataset = _dataset(masks, frames[shown[0][1]], elements, uids, origin, label_map)
     dataset.NumberOfFrames = len(shown)
     dataset.SegmentsOverlap = "YES" if overlap else "NO"
     if volume.source.resampling is None and len(frames) > 1:
@@ -132,18 +131,61 @@ def _write(
     groups = list(dataset.PerFrameFunctionalGroupsSequence)
     del dataset.PerFrameFunctionalGroupsSequence, dataset.PixelData
     items = _items(groups, shown, slices, frames)
-    pixels = b"".join(packed)
     pixels += b"\0" * (len(pixels) % 2)
     dataset.save_as(path)
     with open(path, "ab") as stream:  # these two elements have the highest tags
         stream.write(struct.pack("<HH2sHI", 0x5200, 0x9230, b"SQ", 0, len(items)) + items)
-        stream.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, len(pixels)) + pixels)
+        vr = b"OB" if dataset.BitsAllocated <= 8 else b"OW"
+        stream.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, vr, 0, len(pixels)) + pixels)
+    return covered
+
+
+def _bits(
+    grids: Iterable[np.ndarray], shape: tuple[int, int, int], count: int
+) -> tuple[list[tuple[int, int]], bytes, bool]:
+    """Segment and slice of each frame, the frames as bits, and whether two segments share a voxel.
+
+    Args:
+        grids: bool [slice, row, column] of each segment.
+        shape: of a grid.
+        count: of segments.
+    """
+    shown: list[tuple[int, int]] = []
+    packed: list[bytes] = []
+    rest = np.zeros(0, dtype=bool)  # frames follow each other without padding to whole bytes
+    seen = np.zeros(shape, dtype=bool)
+    overlap = False
+    for segment, grid in enumerate(grids):
+        for k, inside in enumerate(grid):
+            if not inside.any():
+                continue
+            shown.append((segment, k))
+            overlap = overlap or bool((seen[k] & inside).any())
+            seen[k] |= inside
+            bits = np.concatenate([rest, inside.ravel()])
+            whole = len(bits) // 8 * 8
+            packed.append(np.packbits(bits[:whole], bitorder="little").tobytes())
+            rest = bits[whole:]
+    if not shown:  # a file has a frame at least
+        shown, rest = [(segment, 0) for segment in range(count)], np.zeros(count * shape[1] * shape[2], dtype=bool)
+    packed.append(np.packbits(rest, bitorder="little").tobytes())
+    return shown, b"".join(packed), overlap
+
+
+def _labels(grids: Iterable[np.ndarray], shape: tuple[int, int, int], count: int) -> tuple[np.ndarray, set[int]]:
+    """The number of a segment in each voxel [slice, row, column], and the numbers of which later ones cover voxels."""
+    labels = np.zeros(shape, np.min_scalar_type(count))
+    covered: set[int] = set()
+    for number, grid in enumerate(grids, start=1):
+        covered.update(np.flatnonzero(np.bincount(labels[grid])).tolist())
+        labels[grid] = number
+    return labels, covered
 
 
 def _items(
     groups: Sequence[Any], shown: Sequence[tuple[int, int]], slices: Sequence[int], frames: Sequence[Frame]
 ) -> bytes:
-    """The items of PerFrameFunctionalGroupsSequence, of `groups`, a frame of each segment, for the frames that are shown."""
+    """The items of PerFrameFunctionalGroupsSequence for the frames that are shown, each made from one of `groups`."""
     derivation, content, position = (
         tag_for_keyword(f"{name}Sequence") for name in ("DerivationImage", "FrameContent", "PlanePosition")
     )
@@ -164,7 +206,7 @@ def _items(
     parts = []
     for segment, k in shown:
         frame = groups[segment].FrameContentSequence[0]
-        frame.DimensionIndexValues = [*frame.DimensionIndexValues[:-1], ranks[k]]
+        frame.DimensionIndexValues = [*np.atleast_1d(frame.DimensionIndexValues)[:-1].tolist(), ranks[k]]
         pieces = by_slice[k] | by_segment[segment] | {content: _encoded(groups[segment], content)}
         body = b"".join(pieces[tag] for tag in sorted(pieces))
         parts.append(struct.pack("<HHI", 0xFFFE, 0xE000, len(body)) + body)
@@ -180,15 +222,22 @@ def _encoded(dataset: pydicom.Dataset, tag: Any) -> bytes:
 
 
 def _dataset(
-    masks: dict[str, np.ndarray], first: Frame, elements: dict[str, Any], uids: tuple[str, ...], origin: Origin | None
+    masks: dict[str, np.ndarray],
+    first: Frame,
+    elements: dict[str, Any],
+    uids: tuple[str, ...],
+    origin: Origin | None,
+    label_map: bool,
 ) -> Any:
-    """A segmentation with one frame a segment, all on one slice."""
+    """A segmentation with one frame a segment, or one of a label map, all on one slice."""
     import highdicom as hd
 
+    types = hd.seg.SegmentationTypeValues
+    shape = (1, elements["Rows"], elements["Columns"])
     dataset = hd.seg.Segmentation(
         source_images=[plain_image(first, elements)],
-        pixel_array=np.ones((1, elements["Rows"], elements["Columns"], len(masks)), dtype=bool),
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        pixel_array=np.ones(shape, np.uint8) if label_map else np.ones((*shape, len(masks)), dtype=bool),
+        segmentation_type=types.LABELMAP if label_map else types.BINARY,
         segment_descriptions=[_description(number, name, origin) for number, name in enumerate(masks, start=1)],
         series_instance_uid=uids[0],
         series_number=900,
@@ -202,6 +251,7 @@ def _dataset(
         specific_character_set="ISO_IR 192",
         transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
+    dataset.ContentCreatorName = None  # no person; it may be empty, not absent
     dataset.CodingSchemeIdentificationSequence = [private_scheme()]
     return dataset
 

@@ -1,7 +1,7 @@
 """Names of what results can be written as; imports nothing, since the command line's help needs them."""
 
 # in the order of writing: DICOM SR and FHIR refer to the masks' files
-OUTPUT_TYPES = ("nifti", "nrrd", "dicom-seg", "rtstruct", "dicom-sr", "fhir")
+OUTPUT_TYPES = ("nifti", "nrrd", "dicom-seg", "dicom-seg-labelmap", "rtstruct", "dicom-sr", "fhir")
 WITHOUT_MASKS = ("dicom-sr", "fhir")  # written where there is only text or a probability, too
 
 

@@ -128,6 +128,13 @@ def _write_dicom_seg(
     return dict.fromkeys(masks, ""), notes
 
 
+def _write_dicom_label_map(
+    job: Job, masks: dict[str, np.ndarray], path: Path, multi_label: bool
+) -> tuple[dict[str, str], list[str]]:
+    notes = save_dicom_seg(job.volume, masks, path, label_map=True, seed=job.seed, origin=job.origin)
+    return dict.fromkeys(masks, ""), notes
+
+
 def _write_rtstruct(
     job: Job, masks: dict[str, np.ndarray], path: Path, multi_label: bool
 ) -> tuple[dict[str, str], list[str]]:
@@ -161,6 +168,7 @@ WRITERS: dict[str, tuple[Write, str]] = {
     "nifti": (_write_nifti, "masks"),
     "nrrd": (_write_nrrd, "masks.seg.nrrd"),
     "dicom-seg": (_write_dicom_seg, "masks.dcm"),
+    "dicom-seg-labelmap": (_write_dicom_label_map, "masks_labelmap.dcm"),
     "rtstruct": (_write_rtstruct, "rtstruct.dcm"),
     "dicom-sr": (_write_dicom_sr, "dicom_sr"),
     "fhir": (_write_fhir, "fhir.json"),
@@ -168,6 +176,7 @@ WRITERS: dict[str, tuple[Write, str]] = {
 # raises CTInstructError for a scan that cannot have the type
 _CHECKS: dict[str, Callable[[CTVolume], None]] = {
     "dicom-seg": check_dicom_seg,
+    "dicom-seg-labelmap": check_dicom_seg,
     "rtstruct": check_rtstruct,
     "dicom-sr": check_dicom_sr,
     "fhir": check_fhir,

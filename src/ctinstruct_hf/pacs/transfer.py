@@ -14,7 +14,7 @@ from . import dicomweb, dimse
 from .addresses import DIMSE, Address, is_address, parse_address
 
 # what is sent: DICOM objects, in the order in which one refers to another
-SENT_TYPES = ("dicom-seg", "rtstruct", "dicom-sr")
+SENT_TYPES = ("dicom-seg", "dicom-seg-labelmap", "rtstruct", "dicom-sr")
 
 
 @contextmanager
