@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 from datasets import Dataset, DatasetDict
 from datasets_on_disk import nifti, nnunet, table
 from PIL import Image
@@ -18,6 +19,7 @@ from ctinstruct_hf.data.importing import import_own
 from ctinstruct_hf.data.prepared import export_jsonl, iterate
 from ctinstruct_hf.data.reading import open_mask, open_volume
 from ctinstruct_hf.data.samples import AlignmentSample, InstructionSample, from_row, text_of
+from ctinstruct_hf.data.sources.own_folder import scans_with_masks
 
 
 def imported(
@@ -217,6 +219,65 @@ def structures_in_names_of_files(raw: Path) -> None:
         nifti(raw / "labels" / f"{case}_liver.nii.gz", (1,))
         nifti(raw / "labels" / f"{case}_kidney_left_mask.nii.gz", (0, 1))
     (raw / "a.txt").write_text("Normal.")
+
+
+LAYOUTS = {  # as the sets of the paper's first footnote have them: a scan, and its label map
+    "ATM22": ("imagesTr/{}_0000.nii.gz", "labelsTr/{}_0000.nii.gz"),
+    "BTCV": ("img/img000{}.nii.gz", "label/label000{}.nii.gz"),
+    "FLARE22": ("images/{}_0000.nii.gz", "labels/{}.nii.gz"),
+    "KiTS23": ("case_{}/imaging.nii.gz", "case_{}/segmentation.nii.gz"),
+    "MM-WHS": ("ct_train/ct_train_{}_image.nii.gz", "ct_train/ct_train_{}_label.nii.gz"),
+    "RibFrac": ("images/RibFrac{}-image.nii.gz", "labels/RibFrac{}-label.nii.gz"),
+    "SegTHOR": ("Patient_{0}/Patient_{0}.nii.gz", "Patient_{}/GT.nii.gz"),
+    "SEGA": ("Dongyang/D{0}/D{0}.nrrd", "Dongyang/D{0}/D{0}.seg.nrrd"),
+    "PARSE22": ("train/PA{0}/image/PA{0}.nii.gz", "train/PA{0}/label/PA{0}.nii.gz"),
+    "KIPA22": ("train/image/case_{}.nii.gz", "train/label/case_{}.nii.gz"),
+    "LUNA16": ("subset0/1.3.6.{}.mhd", "seg-lungs-LUNA16/1.3.6.{}.mhd"),
+    "LNDb": ("data0/LNDb-000{}.mhd", "masks/LNDb-000{}_label.mhd"),
+    "one name in two folders": ("clinic{}/images/a.nii.gz", "clinic{}/masks/a.nii.gz"),
+    "names within names": ("{}.nii.gz", "{}_seg.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scans_find_their_label_maps_in_layouts_as_published(tmp_path: Path, layout: str) -> None:
+    numbers = ("1", "1_2") if layout == "names within names" else ("1", "2")
+    pairs = [tuple(tmp_path / name.format(number) for name in LAYOUTS[layout]) for number in numbers]
+    for path in (path for pair in pairs for path in pair):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "labels.json").write_text(json.dumps({"one": 1, "two": 2, "either": []}))
+    found = list(scans_with_masks(tmp_path))
+    assert {(case.images[0].path, mask.path) for case in found for mask in case.masks} == {
+        (str(scan), str(mask)) for scan, mask in pairs
+    }
+    assert [[(mask.name, mask.values) for mask in case.masks] for case in found] == [
+        [("one", [1]), ("two", [2]), ("either", [])]
+    ] * 2
+    assert len({case.id for case in found}) == 2
+
+
+def test_scans_and_label_maps_may_be_nrrd(tmp_path: Path) -> None:
+    for name, labels in (("d", ()), ("d.seg", (1, 2))):
+        nifti(tmp_path / "x.nii.gz", labels)
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        sitk.WriteImage(sitk.ReadImage(str(tmp_path / "x.nii.gz")), str(tmp_path / "mine" / f"{name}.nrrd"))
+    (tmp_path / "mine" / "labels.json").write_text(json.dumps({"aorta": 2, "vessels": [], "cyst": 3}))
+    (sample,), _, _ = imported(tmp_path / "mine", tmp_path / "set")
+    volume = open_volume(sample.image)
+    assert {mask.name: int(open_mask(mask, volume).sum()) for mask in sample.masks} == {"aorta": 80, "vessels": 160, "cyst": 0}  # fmt: skip
+
+
+def test_a_mask_of_two_scans_is_refused_and_a_scan_without_masks_says_nothing_of_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        nifti(tmp_path / "mine" / name / "x.nii.gz")
+    nifti(tmp_path / "mine" / "masks" / "x_liver.nii.gz", (1,))
+    with pytest.raises(CTInstructError, match=r"x_liver\.nii\.gz could belong to x\.nii\.gz"):
+        import_own(tmp_path / "mine", tmp_path / "set")
+    (tmp_path / "mine" / "b" / "x.nii.gz").rename(tmp_path / "mine" / "b" / "y.nii.gz")
+    (tmp_path / "mine" / "b" / "y.txt").write_text("Normal.")
+    alignment, _, _ = imported(tmp_path / "mine", tmp_path / "set")
+    assert {sample.id: [mask.name for mask in sample.masks] for sample in alignment} == {"a/x": ["liver"], "b/y": []}
 
 
 @pytest.mark.parametrize("make", [

@@ -210,12 +210,17 @@ def test_rp3d_and_m3d(tmp_path: Path) -> None:
     volume = open_volume(instructions[0].images[0])
     assert volume.shape == (4, 10, 12)
     assert (volume.hu.min(), volume.hu[0, 0, 0]) == (-1000, -1000)
+    np.save(raw / "b.npy", ramp[..., :1])
     (raw / "captions.json").write_text(
-        json.dumps([{"npy_path": "a.npy", "finding": "A cyst.", "impression": "Benign."}])
+        json.dumps([{"npy_path": ["a.npy", "b.npy"], "finding": "A cyst.", "impression": "Benign."}])
     )
     (raw / "radiology_train.csv").unlink()
     alignment, instructions, _ = prepared("rp3d_cap", raw, tmp_path / "2")
-    assert alignment[0].texts == ["A cyst.", "Benign."]
+    assert [(Path(sample.image.path).name, sample.texts) for sample in alignment] == [
+        ("a.npy", ["A cyst.", "Benign."]), ("b.npy", ["A cyst.", "Benign."])
+    ]  # fmt: skip
+    assert len({sample.id for sample in alignment}) == 2
+    assert all(len(sample.images) == 2 for sample in instructions)
     assert {sample.task for sample in instructions} == {"report", "caption"}
 
     m3d = tmp_path / "m3d"
@@ -234,6 +239,34 @@ def test_rp3d_and_m3d(tmp_path: Path) -> None:
     _, instructions, problems = prepared("m3d_vqa", m3d, tmp_path / "4")
     assert [sample.answers for sample in instructions] == [["lung (B)"], ["Lung"]]
     assert (instructions[0].split, len(problems)) == ("test", 1)
+
+
+@pytest.mark.parametrize(("below", "ending"), [("full", "_nlp"), ("", "")])
+def test_inspect(tmp_path: Path, below: str, ending: str) -> None:
+    base = tmp_path / "raw" / below
+    for name in ("PE1", "PE2"):
+        nifti(base / "CTPA" / f"{name}.nii.gz")
+    ids = [1, 2, 3, 4]
+    table(base / "study_mapping_20250611.tsv", [
+        {"impression_id": id, "image_id": f"PE{id}", "person_id": 70 + id, "procedure_DATETIME": "2015-03-01"} for id in [*ids, 1]
+    ], "\t")  # fmt: skip
+    table(base / "splits_20250611.tsv", [{"impression_id": id, "split": ("train", "valid", "test")[id - 1]} for id in ids[:3]], "\t")  # fmt: skip
+    table(base / "impressions_20250611.tsv", [{"impression_id": id, "impressions": "No embolism."} for id in ids], "\t")
+    table(base / "labels_20250611.tsv", [
+        {"impression_id": id, f"pe_positive{ending}": "True", f"pe_acute{ending}": "False", f"pe_subsegmentalonly{ending}": "",
+         "12_month_mortality": "Censored"} for id in ids
+    ], "\t")  # fmt: skip
+    alignment, instructions, problems = prepared("inspect", tmp_path / "raw", tmp_path)
+    assert [(sample.id, sample.split, sample.patient) for sample in alignment] == [
+        ("inspect/PE1", "train", "71"), ("inspect/PE2", "validation", "72")
+    ]  # fmt: skip
+    assert [(label.name, label.value) for label in alignment[0].labels] == [
+        ("pulmonary embolism", 1), ("acute pulmonary embolism", 0), ("subsegmental pulmonary embolism only", -1)
+    ]  # fmt: skip
+    assert alignment[0].texts == ["No embolism."]
+    assert "diagnosis" in {sample.task for sample in instructions}
+    assert {problem["id"] for problem in problems} == {"inspect/PE3", "PE4"}
+    assert "2015" not in json.dumps([*problems, *map(str, alignment), *map(str, instructions)])
 
 
 def test_totalsegmentator(tmp_path: Path) -> None:

@@ -14,18 +14,23 @@ from .samples import AlignmentSample, InstructionSample, parts_of
 from .tasks import TASKS
 
 
-def to_alignment(case: Case) -> AlignmentSample:
-    """Whatever of texts, labels and masks the case has; structures that it labels but lacks have an empty mask."""
+def to_alignment(case: Case, number: int = 0) -> AlignmentSample:
+    """One image with whatever of texts, labels and masks the case has; structures that it labels but lacks have an empty mask.
+
+    Args:
+        case: its texts are about all of its images, its labels and masks about the first.
+        number: of the image.
+    """
     texts = [case.texts[name] for name in ("report", "findings", "impression", "caption") if case.texts.get(name)]
     return AlignmentSample(
-        id=case.id,
-        image=case.images[0],
+        id=f"{case.id}/{number}" if number else case.id,
+        image=case.images[number],
         split=case.split,
         source=case.source,
         patient=case.patient,
         texts=list(dict.fromkeys(texts)),
-        labels=list(case.labels),
-        masks=[*case.masks, *(MaskRef(name) for name in case.absent)],
+        labels=[] if number else list(case.labels),
+        masks=[] if number else [*case.masks, *(MaskRef(name) for name in case.absent)],
         meta=_known_meta(case),
     )
 

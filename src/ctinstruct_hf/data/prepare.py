@@ -61,14 +61,14 @@ def finish(found: Case | InstructionSample, options: PrepareOptions) -> dict[str
                 open_volume(image)
         if found.masks:
             _keep_present(found)
-        alignment = to_alignment(found)
-        rows: dict[str, Any] = {
-            "instructions": [to_row(one) for one in to_instructions(found, options.seed, options.segmentations)]
+        aligned = [one for number in range(len(found.images)) if (one := to_alignment(found, number)).grains]
+        for one in aligned:
+            one.check()
+        rows = {
+            "instructions": [to_row(one) for one in to_instructions(found, options.seed, options.segmentations)],
+            "alignment": [to_row(one) for one in aligned],
         }
-        if alignment.grains:
-            alignment.check()
-            rows["alignment"] = [to_row(alignment)]
-        elif not rows["instructions"]:
+        if not any(rows.values()):
             raise CTInstructError(
                 f"{found.id} has no text, no known label, no mask and no question: nothing to learn from."
             )

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
 from ...errors import CTInstructError
 from ..cases import Case, ImageRef, MaskRef
 from ..names import distinct
-from .common import Problem, nifti_name, niftis, read_json, read_table
+from .common import Problem, read_json, read_table
 from .segmentations import nnunet
 
-_SCANS = {"ct", "image", "scan", "volume", "img"}  # names that say what a file is, not whose
-_MASKS = {"seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels", "labelmap", "annotation",
-          "annotations", "labelstr"}  # fmt: skip
+# what a file or folder is, not whose
+_SCANS = {"ct", "image", "images", "imagestr", "imaging", "img", "scan", "scans", "volume", "volumes", "data", "0000"}
+_MASKS = {"seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels", "labelstr", "labelmap",
+          "annotation", "annotations", "gt"}  # fmt: skip
+_BETWEEN = re.compile(r"([_\-. ]+)")
+_ENDINGS = re.compile(r"\.(nii(\.gz)?|nrrd|mha|mhd)$", re.IGNORECASE)
 _NAMES = ("labels.json", "label_names.json", "names.json", "dataset.json", "labels.csv", "names.csv")
 
 
@@ -38,81 +43,100 @@ def scans_with_masks(folder: Path) -> Iterator[Case | Problem]:
                 found.split = ""
             yield found
         return
-    files = [path for path in niftis(folder, "**/*.nii*") if not path.name.startswith(".")]
-    scans = [path for path in files if not _is_mask(path, folder)]
+    files = sorted(path for path in folder.rglob("*") if _ENDINGS.search(path.name) and not path.name.startswith("."))
+    generic = {path.parent for path in files if _stem(path).lower() in _SCANS}  # folders of one scan and its masks
+    scans = [path for path in files if not _is_mask(path, folder, path.parent in generic)]
     if not scans:
-        raise CTInstructError(f"{folder} has no NIfTI scan: masks lie in a folder 'masks', or are called a_seg.nii.gz.")
-    masks = {scan: _masks_of(scan, [path for path in files if path not in scans], scans) for scan in scans}
-    taken = {path for group in masks.values() for path in group}
-    for path in files:
-        if path not in taken and path not in scans:
+        raise CTInstructError(
+            f"{folder} has no scan as NIfTI, NRRD or MetaImage: masks lie in a folder 'masks', or are called a_seg.nii.gz."
+        )
+    masks: dict[Path, dict[Path, str]] = {scan: {} for scan in scans}
+    for path in sorted(set(files) - set(scans)):
+        found = _scan_of(path, scans)
+        if found is None:
             yield Problem(path.relative_to(folder).as_posix(), f"{path.name} belongs to no scan of {folder.name}")
+        else:
+            masks[found[0]][path] = found[1]
     labelled = {path: _structures(path, name, folder) for group in masks.values() for path, name in group.items()}
     ours = distinct((name for values in labelled.values() for name in values), keep_plain=True)
     for scan, group in masks.items():
         name = _case_name(scan, folder)
-        case = Case(name, [ImageRef(str(scan.absolute()))], "", folder.name, name, structures=list(ours.values()))
+        case = Case(name, [ImageRef(str(scan.absolute()))], "", folder.name, name)
         case.masks = [
             MaskRef(ours[structure], str(path.absolute()), values)
             for path in group
             for structure, values in labelled[path].items()
         ]
-        report = next((path for path in (scan.parent / f"{nifti_name(scan)}.txt", scan.parent / "report.txt") if path.is_file()), None)  # fmt: skip
+        case.structures = [mask.name for mask in case.masks]
+        reports = (scan.parent / f"{one}.txt" for one in (_stem(scan), _whose(scan), "report"))
+        report = next((path for path in reports if path.is_file()), None)
         if report is not None:
             case.texts["report"] = report.read_text(encoding="utf-8").strip()
         yield case
 
 
-def _words(path: Path) -> list[str]:
-    return re.split(r"[_\-. ]+", nifti_name(path).lower())
+def _stem(path: Path) -> str:
+    return _ENDINGS.sub("", path.name)
 
 
-def _is_mask(path: Path, folder: Path) -> bool:
-    words = _words(path)
-    if (
-        _MASKS & {part.lower() for part in path.relative_to(folder).parts[:-1]}
-        or words[-1] in _MASKS
-        or words[0] in _MASKS
-    ):
+@cache
+def _whose(path: Path) -> str:
+    """A file's name without what says that it is a scan or a mask: of img0001, 0001_label and 0001 this is 0001."""
+    words = _SCANS | _MASKS
+    stem = re.sub(r"^([A-Za-z]+)(?=\d)", lambda found: "" if found[1].lower() in words else found[1], _stem(path))
+    parts = _BETWEEN.split(stem)
+    while parts and (parts[0].lower() in words or not parts[0]):
+        parts = parts[2:]
+    while parts and (parts[-1].lower() in words or not parts[-1]):
+        parts = parts[:-2]
+    return "".join(parts)
+
+
+def _is_mask(path: Path, folder: Path, beside_a_scan: bool) -> bool:
+    words = _BETWEEN.split(re.sub(r"\d+$", "", _stem(path).lower()))
+    if {words[0], words[-1]} & _MASKS:
         return True
-    beside = {nifti_name(other).lower() for other in niftis(path.parent)}
-    return bool(_SCANS & beside) and nifti_name(path).lower() not in _SCANS
+    if beside_a_scan:
+        return _stem(path).lower() not in _SCANS
+    parts = [_BETWEEN.split(part.lower())[0] for part in reversed(path.relative_to(folder).parts[:-1])]
+    return next((part in _MASKS for part in parts if part in _SCANS | _MASKS), False)
 
 
 def _case_name(scan: Path, folder: Path) -> str:
     """Whose scan it is: its file's name, or its folder's where all are called ct.nii.gz."""
-    name = re.sub(r"_0000$", "", nifti_name(scan))
-    parent = scan.parent.relative_to(folder).as_posix()
-    if name.lower() not in _SCANS:
-        return (
-            name if parent == "." or scan.parent.name.lower() in ("images", "scans", "imagestr") else f"{parent}/{name}"
+    parts = [part for part in scan.parent.relative_to(folder).parts if part.lower() not in _SCANS]
+    name = re.sub(r"_0000$", "", _stem(scan)) if _whose(scan) else ""
+    if name and parts[-1:] != [name]:
+        parts.append(name)
+    return "/".join(parts) or folder.name
+
+
+def _scan_of(mask: Path, scans: list[Path]) -> tuple[Path, str] | None:
+    """The scan that a mask belongs to, and what its name says of the structure: "" for a label map.
+
+    Raises:
+        CTInstructError: where it could be of several scans.
+    """
+    found: list[tuple[tuple[int, int], Path, str]] = []
+    stem = _whose(mask)
+    for scan in scans:
+        name = _whose(scan)
+        near = len(Path(commonpath((scan, mask))).parts)
+        if not name and mask.is_relative_to(scan.parent):  # whatever lies in its folder
+            found.append(((0, near), scan, stem))
+        elif name and (stem == name or mask.parent.name == name != scan.parent.name):
+            found.append(((len(name), near), scan, "" if stem == name else stem))
+        elif name and stem.startswith(name) and _BETWEEN.match(stem[len(name) :]):
+            found.append(((len(name), near), scan, _BETWEEN.sub("", stem[len(name) :], 1)))
+        elif not stem and scan.parent == mask.parent:
+            found.append(((0, near), scan, ""))
+    best = max((rank for rank, _, _ in found), default=None)
+    nearest = [(scan, structure) for rank, scan, structure in found if rank == best]
+    if len(nearest) > 1:
+        raise CTInstructError(
+            f"{mask.name} could belong to {nearest[0][0].name} or {nearest[1][0].name} in {mask.parent.name}: name it after one."
         )
-    return folder.name if parent == "." else parent
-
-
-def _masks_of(scan: Path, masks: list[Path], scans: list[Path]) -> dict[Path, str]:
-    """{mask file: what its name says of the structure, "" for a label map}."""
-    name = nifti_name(scan)
-    found: dict[Path, str] = {}
-    if name.lower() in _SCANS:  # whatever lies in its folder
-        return {path: _structure(nifti_name(path)) for path in masks if path.is_relative_to(scan.parent)}
-    name = re.sub(r"_0000$", "", name)
-    longer = [one for other in scans if (one := re.sub(r"_0000$", "", nifti_name(other))).startswith(f"{name}_")]
-    for path in masks:
-        stem = nifti_name(path)
-        if path.parent.name == name and path.parent != scan.parent:
-            found[path] = _structure(stem)
-        elif any(stem == one or stem.startswith(f"{one}_") for one in longer):
-            continue
-        elif stem == name or re.fullmatch(rf"{re.escape(name)}[_\-.].+", stem):
-            found[path] = _structure(stem[len(name) :].strip("_-. "))
-    return found
-
-
-def _structure(name: str) -> str:
-    """The structure that a file is named after; "" where it is only called a mask."""
-    words = [word for word in re.split(r"[_\-. ]+", name) if word.lower() not in _MASKS]
-    return "_".join(words)
+    return nearest[0] if nearest else None
 
 
 def _structures(path: Path, name: str, folder: Path) -> dict[str, list[int]]:
@@ -129,7 +153,7 @@ def _structures(path: Path, name: str, folder: Path) -> dict[str, list[int]]:
 
 def _listed_beside(path: Path, folder: Path, strict: bool) -> dict[str, list[int]]:
     """Names of a label map: of a file called like it, else of one for all in its folder or above."""
-    stem = nifti_name(path)
+    stem = _stem(path)
     mine = [
         path.parent / f"{stem}{end}" for end in (".json", "_names.json", "_names.csv", "_labels.json", "_labels.csv")
     ]
