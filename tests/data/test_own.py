@@ -232,6 +232,10 @@ LAYOUTS = {  # as the sets of the paper's first footnote have them: a scan, and 
     "SEGA": ("Dongyang/D{0}/D{0}.nrrd", "Dongyang/D{0}/D{0}.seg.nrrd"),
     "PARSE22": ("train/PA{0}/image/PA{0}.nii.gz", "train/PA{0}/label/PA{0}.nii.gz"),
     "KIPA22": ("train/image/case_{}.nii.gz", "train/label/case_{}.nii.gz"),
+    "CT-Pelvic": (
+        "dataset6_data/dataset6_CLINIC_000{}_data.nii.gz",
+        "dataset6_mask/dataset6_CLINIC_000{}_mask_4label.nii.gz",
+    ),
     "LUNA16": ("subset0/1.3.6.{}.mhd", "seg-lungs-LUNA16/1.3.6.{}.mhd"),
     "LNDb": ("data0/LNDb-000{}.mhd", "masks/LNDb-000{}_label.mhd"),
     "one name in two folders": ("clinic{}/images/a.nii.gz", "clinic{}/masks/a.nii.gz"),

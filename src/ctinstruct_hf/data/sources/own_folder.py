@@ -25,7 +25,7 @@ from .segmentations import nnunet
 # what a file or folder is, not whose
 _SCANS = {"ct", "image", "images", "imagestr", "imaging", "img", "scan", "scans", "volume", "volumes", "data", "0000"}
 _MASKS = {"seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels", "labelstr", "labelmap",
-          "annotation", "annotations", "gt"}  # fmt: skip
+          "annotation", "annotations", "gt", "4label"}  # fmt: skip
 _BETWEEN = re.compile(r"([_\-. ]+)")
 _ENDINGS = re.compile(r"\.(nii(\.gz)?|nrrd|mha|mhd)$", re.IGNORECASE)
 _NAMES = ("labels.json", "label_names.json", "names.json", "dataset.json", "labels.csv", "names.csv")
