@@ -12,7 +12,7 @@ from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.evaluation.emission import as_asked, tokens_of_names
 from ctinstruct_hf.evaluation.predictions import Predictions, Record, parse_record
 from ctinstruct_hf.evaluation.scoring import score_predictions
-from ctinstruct_hf.evaluation.tables import own_table
+from ctinstruct_hf.evaluation.tables import task_table
 
 KNOWN = ["left lung", "right lung", "lung", "liver", "spleen"]
 
@@ -74,7 +74,7 @@ def test_dice_and_auc_are_over_what_was_emitted(tmp_path: Path) -> None:
     assert diagnosis.metrics["emitted"].mean == 0.75
     assert diagnosis.metrics["auc"].mean == 1.0
     assert diagnosis.metrics["free_auc"].mean == 0.0
-    assert own_table("segmentation", "", [scores]).header[-2:] == ["Emitted", "Free Dice"]
+    assert task_table("segmentation", "", [scores]).header[-2:] == ["Emitted", "Free Dice"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from ctinstruct_hf.evaluation import metrics
 from ctinstruct_hf.evaluation.predictions import SCORED_TASKS, Predictions, Record
 from ctinstruct_hf.evaluation.scoring import score_predictions
-from ctinstruct_hf.evaluation.tables import own_table
+from ctinstruct_hf.evaluation.tables import task_table
 
 MINE = """
 from ctinstruct_hf.evaluation.metric import Metric
@@ -29,7 +29,7 @@ def test_a_metric_is_added_by_its_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(metrics, "METRICS", metrics.find_metrics())
     records = [Record("a", "multiple_choice", prediction="(A) one", reference="(A) one", options=["one", "two"])]
     scores = score_predictions(Predictions("Mine", records), bootstraps=5)
-    table = own_table("multiple_choice", "", [scores])
+    table = task_table("multiple_choice", "", [scores])
     assert table.header[-2:] == ["Accuracy", "Brevity"]
     assert [cell.split("±")[0] for cell in table.rows[0][-2:]] == ["100.00", "50.00"]
 

@@ -89,7 +89,7 @@ def publish(
         typer.echo(text)
         return
     with Console(stderr=True).status("starting") as status:
-        typer.echo(send(folder, repository, plan, private=not public, tell=show_steps(status)))
+        typer.echo(send(folder, repository, plan, private=not public, progress=show_steps(status)))
 
 
 def convert(

@@ -1,4 +1,4 @@
-"""What stage one has learned: retrieval, category alignment and masks on held-out rows."""
+"""Scores of stage one: retrieval, category alignment and masks on held-out rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .segmentation import volume_dice
 
 @dataclass
 class AlignmentScores:
-    """Metrics and what they were computed from.
+    """Metrics, and the values they are computed from.
 
     Attributes:
         metrics: {name: number in 0…1}.
@@ -56,13 +56,13 @@ def score_alignment(
     """Score a `CTInstructForPretraining` on rows that have texts, labels or masks.
 
     Args:
-        model: in any mode; it is put back into it.
+        model: in any mode, which is restored.
         words: texts -> (input_ids, attention_mask), as `AlignmentCollator.words`.
         rows: `AlignmentSample` rows; all must name the same labels to be scored by category.
-        masks: of how many rows masks are scored; all by default, since they take longest.
+        masks: the number of rows whose masks are scored, all by default; masks take longest.
         pool: size of the retrieval pool, at most all rows.
         thresholds: of the categories, from validation rows; by default the best on the even rows, scored on the odd.
-        share: (process, of how many): what each computes is exchanged, so that all return the same.
+        share: (process, number of processes): they exchange their results, so that all return the same.
         progress: called with a sentence on progress.
     """
     was_training = model.training
@@ -77,14 +77,14 @@ def score_alignment(
         if progress is not None:
             progress(f"scoring {index + 1}/{len(samples)}")
         with_masks = masks is None or index < masks
-        one, picture = _score_one(model, store, words, sample, with_masks, device, example is None)
+        result, picture = _score_sample(model, store, words, sample, with_masks, device, example is None)
         example = example or picture
-        found.append({"index": index, **one})
+        found.append({"index": index, **result})
     if was_training:
         model.train()
     if share[1] > 1:
         found = gather_object(found)
-    found.sort(key=lambda one: one["index"])
+    found.sort(key=lambda result: result["index"])
     scores = AlignmentScores(example=example)
     _retrieval(scores, samples, found, pool)
     _categories(scores, samples, found, thresholds)
@@ -92,7 +92,7 @@ def score_alignment(
     return scores
 
 
-def _score_one(
+def _score_sample(
     model: Any,
     store: PatchStore,
     words: Any,
@@ -105,13 +105,13 @@ def _score_one(
     wanted = sample.masks if with_masks else []
     batch = questions_of(prepared, words, sample.texts[:1], sample.labels, wanted)
     outputs = model(**send_to_device(batch, device))
-    one: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if sample.texts:
-        one["image"] = outputs.image_features[0].float().cpu().numpy()
-        one["text"] = outputs.text_features[0].float().cpu().numpy()
+        result["image"] = outputs.image_features[0].float().cpu().numpy()
+        result["text"] = outputs.text_features[0].float().cpu().numpy()
     if sample.labels:
-        one["probabilities"] = outputs.category_logits[0].float().sigmoid().cpu().numpy()
-    one["dice"], one["empty"] = {}, {}
+        result["probabilities"] = outputs.category_logits[0].float().sigmoid().cpu().numpy()
+    result["dice"], result["empty"] = {}, {}
     shown: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for mask, logits in zip(wanted, outputs.mask_logits or [], strict=True):
         truth = store.mask(sample.image, mask)
@@ -119,19 +119,19 @@ def _score_one(
         marked = (logits.float().cpu() > 0) & kept
         inside = truth > 0
         if inside.any():
-            one["dice"][mask.name] = volume_dice(marked.numpy(), inside.numpy())
+            result["dice"][mask.name] = volume_dice(marked.numpy(), inside.numpy())
             if with_picture:
                 shown[mask.name] = (inside.numpy(), marked.numpy())
         else:
-            one["empty"][mask.name] = float(not marked.any())
+            result["empty"][mask.name] = float(not marked.any())
     picture = (_on_canvas(prepared), shown) if shown else None
-    return one, picture
+    return result, picture
 
 
 def questions_of(
     prepared: Prepared, words: Any, texts: Sequence[str], labels: Sequence[Label], masks: Sequence[MaskRef]
 ) -> dict[str, Any]:
-    """The arguments of `CTInstructForPretraining.forward` for one image and what is asked about it; empty: not asked."""
+    """The arguments of `CTInstructForPretraining.forward` for an image and its texts, labels and masks, each if any."""
     batch: dict[str, Any] = {**prepared, "pixel_values": prepared["pixel_values"].float()}
     for start, asked in (
         ("", list(texts)),
@@ -144,7 +144,7 @@ def questions_of(
 
 
 def _on_canvas(prepared: dict[str, torch.Tensor]) -> np.ndarray:
-    """The slices as a volume [D, H, W]."""
+    """The slices of patches as a volume [D, H, W]."""
     z, y, x, s = prepared["patch_grid"][0].tolist()
     return assemble(prepared["pixel_values"].float()[:, None], (z, y, x, s))[0].numpy()
 
@@ -152,27 +152,27 @@ def _on_canvas(prepared: dict[str, torch.Tensor]) -> np.ndarray:
 def _retrieval(
     scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]], pool: int | None
 ) -> None:
-    paired = [one for one in found if "image" in one]
+    paired = [result for result in found if "image" in result]
     if len(paired) < 2:
         return
-    images, texts = np.stack([one["image"] for one in paired]), np.stack([one["text"] for one in paired])
+    images, texts = np.stack([result["image"] for result in paired]), np.stack([result["text"] for result in paired])
     scores.metrics |= recall_at_k(images, texts, pool=pool)
     scores.metrics["retrieval_pool"] = float(min(pool or len(paired), len(paired)))
-    scores.ids = [samples[one["index"]].id for one in paired]
-    scores.texts = [samples[one["index"]].texts[0] for one in paired]
+    scores.ids = [samples[result["index"]].id for result in paired]
+    scores.texts = [samples[result["index"]].texts[0] for result in paired]
     scores.similarity = texts @ images.T
 
 
 def _categories(
     scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]], thresholds: Sequence[float] | None
 ) -> None:
-    labelled = [one for one in found if "probabilities" in one]
+    labelled = [result for result in found if "probabilities" in result]
     if not labelled:
         return
     names = [label.name for label in samples[labelled[0]["index"]].labels]
-    labelled = [one for one in labelled if [label.name for label in samples[one["index"]].labels] == names]
-    probabilities = np.stack([one["probabilities"] for one in labelled])
-    truth = np.array([[label.value for label in samples[one["index"]].labels] for one in labelled])
+    labelled = [result for result in labelled if [label.name for label in samples[result["index"]].labels] == names]
+    probabilities = np.stack([result["probabilities"] for result in labelled])
+    truth = np.array([[label.value for label in samples[result["index"]].labels] for result in labelled])
     everything = multilabel_scores(probabilities, truth, 0.5 if thresholds is None else thresholds, names)
     if thresholds is None and len(labelled) >= 4:
         limits = best_thresholds(probabilities[::2], truth[::2])
@@ -185,10 +185,10 @@ def _categories(
 
 
 def _masks(scores: AlignmentScores, samples: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
-    for one in found:
-        for name, value in one["dice"].items():
+    for result in found:
+        for name, value in result["dice"].items():
             scores.dice.setdefault(name, []).append(value)
-        for name, value in one["empty"].items():
+        for name, value in result["empty"].items():
             scores.left_empty.setdefault(name, []).append(value)
     findings = {label.name for sample in samples for label in sample.labels}
     groups = {"structures": set(scores.dice) - findings, "findings": set(scores.dice) & findings}

@@ -1,7 +1,7 @@
 """Submissions: the report-generation task of the VLM3D challenge over CT-RATE's validation split.
 
 The format is assumed (docs/evaluation.md): a JSON with a name, a type and one output, `generated_reports`, a list of
-{"input_image_name", "report"}, one per volume. `submission` is the only place that knows it.
+{"input_image_name", "report"} per volume. Only `submission` knows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .predictions import Predictions, Record
 
 
 def volume_name(record: Record) -> str:
-    """CT-RATE's name of a volume without endings: "valid_1_a_1"; ids of samples go on with "/task-…"."""
+    """CT-RATE's name of a volume without endings: "valid_1_a_1"; in ids of samples "/task-…" follows it."""
     return record.id.split("/")[0].removesuffix(".gz").removesuffix(".nii")
 
 

@@ -15,7 +15,7 @@ def choice_accuracy(answers: Sequence[str], right: Sequence[str], options: Seque
     """Accuracy of multiple choice, in 0…1.
 
     Args:
-        answers: what a system said, in any of the usual forms.
+        answers: of a system, in any of the usual forms.
         right: the right answers, likewise.
         options: the choices of each question.
 

@@ -1,4 +1,4 @@
-"""What other systems' own evaluation scripts write, as records of `predictions`.
+"""Output of other systems' evaluation scripts, as records of `predictions`.
 
 m3d        M3D's `eval_close_vqa.csv`, `eval_open_vqa.csv`, `eval_caption.csv` (recognised by their columns)
 radfm      RadFM's `output_whole_2_epoch….csv`: Question, Ground Truth, Pred, belong_to
@@ -26,7 +26,7 @@ _MARKS = ("<image>\n", "<image>", "<report_generation>", "<short_answer>", "<lon
 def convert_predictions(
     converter: str, path: Path, references: Path | None = None, dataset: str = "", system: str | None = None
 ) -> Predictions:
-    """Predictions of another system from its own file.
+    """Predictions of another system from the file that its evaluation script writes.
 
     Args:
         converter: of `CONVERTERS`.
@@ -40,9 +40,9 @@ def convert_predictions(
     """
     if converter not in CONVERTERS:
         raise CTInstructError(f"'{converter}' is not known: use {', '.join(CONVERTERS)}.")
-    for one in (path, references):
-        if one is not None and not one.is_file():
-            raise CTInstructError(f"{one} does not exist.")
+    for file in (path, references):
+        if file is not None and not file.is_file():
+            raise CTInstructError(f"{file} does not exist.")
     name, usual, convert = CONVERTERS[converter]
     records = list(convert(path, references))
     if not records:
@@ -94,13 +94,13 @@ def _m3d(path: Path, references: Path | None) -> Iterator[Record]:
 
 
 def _unlisted(cell: str) -> str:
-    """RadFM writes lists of one as Python prints them."""
+    """The text of a cell; RadFM writes lists of a single text as Python prints them."""
     if cell.startswith("["):
         try:
             inside = ast.literal_eval(cell)
         except (ValueError, SyntaxError):
             return cell
-        if isinstance(inside, list) and inside and all(isinstance(one, str) for one in inside):
+        if isinstance(inside, list) and inside and all(isinstance(entry, str) for entry in inside):
             return inside[0]
     return cell
 
@@ -187,11 +187,11 @@ def _released(path: Path, references: Path | None) -> Iterator[Record]:
 
 
 def _first(value: Any) -> str:
-    """The first text in whatever lists and message parts it is wrapped in."""
+    """The first text inside (nested) lists and message parts."""
     if isinstance(value, dict):
         value = value.get("text", "")
     if isinstance(value, list):
-        return next((text for one in value if (text := _first(one))), "")
+        return next((text for part in value if (text := _first(part))), "")
     return str(value)
 
 

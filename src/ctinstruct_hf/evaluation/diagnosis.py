@@ -13,7 +13,7 @@ METRICS = ("auc", "accuracy", "f1", "precision")
 
 
 def best_thresholds(probabilities: Any, labels: Any) -> np.ndarray:
-    """Per disease the threshold with the highest F1, of 1,000 between 0 and 1: on validation data, as it should be.
+    """Per disease the threshold with the highest F1, of 1,000 between 0 and 1; meant for validation data.
 
     Args:
         probabilities, labels: [N, diseases]; labels 1, 0, or −1 for unknown.
@@ -47,9 +47,8 @@ def multilabel_scores(
 
     Args:
         probabilities, labels: [N, diseases]; labels 1, 0, or −1 for unknown.
-        thresholds: one for all, one each (from `best_thresholds` on validation data), {name: threshold}, or
-            "test_set": the one of 1,000 with the best F1 on these very data, as the release does; the answer is then
-            marked as such.
+        thresholds: a number for all, a list (from `best_thresholds` on validation data), {name: threshold}, or
+            "test_set": `best_thresholds` on the scored data, as in the release; `thresholds_from` then says so.
         names: of the diseases; numbers by default.
 
     Returns:
@@ -153,8 +152,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _checked(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     scores, truth = (
-        np.asarray(one.detach().float().cpu() if hasattr(one, "detach") else one, dtype=float)
-        for one in (probabilities, labels)
+        np.asarray(values.detach().float().cpu() if hasattr(values, "detach") else values, dtype=float)
+        for values in (probabilities, labels)
     )
     if scores.ndim == 1:
         scores, truth = scores[:, None], truth.reshape(-1, 1)

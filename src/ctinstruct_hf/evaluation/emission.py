@@ -1,4 +1,4 @@
-"""Whether the special tokens of an answer come as they should: one for each name asked for, and no other."""
+"""Whether an answer has a special token for each name asked for, and no other."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def tokens_of_names(answer: str, token: str, asked: Sequence[str], known: Sequence[str] = ()) -> list[int | None]:
-    """Which token of a free answer stands for each name that was asked for.
+    """Which token of a free answer belongs to each name that was asked for.
 
-    A token stands for the name before it ("liver <SEG>, spleen <SEG>"). Where none of the tokens follows a name, they
-    stand for the names in their order, if there are as many.
+    A token belongs to the name before it ("liver <SEG>, spleen <SEG>"). Where none of the tokens follows a name, they
+    belong to the names in their order, if there are as many.
 
     Args:
         answer: with its special tokens.

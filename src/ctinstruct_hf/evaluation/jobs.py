@@ -1,4 +1,4 @@
-"""One record to be made: which answer of which sample, and what is right."""
+"""A record to be made: which answer of which sample, and what is right."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .predictions import Record
 
 @dataclass
 class Job:
-    """One record to be made.
+    """A record to be made.
 
     Attributes:
         id, task: of the record.
         sample: of the data.
-        images: that the answer can see; jobs with the same ones are answered together.
+        images: that the answer can see; jobs with the same images are answered together.
         turn: index of the answer in `messages`.
         messages: the whole conversation, with names as the model knows them.
         masks, labels: that are right, named as in the data.
@@ -50,12 +50,12 @@ class Job:
     @property
     def asked(self) -> list[str]:
         """The names of masks, or of labels, as the model knows them."""
-        return [self.known.get(one.name, one.name) for one in self.masks or self.labels]
+        return [self.known.get(target.name, target.name) for target in self.masks or self.labels]
 
     def write_masks(
         self, logits: Sequence[torch.Tensor | None], image_processor: Any, volume: Any, output: Path, suffix: str = ""
     ) -> list[str | None]:
-        """Write the masks that logits on the canvas are of, on the scan's own grid; their names relative to `output`."""
+        """Write masks from logits [D, H, W] on the canvas, on the scan's grid; their names relative to `output`."""
         from ..output.nifti import save_mask
 
         stem = hashlib.sha256(f"{self.task}/{self.id}".encode()).hexdigest()[:16]
@@ -69,7 +69,7 @@ class Job:
         return files
 
     def mask_entries(self, files: Sequence[str | None]) -> list[dict[str, Any]]:
-        """The record's masks, from the files of the predicted ones."""
+        """The record's masks, from the files of the predicted masks."""
         return [
             {"name": mask.name, "prediction": file, "reference": {"path": mask.path, "values": list(mask.values)}}
             for mask, file in zip(self.masks, files, strict=True)

@@ -1,4 +1,4 @@
-"""What a metric is: which tasks it scores, how, and the columns and rows that tables show of it."""
+"""A metric: which tasks it scores, how, and the columns and rows that tables show of it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Columns = tuple[tuple[str, str], ...]  # (header, metric)
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or several that are computed together. A file of `metrics/` holds one as `METRIC`.
+    """A metric, or several that are computed together. A file of `metrics/` holds it as `METRIC`.
 
     Attributes:
         columns: {task of `predictions.SCORED_TASKS`: what tables show of it}; other tasks are not scored by it. `consistency` is
             scored on the records of all tasks of a data set.
-        score: puts `metrics`, `per_sample`, `details` and `notes` of the records into the scores. Whatever has scores per
-            sample gets its mean and interval by itself.
+        score: puts `metrics`, `per_sample`, `details` and `notes` of the records into the scores. Means and intervals of
+            scores per sample are added afterwards.
         items: what tables show by item (disease, structure, finding), of the rows that
         rows: finds in `details`: {item: {metric: value}}.
         rank: columns and items of a lower rank come first.

@@ -1,4 +1,4 @@
-"""One page of all systems: the tables, Dice by structure, ROC curves, reliability; self-contained HTML."""
+"""A self-contained HTML page of all systems: the tables, Dice by structure, ROC curves, reliability."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def write_comparison(systems: Sequence[SystemScores], folder: Path, pictures: bo
     """Tables in Markdown, LaTeX and CSV, pictures as PNG, `scores.json`, and `index.html` with everything.
 
     Args:
-        systems: the first one is what the others are tested against.
-        folder: where; appears when it is whole.
-        pictures: left out where matplotlib is missing, or not wanted.
+        systems: the others are tested against the first.
+        folder: appears when it is whole.
+        pictures: draw them, where matplotlib is installed.
 
     Returns:
         The tables.
@@ -58,11 +58,11 @@ def write_scores(scores: SystemScores, path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say: NaN and infinity become null."""
+    """Values that JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
@@ -76,15 +76,15 @@ def draw_all(systems: Sequence[SystemScores]) -> dict[str, tuple[str, bytes]]:
         return {}
     matplotlib.use("Agg")
     found: dict[str, tuple[str, bytes]] = {}
-    for task, dataset in sorted({(task.task, task.dataset) for one in systems for task in one.tasks}):
-        having = [(one.system, scores) for one in systems if (scores := one.find(task, dataset)) and scores.details]
+    for task, dataset in sorted({(task.task, task.dataset) for system in systems for task in system.tasks}):
+        having = [(run.system, scores) for run in systems if (scores := run.find(task, dataset)) and scores.details]
         what = dataset or "all data"
         if task == "segmentation" and any(scores.details.get("_per_structure") for _, scores in having):
             found[f"dice_{what}"] = (f"Dice by structure, {what}", _dice_picture(having))
         if task == "diagnosis" and having:
             found[f"roc_{what}"] = (f"ROC curves, {what}", _roc_picture(having))
             found[f"reliability_{what}"] = (f"Reliability, {what}", _reliability_picture(having))
-    return {name.replace(" ", "_").replace("/", "_"): one for name, one in found.items()}
+    return {name.replace(" ", "_").replace("/", "_"): drawing for name, drawing in found.items()}
 
 
 def _png(figure: Any) -> bytes:
@@ -106,8 +106,8 @@ def _dice_picture(having: Sequence[tuple[str, Any]]) -> bytes:
         rows = scores.details["_per_structure"]
         values = [rows.get(name, []) for name in names]
         at = np.arange(len(names)) + number * step
-        means = [np.mean(one) if one else 0 for one in values]
-        spread = [deviation(one) if one else 0 for one in values]
+        means = [np.mean(dice) if dice else 0 for dice in values]
+        spread = [deviation(dice) if dice else 0 for dice in values]
         axes.barh(at, means, step * 0.9, xerr=spread, label=system, error_kw={"lw": 0.7})
     axes.set_yticks(np.arange(len(names)) + 0.4 - step / 2, names)
     axes.set_xlim(0, 1)
@@ -145,7 +145,7 @@ def _reliability_picture(having: Sequence[tuple[str, Any]]) -> bytes:
     for system, scores in having:
         bins = scores.details["calibration"]["bins"]
         ece = scores.details["calibration"]["ece"]
-        axes.plot([one["confidence"] for one in bins], [one["frequency"] for one in bins], "o-", ms=4, label=f"{system}, ECE {ece:.3f}")  # fmt: skip
+        axes.plot([row["confidence"] for row in bins], [row["frequency"] for row in bins], "o-", ms=4, label=f"{system}, ECE {ece:.3f}")  # fmt: skip
     axes.set(xlabel="probability", ylabel="how often it is there", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(fontsize=8)
     return _png(figure)

@@ -8,9 +8,9 @@ The first line may be a header {"system": name, …}. A record has an `id`, a `t
                               a `dice` that was computed elsewhere
   retrieval                   image_features, text_features (numbers)
 and, where known, `dataset`, `split`, `meta` {scanner, sex, age, slice_thickness}. A record with an `error` failed.
-`scan` is the same in all records about one scan; without it, the id up to its first "/".
-Of segmentation and diagnosis, `free` is what the system answered when it was only asked: {answer, as_asked: whether exactly
-the masks or probabilities asked for came, probabilities}; the masks that came so are `free` in `masks`.
+`scan` is the same in all records about a scan; without it, the id up to its first "/".
+Of segmentation and diagnosis, `free` is the answer that the system generated freely: {answer, as_asked: whether it has
+exactly the masks or probabilities asked for, probabilities}; the files of its masks are `free` in `masks`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Record:
-    """What a system said about one sample, and what is right. See the module's text for the fields of each task."""
+    """A system's answer about a sample, and the right answer. See the module's text for the fields of each task."""
 
     id: str
     task: str
@@ -69,8 +69,8 @@ class Predictions:
 
     Attributes:
         system: its name in tables.
-        records: one a sample.
-        folder: what file names in the records are relative to.
+        records: of each sample.
+        folder: file names in the records are relative to it.
         header: the first line of the file.
     """
 
@@ -115,12 +115,12 @@ def parse_record(values: Any) -> Record:
     record = Record(**{**values, "id": str(values["id"])})
     if record.error:
         return record
-    missing = [one for one in _NEEDED[record.task] if one not in values]
+    missing = [key for key in _NEEDED[record.task] if key not in values]
     if missing:
         raise CTInstructError(f"{name} lacks {', '.join(missing)}, which task {record.task} needs.")
-    for one in ("prediction", "reference"):
-        if not isinstance(getattr(record, one), str):
-            raise CTInstructError(f"{name} has a {one} that is no text.")
+    for key in ("prediction", "reference"):
+        if not isinstance(getattr(record, key), str):
+            raise CTInstructError(f"{name} has a {key} that is no text.")
     if record.free and not isinstance(record.free.get("as_asked"), bool):
         raise CTInstructError(f"{name} has a free answer without as_asked, true or false.")
     bad = [key for key, value in (record.free.get("probabilities") or {}).items() if not _is_probability(value)]
@@ -141,9 +141,9 @@ def parse_record(values: Any) -> Record:
             if "name" not in mask or not ("dice" in mask or {"prediction", "reference"} <= set(mask)):
                 raise CTInstructError(f"{name} has a mask without a name, or without prediction and reference.")
     if record.task == "retrieval":
-        for one in ("image_features", "text_features"):
-            if not all(isinstance(value, int | float) and math.isfinite(value) for value in getattr(record, one)):
-                raise CTInstructError(f"{name} has {one} that are no finite numbers.")
+        for key in ("image_features", "text_features"):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in getattr(record, key)):
+                raise CTInstructError(f"{name} has {key} that are no finite numbers.")
     return record
 
 
@@ -185,11 +185,11 @@ def check_ids(records: Sequence[Record], where: str) -> None:
 
 
 def check_same(first: Predictions, second: Predictions, keys: Iterable[tuple[str, str]]) -> None:
-    """Raises CTInstructError where two systems were given other samples of a (task, dataset) that both answered."""
+    """Raises CTInstructError where two systems answered different samples of a (task, dataset)."""
     for task, dataset in keys:
         a, b = (
-            {record.id for record in one.records if (record.task, record.dataset) == (task, dataset)}
-            for one in (first, second)
+            {record.id for record in system.records if (record.task, record.dataset) == (task, dataset)}
+            for system in (first, second)
         )
         if a != b:
             only = [f"{len(a - b)} only in {first.system} ({_some(sorted(a - b))})"] if a - b else []

@@ -21,8 +21,7 @@ def recall_at_k(
         pool: compare within pools of this size (the paper's is 200), drawn by `seed`, and average; the whole by default.
 
     Returns:
-        {"ir@5", "tr@5", …}. Among equal similarities the right one counts as last, so that constant features score
-        nothing.
+        {"ir@5", "tr@5", …}. Among equal similarities the right pair ranks last, so that constant features score 0.
 
     Raises:
         CTInstructError: for features that do not fit each other or are not finite.
@@ -55,5 +54,5 @@ def _rows(features: Any, name: str) -> np.ndarray:
 
 
 def _rank_of_diagonal(scores: np.ndarray) -> np.ndarray:
-    """How many others of its row score at least as high."""
+    """int [N]: how many others in the row score at least as high as the diagonal of scores [N, N]."""
     return (scores >= np.diagonal(scores)[:, None]).sum(axis=1) - 1

@@ -1,4 +1,4 @@
-"""Run a model over prepared data and keep what it says: `predictions.jsonl` and masks, resumable, on several processes."""
+"""Run a model over prepared data and keep its answers: `predictions.jsonl` and masks, resumable, on several processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .stage_two import StageTwo
 
 @dataclass
 class RunOptions:
-    """How to run a model over data.
+    """How a model is run over data.
 
     Attributes:
         tasks: of `predictions.SCORED_TASKS`; all that the data has by default.
@@ -35,7 +35,7 @@ class RunOptions:
         limit: samples of each task.
         batch_size: questions about one scan answered at once.
         max_new_tokens: of an answer.
-        validation: also diagnosis on the validation split, which thresholds are taken from.
+        validation: also diagnose the validation split, from which thresholds are chosen.
         num_beams: of an answer.
         quantize: see `inference.precision.choose_precision`.
     """
@@ -85,10 +85,10 @@ def run_model(
     if device is None and state.num_processes > 1 and state.device.type == "cuda":
         device = str(state.device)
     folder = resolve_model(model, revision, progress=progress).folder
-    asked = _load(model, folder, device, dtype, revision, options)
-    options = replace(options, split=options.split or split_of_data(data, asked.rows))
+    stage = _load(model, folder, device, dtype, revision, options)
+    options = replace(options, split=options.split or split_of_data(data, stage.rows))
     settings = _settings(model, folder, data, options)
-    jobs = _jobs(asked, data, options)
+    jobs = _jobs(stage, data, options)
     if not jobs:
         raise CTInstructError(f"{data} has nothing to ask about in split {options.split}.")
     _same_run(output, settings, state.is_main_process)
@@ -103,13 +103,13 @@ def run_model(
     left = [job for job in jobs if (job.task, job.id) not in done]
     mine = _by_scan(left)[state.process_index :: state.num_processes]
     with _append(parts / f"{state.process_index}-of-{state.num_processes}.jsonl") as file:
-        for records in _answers(asked, mine, output, options.batch_size, progress):
+        for records in _answers(stage, mine, output, options.batch_size, progress):
             file.writelines(to_json(record) + "\n" for record in records)
             file.flush()
     state.wait_for_everyone()
     if state.is_main_process:
         made = _read_parts(parts)
-        header = {**settings, "format": 1, "splits": splits_of(data, asked.rows), "notes": _notes(jobs)}
+        header = {**settings, "format": 1, "splits": splits_of(data, stage.rows), "notes": _notes(jobs)}
         records = [made[job.task, job.id] for job in jobs]
         write_predictions(Predictions(str(settings["model"]), records, output, header), final)
         shutil.rmtree(parts, ignore_errors=True)
@@ -121,7 +121,7 @@ def _load(
     model: str, folder: Path, device: str | None, dtype: str | None, revision: str | None, options: RunOptions
 ) -> Any:
     """A `StageOne` or a `StageTwo`."""
-    asked: StageOne | StageTwo
+    stage: StageOne | StageTwo
     if require(folder, "stage one", "stage two") == "stage one":
         if dtype not in (None, "float32"):
             raise CTInstructError(f"--dtype {dtype} is for models that speak: stage one is evaluated in float32.")
@@ -129,17 +129,17 @@ def _load(
             raise CTInstructError(
                 f"--quantize {options.quantize} is for models that speak: stage one has no language model."
             )
-        asked = StageOne(folder, device)
+        stage = StageOne(folder, device)
     else:
-        asked = StageTwo(model, device, dtype, revision, options.max_new_tokens, options.num_beams, options.quantize)
-    unknown = sorted(set(options.tasks) - set(asked.tasks))
+        stage = StageTwo(model, device, dtype, revision, options.max_new_tokens, options.num_beams, options.quantize)
+    unknown = sorted(set(options.tasks) - set(stage.tasks))
     if unknown:
-        raise CTInstructError(f"--tasks has {', '.join(unknown)}: this model can be asked {', '.join(asked.tasks)}.")
-    return asked
+        raise CTInstructError(f"--tasks has {', '.join(unknown)}: this model can be asked {', '.join(stage.tasks)}.")
+    return stage
 
 
 def _settings(model: str, folder: Path, data: str, options: RunOptions) -> dict[str, Any]:
-    """What a folder holds predictions of; how many questions are asked at once changes none."""
+    """The settings that change predictions; the batch size does not."""
     return {
         "model": Path(model).name if Path(model).exists() else model,
         "weights": fingerprint(folder),
@@ -154,23 +154,23 @@ def _settings(model: str, folder: Path, data: str, options: RunOptions) -> dict[
     }
 
 
-def _jobs(asked: Any, data: str, options: RunOptions) -> list[Job]:
+def _jobs(stage: Any, data: str, options: RunOptions) -> list[Job]:
     """Everything that is to be answered, in the order of the data."""
-    wanted = options.tasks or asked.tasks
+    wanted = options.tasks or stage.tasks
     splits = [options.split]
     if options.validation and "diagnosis" in wanted and options.split != "validation":
         splits.append("validation")
     jobs: list[Job] = []
     for split in splits:
         try:
-            rows = load_data(data, asked.rows, split)
+            rows = load_data(data, stage.rows, split)
         except CTInstructError:
             if split == options.split:
                 raise
             continue  # without validation rows thresholds are 0.5, which the notes of the scores state
         counts: dict[str, int] = {}
         for row in rows:
-            for job in asked.jobs_of(from_row(row, asked.rows)):
+            for job in stage.jobs_of(from_row(row, stage.rows)):
                 if job.task not in wanted or (split != options.split and job.task != "diagnosis"):
                     continue
                 counts[job.task] = counts.get(job.task, 0) + 1
@@ -188,30 +188,30 @@ def _by_scan(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def _answers(
-    asked: Any, scans: Sequence[Sequence[Job]], output: Path, batch_size: int, progress: Callable[[str], None]
+    stage: Any, scans: Sequence[Sequence[Job]], output: Path, batch_size: int, progress: Callable[[str], None]
 ) -> Iterator[list[Record]]:
     """Records batch by batch."""
     answered, count = 0, sum(len(jobs) for jobs in scans)
     for jobs in scans:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
-            yield _answer(asked, batch, output)
+            yield _answer(stage, batch, output)
             answered += len(batch)
             progress(f"{answered}/{count} questions")
 
 
-def _answer(asked: Any, jobs: Sequence[Job], output: Path) -> list[Record]:
+def _answer(stage: Any, jobs: Sequence[Job], output: Path) -> list[Record]:
     """Records of a batch; what cannot be answered fails alone."""
     try:
-        return asked.answer(jobs, output)
+        return stage.answer(jobs, output)
     except CTInstructError as error:
         if len(jobs) == 1:
             return [jobs[0].record(error=str(error))]
-        return [record for job in jobs for record in _answer(asked, [job], output)]
+        return [record for job in jobs for record in _answer(stage, [job], output)]
 
 
 def _notes(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """{task: what must be noted of its names}."""
+    """{task: notes on names that the model may not know}."""
     notes = {
         task: list(dict.fromkeys(note for job in jobs if job.task == task for note in job.notes))
         for task in SCORED_TASKS
@@ -220,7 +220,7 @@ def _notes(jobs: Sequence[Job]) -> dict[str, list[str]]:
 
 
 def _append(path: Path) -> Any:
-    """The file of a process, after the last whole line."""
+    """The file of a process, opened to append after the last whole line."""
     if path.exists():
         text = path.read_bytes()
         if not text.endswith(b"\n"):

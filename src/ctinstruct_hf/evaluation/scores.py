@@ -21,7 +21,7 @@ class TaskScores:
         per_sample: {metric: {id: score}}, what paired tests compare. A diagnosis is compared by disease.
         details: by task: per disease, per structure, per finding, calibration, curves.
         groups: {metric: {"sex": {"female": interval, …}, …}}.
-        notes: how a number came about where that is not plain.
+        notes: sentences on how numbers were computed.
     """
 
     task: str
@@ -64,10 +64,10 @@ class SystemScores:
 
 @dataclass
 class Settings:
-    """What metrics need beside the records, see `score_predictions`.
+    """Settings of metrics, see `score_predictions`.
 
     Attributes:
-        folder: what file names in the records are relative to.
+        folder: file names in the records are relative to it.
         validation: records of the validation split that are not scored, of the same task and data set.
         limits: {disease: threshold} that the diagnosis of the same data set was scored with.
     """

@@ -1,6 +1,6 @@
 """From predictions to numbers: every metric of section 4.1 per task and data set, per sample where there is one.
 
-Nothing is dropped in silence: failed samples are counted and named, empty masks are decided by rule and counted.
+Failed samples are counted and named; empty masks are scored by rule and counted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def score_predictions(
         pool: of retrieval.
         bootstraps: of the 95 % intervals.
         surface: also NSD (at `tolerance` mm) and HD95 (mm), which take long on large masks.
-        tokenizer: of texts, see `score_texts`; what was taken stands in the notes and details of their scores.
+        tokenizer: of texts, see `score_texts`; the notes and details of their scores name the chosen tokenizer.
         workers: processes for text.
         progress: called with a sentence.
 
@@ -57,7 +57,7 @@ def score_predictions(
     )
     scored: dict[tuple[str, str], list[Record]] = defaultdict(list)
     aside: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    # a data set that has nothing but its validation split is scored on that
+    # a data set with only a validation split is scored on it
     tested = {(record.task, record.dataset) for record in predictions.records if record.split != "validation"}
     for record in predictions.records:
         key = (record.task, record.dataset)

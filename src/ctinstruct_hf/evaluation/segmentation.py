@@ -1,4 +1,4 @@
-"""Overlap of masks: ordinary volume Dice, and the release's Dice along lines, by which its tables must be read."""
+"""Overlap of masks: volume Dice, the release's Dice along lines (that of the paper's tables), and surface distances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def volume_dice(
     """Dice coefficient over all voxels of a volume, in 0…1.
 
     Args:
-        prediction, truth: masks or label volumes of one shape.
+        prediction, truth: masks or label volumes of the same shape.
         labels: label values, or {name: value}, to score each; the volumes are masks without it.
 
     Returns:
@@ -37,8 +37,7 @@ def volume_dice(
         predicted, true = predicted.astype(bool), true.astype(bool)
         return _dice(int((predicted & true).sum()), int(predicted.sum()), int(true.sum()))
     values = dict(labels) if isinstance(labels, Mapping) else {value: value for value in labels}
-    # one pass over the voxels for all labels: sizes on both sides, and where they agree; some voxels at a time, which
-    # stay in the CPU's cache
+    # a single pass over the voxels for all labels: sizes on both sides and of the overlap; chunks stay in the CPU's cache
     most = max([0, *values.values()])
     flat = [_labels(array) for array in (predicted, true)]
     sizes = np.zeros((3, most + 1), dtype=np.int64)
@@ -113,10 +112,10 @@ def surface_scores(
         return float("nan"), float("nan")
     if not predicted.any() or not true.any():
         return 0.0, float("inf")
-    places = np.nonzero(predicted | true)
-    # what lies far from both changes nothing; one voxel around keeps surfaces at the border of the box
-    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in places)
-    first, second = (torch.from_numpy(np.pad(one[box], 1))[None, None].float() for one in (predicted, true))
+    voxels = np.nonzero(predicted | true)
+    # cropped to both masks; a voxel of padding keeps surfaces at the border of the box
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in voxels)
+    first, second = (torch.from_numpy(np.pad(mask[box], 1))[None, None].float() for mask in (predicted, true))
     mm = [float(value) for value in spacing]
     nsd = compute_surface_dice(first, second, class_thresholds=[tolerance], include_background=True, spacing=mm, use_subvoxels=True)  # fmt: skip
     hd95 = compute_hausdorff_distance(first, second, include_background=True, percentile=95, spacing=mm)
@@ -124,14 +123,14 @@ def surface_scores(
 
 
 def read_mask_pair(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """A predicted mask and the right one on one grid, with mm between their voxels.
+    """A predicted and a reference mask, bool on the same grid, with mm between their voxels.
 
     Args:
         mask: {name, prediction: file, reference: file or {path, values}}; files in `folder`, relative to it. A reference
             may also be an absolute path.
 
     Raises:
-        CTInstructError: where a file cannot be read or lies outside of `folder`, or the two lie on different grids.
+        CTInstructError: where a file cannot be read or lies outside of `folder`, or the grids differ.
     """
     reference = mask["reference"]
     labelled = reference if isinstance(reference, dict) else {"path": str(reference)}
@@ -162,7 +161,7 @@ def read_prediction(mask: Mapping[str, Any], folder: Path) -> tuple[np.ndarray, 
 
 
 def _read_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Label values in the file's own axes, and its affine where it has one; no more than a volume may unpack to."""
+    """Label values in the file's axes, and its affine where it has one; no more than a volume may unpack to."""
     import nibabel
 
     if not path.is_file():

@@ -18,7 +18,7 @@ class Interval:
     Attributes:
         mean, sd: over samples (standard deviation with n − 1); sd is NaN where it was computed from resampling only.
         low, high: bounds of the confidence interval.
-        count: samples it stands on.
+        count: number of samples.
     """
 
     mean: float
@@ -41,7 +41,7 @@ def resample(count: int, times: int = 1000, seed: int = 0) -> np.ndarray:
 
 
 def bootstrap_mean(values: Any, times: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
-    """Mean, standard deviation and percentile bootstrap interval of scores per sample; NaN ones are left out.
+    """Mean, standard deviation and percentile bootstrap interval of scores per sample; NaN values are left out.
 
     Raises:
         CTInstructError: where nothing is left.
@@ -69,8 +69,8 @@ def bootstrap_auc(
         times: bootstraps.
 
     Returns:
-        One interval per disease (NaN where it has one class only), and one of the mean over those that have both. Their
-        `mean` is the value on all samples, `sd` NaN.
+        The interval of each disease (NaN where it has one class only), and that of the mean over diseases with both
+        classes. Their `mean` is the value on all samples, `sd` NaN.
     """
     scores, truth = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=float)
     if scores.shape != truth.shape or scores.ndim != 2:
@@ -152,9 +152,6 @@ def stars(p: float) -> str:
     return "**" if p < 0.01 else "*" if p < 0.05 else ""
 
 
-# which group a sample belongs to
-
-
 def age_group(value: str) -> str:
     """DICOM ages ("061Y", "6M") and numbers, in groups of 20 years."""
     text = str(value).strip().upper()
@@ -208,11 +205,11 @@ def group_rows(meta: Sequence[Mapping[str, str]]) -> dict[str, dict[str, list[in
     """{"sex": {"female": rows, …}, …}; a grouping that no sample has is left out."""
     found: dict[str, dict[str, list[int]]] = {}
     for key, name_of in GROUPINGS.items():
-        if not any(key in one for one in meta):
+        if not any(key in fields for fields in meta):
             continue
         groups: dict[str, list[int]] = {}
-        for row, one in enumerate(meta):
-            groups.setdefault(name_of(one[key]) if key in one else "unknown", []).append(row)
+        for row, fields in enumerate(meta):
+            groups.setdefault(name_of(fields[key]) if key in fields else "unknown", []).append(row)
         found[key] = dict(sorted(groups.items()))
     return found
 

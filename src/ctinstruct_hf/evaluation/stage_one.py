@@ -1,4 +1,4 @@
-"""A model that aligns, asked for retrieval, categories and masks by name, from the rows of stage one."""
+"""Answers of a model of stage one: retrieval, categories and masks by name, from alignment rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StageOne:
         self.words = functools.partial(tokenize, tokenizer)
 
     def jobs_of(self, sample: AlignmentSample) -> Iterator[Job]:
-        """One for each task that the sample can be scored by."""
+        """A job for each task that the sample can be scored by."""
         if sample.texts:
             yield Job(sample.id, "retrieval", sample, [sample.image])
         if any(label.value >= 0 for label in sample.labels):
@@ -43,7 +43,7 @@ class StageOne:
             yield Job(sample.id, "segmentation", sample, [sample.image], masks=sample.masks)
 
     def answer(self, jobs: Sequence[Job], output: Path) -> list[Record]:
-        """Records of jobs about one image, in one pass for each sample."""
+        """Records of jobs about the same image, in a single pass for each sample."""
         by_sample: dict[str, list[Job]] = {}
         for job in jobs:
             by_sample.setdefault(job.id, []).append(job)

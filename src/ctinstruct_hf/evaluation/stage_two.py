@@ -1,8 +1,8 @@
-"""A model that speaks, asked every question of a conversation about the images shown up to it.
+"""Answers of a model of stage two to every question of a conversation, about the images shown before it.
 
-Text is generated greedily, earlier turns as in the data. Masks and probabilities are read from the special tokens of the
-answer as the data writes it ("Sure, it is <SEG>."), whose words hold nothing but the names that were asked for, and once more
-from the answer that the model gives when it is only asked.
+Text is generated greedily, earlier turns as in the data. Masks and probabilities are read twice: from the special tokens of
+the answer as the data writes it ("Sure, it is <SEG>."), whose words hold only the names that were asked for, and from the
+answer that the model generates.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StageTwo:
         self._opened: tuple[list[ImageRef], Study] | None = None
 
     def jobs_of(self, sample: InstructionSample) -> Iterator[Job]:
-        """One per answer of a conversation."""
+        """A job per answer of a conversation."""
         return turns_of(sample, self.structures, self.diseases, self.model.config.names_masks)
 
     def answer(self, jobs: Sequence[Job], output: Path) -> list[Record]:
@@ -60,20 +60,20 @@ class StageTwo:
         return [*self._heads(study, heads, output), *self._texts(study, texts)]
 
     def _study(self, images: list[ImageRef]) -> Study:
-        """The study of these images; the last one is kept."""
+        """The study of these images; the last study is kept."""
         if not images:
             raise CTInstructError("No image is shown before this answer.")
         if self._opened is None or self._opened[0] != images:
-            self._opened = None  # its memory is free before the next one takes its own
+            self._opened = None  # free its memory before the next is opened
             self._opened = images, Study([open_volume(image) for image in images], self.model, self.processor)
         return self._opened[1]
 
     def _heads(self, study: Study, jobs: Sequence[Job], output: Path) -> list[Record]:
-        """Masks or probabilities, from the given answers and from the model's."""
+        """Masks or probabilities, from the data's answers and from the model's."""
         questions = [job.messages[: job.turn] for job in jobs]
         right = [text_of(job.messages[job.turn]) for job in jobs]
         answers = study.write(questions, **self.generation) if jobs else []
-        # where both answers are the same, so is what is read from them
+        # equal answers give equal masks and probabilities: they are read once
         others = [row for row, answer in enumerate(answers) if not self._is(answer, right[row])]
         replies = study.outputs_of_answers(
             [*zip(questions, right, strict=True), *((questions[row], answers[row]) for row in others)]
@@ -156,7 +156,7 @@ class StageTwo:
 
 
 def _question(job: Job) -> str:
-    """What was asked, in the words of the data."""
+    """The question, in the words of the data."""
     return text_of(job.sample.messages[job.turn - 1])  # type: ignore[union-attr]  # of stage two
 
 

@@ -17,7 +17,7 @@ from .metrics import columns_of, metrics_of
 from .scores import SystemScores, TaskScores
 from .significance import Interval, paired_test, stars
 
-# what a column shows: (header, task, data set, metric)
+# (header, task, data set, metric)
 Column = tuple[str, str, str, str]
 _NAMES = {
     "rp3d_cap": "RP3D-Cap",
@@ -49,7 +49,7 @@ _HYBRID_3D = "4.50 8.00 5.00 7.50 5.00 10.00 4.50 9.00 57.44 62.89 44.75 35.62 9
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper.
+    """A table of the paper.
 
     Attributes:
         number, title: as printed.
@@ -124,7 +124,7 @@ class Table:
         return "\n".join([*lines, "", *self.notes, ""])
 
     def latex(self) -> str:
-        special = {ord(one): f"\\{one}" for one in "&%_#${}"} | {
+        special = {ord(character): f"\\{character}" for character in "&%_#${}"} | {
             ord("±"): "$\\pm$",
             ord("–"): "--",
             ord("\\"): "\\textbackslash{}",
@@ -162,7 +162,7 @@ def percent(interval: Interval | None, mark: str = "") -> str:
 
 
 def significance(scores: TaskScores | None, best: TaskScores | None, metric: str) -> str:
-    """The paper's stars: whether a system differs from the one compared with, by a paired test on the same samples."""
+    """The paper's stars where a system differs from `best`, by a paired test on the same samples."""
     if scores is None or best is None or scores is best:
         return ""
     first, second = scores.per_sample.get(metric), best.per_sample.get(metric)
@@ -178,9 +178,9 @@ def _scored(system: SystemScores, task: str, dataset: str) -> TaskScores | None:
 
 
 def paper_table(number: int, systems: Sequence[SystemScores]) -> Table | None:
-    """One of the paper's tables with the systems below its rows; None where no system has anything for it."""
+    """A table of the paper with the systems below its rows; None where no system has scores for it."""
     paper = PAPER_TABLES[number]
-    filled = [one for one in systems if any(_scored(one, task, dataset) for _, task, dataset, _ in paper.columns)]
+    filled = [entry for entry in systems if any(_scored(entry, task, dataset) for _, task, dataset, _ in paper.columns)]
     if not filled:
         return None
     table = Table(f"Table {number}: {paper.title}", ["", *(header for header, _, _, _ in paper.columns)])
@@ -215,9 +215,9 @@ def _title(task: str, dataset: str, what: str = "") -> str:
     return f"{task.replace('_', ' ').capitalize()}{what}: {_NAMES.get(dataset, dataset or 'all data')}"
 
 
-def own_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table:
-    """All systems on one task of one data set, with 95 % intervals."""
-    having = [(one, scores) for one in systems if (scores := one.find(task, dataset))]
+def task_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table:
+    """All systems on a task of a data set, with 95 % intervals."""
+    having = [(system, scores) for system in systems if (scores := system.find(task, dataset))]
     metrics = [
         (header, name) for header, name in columns_of(task) if any(name in scores.metrics for _, scores in having)
     ]
@@ -239,8 +239,8 @@ def own_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table
 
 def per_item_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Table | None:
     """Per disease, structure or finding."""
-    having = [(one, scores) for one in systems if (scores := one.find(task, dataset))]
-    metric = next((one for one in metrics_of(task) if one.items), None)
+    having = [(system, scores) for system in systems if (scores := system.find(task, dataset))]
+    metric = next((metric for metric in metrics_of(task) if metric.items), None)
     if metric is None:
         return None
     shown, found = metric.items, [(system.system, metric.rows(scores.details)) for system, scores in having]
@@ -288,15 +288,15 @@ def group_table(task: str, dataset: str, systems: Sequence[SystemScores]) -> Tab
 
 
 def all_tables(systems: Sequence[SystemScores]) -> list[Table]:
-    """The paper's tables that something is there for, then one per task and data set, by item and by group."""
+    """The paper's tables for which there are scores, then tables per task and data set, by item and by group."""
     tables = [table for number in PAPER_TABLES if (table := paper_table(number, systems))]
-    keys = sorted({(task.task, task.dataset) for one in systems for task in one.tasks})
+    keys = sorted({(task.task, task.dataset) for system in systems for task in system.tasks})
     for task, dataset in keys:
-        tables.append(own_table(task, dataset, systems))
+        tables.append(task_table(task, dataset, systems))
         tables += [
             table for table in (per_item_table(task, dataset, systems), group_table(task, dataset, systems)) if table
         ]
     return tables
 
 
-__all__ = ["PAPER_TABLES", "Table", "all_tables", "own_table", "paper_table", "percent"]
+__all__ = ["PAPER_TABLES", "Table", "all_tables", "paper_table", "percent", "task_table"]

@@ -25,7 +25,7 @@ _PER_PROCESS = 1000  # pairs for which starting another process is worth it
 
 
 class TextScores(list[dict[str, float]]):
-    """One {metric: score in 0…1} per pair. As in `datasets`, a number gives a row and a name a column.
+    """{metric: score in 0…1} per pair. As in `datasets`, a number gives a row and a name a column.
 
     Attributes:
         tokenizer: `ascii` or `unicode`, how words were found.
@@ -64,8 +64,8 @@ def score_texts(
         references: the right text of each, or several of them: the best counts (in BLEU, their words together).
         metrics: of `TEXT_METRICS`.
         workers: processes; by default all cores where there is enough to do.
-        tokenizer: of `TOKENIZERS`: `ascii`, the libraries' own, whose ROUGE drops every letter but a–z; `unicode`, words of
-            any script, single characters of those written without blanks, and the same as `ascii` for ASCII texts; `auto`,
+        tokenizer: of `TOKENIZERS`: `ascii`, that of the libraries, whose ROUGE drops every letter but a–z; `unicode`, words
+            of any script, single characters of scripts without blanks, the same as `ascii` for ASCII texts; `auto`,
             `unicode` where a text has letters or digits beyond ASCII.
 
     Returns:
@@ -115,7 +115,7 @@ def _checked(predictions: Sequence[str], references: Sequence[str | Sequence[str
     pairs = []
     for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         several = [reference] if isinstance(reference, str) else list(reference)
-        if not isinstance(prediction, str) or not several or not all(isinstance(one, str) for one in several):
+        if not isinstance(prediction, str) or not several or not all(isinstance(text, str) for text in several):
             raise CTInstructError(f"pair {index} is no text: both sides must be strings.")
         pairs.append((prediction, several))
     return pairs
@@ -136,7 +136,7 @@ def _score_pairs(pairs: _Pairs, metrics: tuple[str, ...], tokenizer: str) -> Ite
     }
     for prediction, references in pairs:
         if tokenizer == "unicode":
-            prediction, references = spaced(prediction), [spaced(one) for one in references]
+            prediction, references = spaced(prediction), [spaced(reference) for reference in references]
         yield {name: known[name](prediction, references) for name in metrics}
 
 
@@ -206,8 +206,8 @@ def _meteor(prediction: str, references: list[str]) -> float:
 
     stemmer, synonyms = _meteor_tools()
     return max(
-        float(single_meteor_score(_words(one), _words(prediction), stemmer=stemmer, wordnet=synonyms))
-        for one in references
+        float(single_meteor_score(_words(reference), _words(prediction), stemmer=stemmer, wordnet=synonyms))
+        for reference in references
     )
 
 

@@ -21,23 +21,23 @@ _WITHOUT_BLANKS = (
 def needs_unicode(texts: Iterable[str]) -> int:
     """How many of the texts have letters or digits beyond ASCII."""
     return sum(
-        not text.isascii() and any(not one.isascii() and unicodedata.category(one)[0] in "LN" for one in text)
+        not text.isascii() and any(not char.isascii() and unicodedata.category(char)[0] in "LN" for char in text)
         for text in texts
     )
 
 
 def spaced(text: str) -> str:
-    """With blanks around each character of scripts that are written without; other texts as they are."""
+    """The text with blanks around each character of scripts that are written without blanks."""
     if text.isascii():
         return text
     parts: list[str] = []
     alone = False  # whether the last character, with its marks, is a word by itself
-    for one in text:
-        if unicodedata.category(one)[0] != "M":
-            before, alone = alone, any(low <= ord(one) <= high for low, high in _WITHOUT_BLANKS)
+    for char in text:
+        if unicodedata.category(char)[0] != "M":
+            before, alone = alone, any(low <= ord(char) <= high for low, high in _WITHOUT_BLANKS)
             if before or alone:
                 parts.append(" ")
-        parts.append(one)
+        parts.append(char)
     return "".join(parts)
 
 
@@ -47,7 +47,7 @@ class UnicodeTokenizer:
     def tokenize(self, text: str) -> list[str]:
         """The words of a text, for `rouge_score`."""
         lowered = unicodedata.normalize("NFKC", spaced(unicodedata.normalize("NFKC", text))).lower()
-        return "".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in lowered).split()
+        return "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lowered).split()
 
 
 __all__ = ["TOKENIZERS", "UnicodeTokenizer", "needs_unicode", "spaced"]

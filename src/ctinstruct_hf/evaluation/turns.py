@@ -1,4 +1,4 @@
-"""A conversation as single answers: each with its own task, masks and labels, and with names as the model knows them."""
+"""A conversation as jobs: each answer with its task, masks and labels, and with names as the model knows them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .jobs import Job
 
 
 def turns_of(sample: InstructionSample, structures: Names, diseases: Names, names_masks: bool) -> Iterator[Job]:
-    """The answers of a conversation, in order, about the images that are shown before each; one with masks and probabilities comes
-    once for each of the two.
+    """The answers of a conversation, in order, about the images shown before each. An answer with masks and probabilities
+    gives a job for each of the two.
 
     Args:
         structures, diseases: what the model knows, see `data.names`.
@@ -35,13 +35,13 @@ def turns_of(sample: InstructionSample, structures: Names, diseases: Names, name
         judged = [next(labels) for _ in range(answer.count(DISEASE_TOKEN))]
         shown = sum(part["type"] == "image" for turn in sample.messages[:index] for part in parts_of(turn))
         name = f"{sample.id}/turn-{number}" if number else sample.id
-        place = (sample, sample.images[:shown], index, asked.messages)
+        common = (sample, sample.images[:shown], index, asked.messages)
         if mine:
-            yield Job(name, "segmentation", *place, masks=mine, known=known, notes=mask_notes)
+            yield Job(name, "segmentation", *common, masks=mine, known=known, notes=mask_notes)
         if judged:
-            yield Job(name, "diagnosis", *place, labels=judged, known=of_diseases, notes=label_notes)
+            yield Job(name, "diagnosis", *common, labels=judged, known=of_diseases, notes=label_notes)
         if not mine and not judged:
-            yield Job(name, _later_task(sample, index) if number else sample.task, *place)
+            yield Job(name, _later_task(sample, index) if number else sample.task, *common)
 
 
 def _later_task(sample: InstructionSample, index: int) -> str:
@@ -58,9 +58,9 @@ def _resolve(names: Names, given: Iterable[str]) -> tuple[dict[str, str], list[s
     """{name in the data: known name} where they differ, and notes; a union of several structures stays as written."""
     found = [names.find(name) for name in dict.fromkeys(given)]
     known = {
-        one.given: one.names[0] for one in found if one.known and len(one.names) == 1 and one.names[0] != one.given
+        hit.given: hit.names[0] for hit in found if hit.known and len(hit.names) == 1 and hit.names[0] != hit.given
     }
-    return known, [one.note for one in found if one.note]
+    return known, [hit.note for hit in found if hit.note]
 
 
 def _renamed(sample: InstructionSample, known: Mapping[str, str], structures: Names) -> InstructionSample:

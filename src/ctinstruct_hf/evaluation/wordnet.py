@@ -78,7 +78,7 @@ def _zipped(root: Any) -> bool:
 
 
 class Synonyms:
-    """What nltk's METEOR asks of WordNet, each word looked up once."""
+    """Synsets as nltk's METEOR asks for them, each word looked up once."""
 
     def __init__(self) -> None:
         self._reader = find_wordnet()

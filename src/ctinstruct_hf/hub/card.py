@@ -48,10 +48,10 @@ def make_card(
         datasets: what it was trained on, as the Hub names them.
         base_model: what it was made from.
         license: of the weights.
-        notes: a paragraph of your own on data and limits.
+        notes: a paragraph on data and limits.
 
     Raises:
-        CTInstructError: where the folder holds no model, or the scores are none.
+        CTInstructError: where the folder holds no model, or `scores` is no `scores.json`.
     """
     if identify(folder)[0] != "nothing":
         require(folder, "stage two", "stage one", "tower")

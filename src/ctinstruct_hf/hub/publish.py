@@ -1,4 +1,4 @@
-"""A model's folder to the Hub in one commit: weights, processor, tokenizer, code files and card; nothing else that lies there."""
+"""A model's folder to the Hub in one commit: weights, processor, tokenizer, code files and card, and no other file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Plan:
-    """What would go, and what stays.
+    """Which files are sent.
 
     Attributes:
-        files: (name, bytes) of each file, the card included.
-        left: names of what lies in the folder and does not go.
+        files: (name, bytes) of each file that is sent, the card included.
+        left: names of the other files of the folder.
         card: text of the card.
     """
 
@@ -48,10 +48,10 @@ class Plan:
 
 
 def make_plan(folder: Path, card: str) -> Plan:
-    """Look at the folder, send nothing.
+    """Choose the files to send; nothing is sent here.
 
-    What goes is a list of names: settings, tokenizer, the safetensors files (those of the index, where there is one), the
-    code files that the settings name and what these import, and `scores.json`. Whatever else lies there stays.
+    These are settings, tokenizer, the safetensors files (those of the index, where there is one), the code files that the
+    settings name and their imports, and `scores.json`.
 
     Raises:
         CTInstructError: where the folder is no whole model that loads with `trust_remote_code`, a file of it is a link, or
@@ -97,7 +97,7 @@ def make_plan(folder: Path, card: str) -> Plan:
 
 
 def _refuse_paths(values: Any, file: Path, key: str = "") -> None:
-    """Settings may keep where something was loaded from on this machine.
+    """Refuse settings that name a path of this machine, from which something was loaded.
 
     Raises:
         CTInstructError: for an absolute path.
@@ -118,7 +118,7 @@ def _code_files(folder: Path, settings: dict[str, dict[str, Any]]) -> set[str]:
     """The files that settings name in `auto_map`, and the siblings that these import.
 
     Raises:
-        CTInstructError: where one is not there, or is named outside of the folder.
+        CTInstructError: where a file is missing, or is named outside of the folder.
     """
     found: set[str] = set()
     waiting = [(module, file) for file, values in settings.items() for module in sorted(_modules(values))]
@@ -139,7 +139,7 @@ def _code_files(folder: Path, settings: dict[str, dict[str, Any]]) -> set[str]:
 
 def _modules(values: dict[str, Any]) -> set[str]:
     maps = [part["auto_map"] for part in (values, *values.values()) if isinstance(part, dict) and "auto_map" in part]
-    targets = [target for one in maps if isinstance(one, dict) for target in one.values()]
+    targets = [target for mapping in maps if isinstance(mapping, dict) for target in mapping.values()]
     flat = [name for target in targets for name in (target if isinstance(target, list) else [target]) if name]
     return {str(name).rpartition(".")[0].rpartition("--")[2] for name in flat}
 
@@ -151,17 +151,17 @@ def publish(
     *,
     private: bool = True,
     message: str = "Upload a CTInstruct model",
-    tell: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> str:
-    """Create the repository where it is not there, and send the plan's files in one commit.
+    """Create the repository where it does not exist, and send the plan's files in one commit.
 
     Args:
         folder: the model.
         repository: "user/name".
         plan: from `make_plan`.
-        private: who may see a new repository; one that is there stays as it is.
+        private: visibility of a new repository; an existing repository keeps its visibility.
         message: of the commit.
-        tell: called with the name of each step.
+        progress: called with the name of each step.
 
     Returns:
         The commit's address.
@@ -179,9 +179,9 @@ def publish(
     operations.append(CommitOperationAdd("README.md", plan.card.encode()))
     api = HfApi()
     try:
-        tell("creating the repository")
+        progress("creating the repository")
         api.create_repo(repository, private=private, exist_ok=True)
-        tell("sending")
+        progress("sending")
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise refusal(repository, error) from error

@@ -1,4 +1,4 @@
-"""The authors' checkpoint -> this package's format, as `ctinstruct convert released` does it."""
+"""The authors' checkpoint -> this package's format: `ctinstruct convert released`."""
 
 from __future__ import annotations
 

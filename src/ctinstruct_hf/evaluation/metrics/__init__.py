@@ -1,4 +1,4 @@
-"""The metrics, a file each. Every one also is a module of `evaluate`: `evaluate.load(metric_path("report_text"))`."""
+"""The metrics, a file each, and each a module of `evaluate`: `evaluate.load(metric_path("report_text"))`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS = find_metrics()
 
 
 def metrics_of(task: str) -> list[Metric]:
-    """What scores a task."""
+    """The metrics that score a task."""
     return [metric for metric in METRICS.values() if scored_as(task) in metric.columns]
 
 

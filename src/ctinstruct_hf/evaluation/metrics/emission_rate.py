@@ -1,4 +1,4 @@
-"""How often a model that is only asked answers with the special tokens that it should, and how good these are."""
+"""How often free answers have the special tokens asked for, and the Dice and AUC of these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ctinstruct_hf.evaluation.significance import bootstrap_auc, deviation
 
 
 def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> None:
-    """Of records that have a free answer; Dice and AUC are over what it emitted."""
+    """Of records that have a free answer; Dice and AUC are over the tokens that it has."""
     free = [record for record in records if record.free]
     if not free:
         return
@@ -35,7 +35,7 @@ def _score_masks(scores: TaskScores, records: Sequence[Record], settings: Settin
     for key, mask in masks_of(records, replace(settings, progress=lambda step: None)):
         if "free" not in mask:
             continue
-        if mask["free"] == mask["prediction"]:  # the free answer is the given one, word by word
+        if mask["free"] == mask["prediction"]:  # the free answer equals the data's, word by word
             if key in given:
                 dice[key] = given[key]
             continue

@@ -16,7 +16,7 @@ TEXT = (("ROUGE-1", "rouge1"), ("BLEU-1", "bleu1"), ("METEOR", "meteor"))
 
 
 def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> None:
-    """Of each text; of questions also whether the answer is the right one word by word."""
+    """Of each text; of questions also whether the answer equals the reference word by word."""
     predictions, references = [record.prediction for record in records], [record.reference for record in records]
     texts = score_texts(predictions, references, TEXT_METRICS, settings.workers, settings.tokenizer)
     scores.details["tokenizer"] = texts.tokenizer
