@@ -1,6 +1,6 @@
-"""`ctinstruct predict` over many scans: goes on after a bad one and after an interruption, on several processes or Ray.
+"""`ctinstruct predict` over many scans: resumable, on several processes or Ray; a scan that fails does not stop the others.
 
-Each scan gets a folder of results; `results.csv` has a line per scan and `failures.csv` what went wrong.
+Each scan gets a folder of results; `results.csv` has a line per scan, `failures.csv` the errors.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ ENGINES = ("local", "ray")
 
 @dataclass
 class Task:
-    """One scan and everything that is needed to answer about it, in any process or machine.
+    """A scan and everything that is needed to answer about it, in any process or machine.
 
     Attributes:
         scan: the path.
-        folder: where the results go.
+        folder: of the results.
         request: what to ask.
         reading: model, dtype, series, spacing, names of `predict_study`.
         series, files: of `Scan`.
-        asked: `settings_of` it all.
+        asked: `settings_of` scan, request and reading.
     """
 
     scan: str
@@ -57,12 +57,12 @@ class Task:
 
 @dataclass
 class Outcome:
-    """What became of one scan.
+    """The outcome of a scan.
 
     Attributes:
         study: the name of its folder.
-        status: done, kept (was there from an earlier run), incomplete (an output type could not be written) or failed.
-        seconds: that it took.
+        status: done, kept (from an earlier run), incomplete (an output type could not be written) or failed.
+        seconds: of work.
         error: a sentence, where it failed or is incomplete.
         changed: what differs from the results of an earlier run that these replace.
     """
@@ -75,10 +75,10 @@ class Outcome:
 
 
 def plan(scans: Sequence[Path | Scan], output: Path, request: Request, reading: dict[str, Any]) -> list[Task]:
-    """A task a scan; scans of the same name get folders `name`, `name-2` …"""
+    """A task per scan; scans of the same name get folders `name`, `name-2` …"""
     taken: set[str] = set()
     tasks = []
-    for scan in (one if isinstance(one, Scan) else Scan(one) for one in scans):
+    for scan in (scan if isinstance(scan, Scan) else Scan(scan) for scan in scans):
         folder, count = scan.name, 1
         while folder.casefold() in taken:
             count += 1
@@ -101,32 +101,32 @@ def predict_studies(
     tell: Callable[[int, int, str], None] = lambda done, total, name: None,
     **reading: Any,
 ) -> list[Outcome]:
-    """Ask many scans the same; what an earlier run has finished is kept where nothing has changed since: request, scan,
-    model, and version of the package.
+    """Ask many scans the same. Results of an earlier run are kept where request, scan, model and version of the package are
+    unchanged.
 
     Args:
         scans: what `find_scans` found.
-        output: a folder with one of results a scan, `results.csv` and `failures.csv`, and `skipped.csv` where `find_scans`
-            left something out.
+        output: a folder with a folder of results per scan, `results.csv` and `failures.csv`, and `skipped.csv` where
+            `find_scans` left something out.
         request: what to ask.
-        workers: processes, one a device by default; on a CPU they share its cores.
+        workers: processes, by default one per device; on a CPU they share its cores.
         devices: cpu, cuda:0 …, given to the workers in turn.
-        engine: local, or ray for Ray Data on one machine or many, which must all see the files.
-        restart: answer anew what is there.
-        tell: called with (scans done, all of them, the name of the last).
+        engine: local, or ray for Ray Data on machines that must all see the files.
+        restart: answer again about scans that have results.
+        tell: called with (scans done, all scans, the name of the last).
         reading: model, dtype, quantize, series, spacing, see `predict_study`.
 
     Returns:
-        An outcome a scan, in their order.
+        An outcome per scan, in their order.
 
     Raises:
-        CTInstructError: for an engine or a model that is not there, or an output folder that cannot be written.
+        CTInstructError: for an unknown engine or model, or an output folder that cannot be written.
     """
     if engine not in ENGINES:
         raise CTInstructError(f"engine is '{engine}': use {' or '.join(ENGINES)}.")
     count = workers or max(len(devices), 1)
     if count < max(len(devices), 1):
-        raise CTInstructError(f"workers is {workers}: give at least {max(len(devices), 1)}, one a device.")
+        raise CTInstructError(f"workers is {workers}: give at least {max(len(devices), 1)}, one per device.")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -134,25 +134,25 @@ def predict_studies(
     tasks = plan(scans, output, request, reading)
     outcomes: dict[int, Outcome] = {}
     changed: dict[int, str] = {}
-    for place, task in enumerate(tasks):
+    for index, task in enumerate(tasks):
         task.asked = json.loads(json.dumps(settings_of(task.source, task.request, task.reading)))
         found = what_changed(task)
         if found:
-            changed[place] = found
+            changed[index] = found
             _remove_results(Path(task.folder))
         elif found is not None and not restart:
-            outcomes[place] = Outcome(Path(task.folder).name, "kept")
-    todo = [place for place in range(len(tasks)) if place not in outcomes]
+            outcomes[index] = Outcome(Path(task.folder).name, "kept")
+    todo = [index for index in range(len(tasks)) if index not in outcomes]
     if outcomes:
         tell(len(outcomes), len(tasks), "kept from before")
     run = {"local": _on_this_machine, "ray": _on_ray}[engine]
-    for place, outcome in run(tasks, todo, count, list(devices)):
-        outcome.changed = changed.get(place, "")
-        outcomes[place] = outcome
+    for index, outcome in run(tasks, todo, count, list(devices)):
+        outcome.changed = changed.get(index, "")
+        outcomes[index] = outcome
         tell(len(outcomes), len(tasks), outcome.study)
-        if outcome.error:  # written as it goes: a long run may be read while it works
+        if outcome.error:  # written at once, to be read during a long run
             write_failures(output / "failures.csv", tasks, outcomes)
-    ordered = [outcomes[place] for place in range(len(tasks))]
+    ordered = [outcomes[index] for index in range(len(tasks))]
     write_failures(output / "failures.csv", tasks, outcomes)
     write_table(output / "results.csv", tasks, ordered)
     skipped = getattr(scans, "skipped", [])
@@ -166,7 +166,7 @@ _NAMES = {"scan_fingerprint": "the scan", "model_fingerprint": "the model", "pac
 
 
 def what_changed(task: Task) -> str | None:
-    """What differs between the whole results in the folder and the task, "" where nothing; None where there are none."""
+    """What differs between complete results in the folder and the task, "" for nothing; None without such results."""
     try:
         found = json.loads((Path(task.folder) / "findings.json").read_text(encoding="utf-8"))
         before = found["asked"] or {}
@@ -183,16 +183,16 @@ def what_changed(task: Task) -> str | None:
 
 
 def _remove_results(folder: Path) -> None:
-    """The results of another scan, model or request: what is not written again must not be taken for the new ones."""
+    """Delete the results of another scan, model or request, some of which may not be written again."""
     old = [*folder.glob("masks/*.nii.gz"), *folder.glob("masks/*.json")]
-    old += [folder / place for output_type, (_, place) in WRITERS.items() if output_type not in ("nifti", "dicom-sr")]
+    old += [folder / name for output_type, (_, name) in WRITERS.items() if output_type not in ("nifti", "dicom-sr")]
     shutil.rmtree(folder / WRITERS["dicom-sr"][1], ignore_errors=True)
     for file in [*old, folder / "findings.json", folder / "report.txt", folder / "report.html"]:
         file.unlink(missing_ok=True)
 
 
 def answer(task: Task, device: str | None) -> Outcome:
-    """Answer about one scan; whatever is wrong with it becomes a sentence."""
+    """Answer about a scan; an error becomes a sentence of the outcome."""
     name = Path(task.folder).name
     start = time.perf_counter()
     try:
@@ -201,22 +201,22 @@ def answer(task: Task, device: str | None) -> Outcome:
         )
     except CTInstructError as error:
         return Outcome(name, "failed", round(time.perf_counter() - start, 2), str(error))
-    except Exception as error:  # one scan must not end the run of all
+    except Exception as error:  # a scan must not end the run of all
         sentence = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         return Outcome(name, "failed", round(time.perf_counter() - start, 2), sentence)
     missing = " ".join(study.results.failures.values())
     return Outcome(name, "incomplete" if missing else "done", round(time.perf_counter() - start, 2), missing)
 
 
-# engines: each yields (place, outcome) as scans are finished
+# engines: each yields (index of the task, outcome) as scans are finished
 
 
 def _on_this_machine(
     tasks: list[Task], todo: list[int], workers: int, devices: list[str]
 ) -> Iterator[tuple[int, Outcome]]:
     if workers == 1 or len(todo) <= 1:
-        for place in todo:
-            yield place, answer(tasks[place], devices[0] if devices else None)
+        for index in todo:
+            yield index, answer(tasks[index], devices[0] if devices else None)
         return
     left = list(reversed(todo))
     running: dict[Connection, tuple[Any, int | None, int]] = {}  # pipe -> process, its scan, its number
@@ -234,11 +234,11 @@ def _on_this_machine(
 
     def give(pipe: Connection) -> None:
         process, _, number = running[pipe]
-        place = left.pop() if left else None
-        running[pipe] = (process, place, number)
-        with suppress(OSError):  # one that died meanwhile is found out by `wait`
-            pipe.send(None if place is None else tasks[place])
-        if place is None:
+        index = left.pop() if left else None
+        running[pipe] = (process, index, number)
+        with suppress(OSError):  # `wait` finds a process that has died
+            pipe.send(None if index is None else tasks[index])
+        if index is None:
             del running[pipe]
 
     for number in range(min(workers, len(todo))):
@@ -268,7 +268,7 @@ def _on_this_machine(
 
 
 def _work(pipe: Connection, device: str | None, threads: int) -> None:
-    """One worker: answers what it is given until it is given nothing."""
+    """A worker: answers tasks until it receives None."""
     import torch
     from transformers.utils import logging
 
@@ -279,7 +279,7 @@ def _work(pipe: Connection, device: str | None, threads: int) -> None:
 
 
 class RayWorker:
-    """What Ray keeps on a worker: the model stays loaded from scan to scan."""
+    """The state of a Ray worker: the model stays loaded from scan to scan."""
 
     def __init__(self, devices: list[str]) -> None:
         from transformers.utils import logging
@@ -294,7 +294,7 @@ class RayWorker:
         if reading.get("spacing") is not None:
             reading["spacing"] = tuple(reading["spacing"])
         outcome = answer(Task(**{**task, "request": request, "reading": reading}), self.device)
-        return {"place": row["place"], **asdict(outcome)}
+        return {"index": row["index"], **asdict(outcome)}
 
 
 def _on_ray(tasks: list[Task], todo: list[int], workers: int, devices: list[str]) -> Iterator[tuple[int, Outcome]]:
@@ -309,14 +309,14 @@ def _on_ray(tasks: list[Task], todo: list[int], workers: int, devices: list[str]
             log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
         )  # RAY_ADDRESS names a cluster
     ray.data.DataContext.get_current().enable_progress_bars = False
-    items = [{"place": place, "task": json.dumps(asdict(tasks[place]))} for place in todo]
+    items = [{"index": index, "task": json.dumps(asdict(tasks[index]))} for index in todo]
     on_gpu = any(device.startswith("cuda") for device in devices)
     worker: Any = RayWorker
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
         worker, fn_constructor_args=(devices,), concurrency=min(workers, len(todo)), num_gpus=1 if on_gpu else None
     )
     for row in rows.iter_rows():
-        yield int(row.pop("place")), Outcome(**row)
+        yield int(row.pop("index")), Outcome(**row)
 
 
 # the tables
@@ -325,16 +325,16 @@ def _on_ray(tasks: list[Task], todo: list[int], workers: int, devices: list[str]
 def write_failures(path: Path, tasks: Sequence[Task], outcomes: dict[int, Outcome]) -> None:
     """`failures.csv`: study, scan, error."""
     rows = [
-        {"study": outcome.study, "scan": tasks[place].scan, "error": outcome.error}
-        for place, outcome in sorted(outcomes.items())
+        {"study": outcome.study, "scan": tasks[index].scan, "error": outcome.error}
+        for index, outcome in sorted(outcomes.items())
         if outcome.error
     ]
     _write_csv(path, ["study", "scan", "error"], rows)
 
 
 def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
-    """`results.csv`: a line per scan with status, time, probabilities, volumes in ml and where the scan
-    cuts them off, what the table of findings says, answers, report and warnings."""
+    """`results.csv`: a line per scan with status, time, probabilities, volumes in ml and where the scan cuts them off, the
+    table of findings, answers, report and warnings."""
     rows = []
     columns = ["study", "status", "seconds"]
     for task, outcome in zip(tasks, outcomes, strict=True):
@@ -345,10 +345,10 @@ def write_table(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) 
             for name, numbers in found["segmentation"].items():
                 row[f"{name} (ml)"] = numbers["volume_ml"]
                 row[f"{name} cut off at"] = ", ".join(numbers.get("cut_off") or [])
-            for name, one in found.get("findings", {}).items():
-                row[f"{name} in report"], row[f"{name} agreement"] = one["report"], one["agreement"]
-                row[f"{name} (mm)"] = (one["mask"] or {}).get("diameter_mm")
-            row |= {one["question"]: one["answer"] for one in found["answers"]}
+            for name, finding in found.get("findings", {}).items():
+                row[f"{name} in report"], row[f"{name} agreement"] = finding["report"], finding["agreement"]
+                row[f"{name} (mm)"] = (finding["mask"] or {}).get("diameter_mm")
+            row |= {turn["question"]: turn["answer"] for turn in found["answers"]}
             if found["report"] is not None:
                 row["report"] = found["report"]
             row["warnings"] = " ".join(found["warnings"])
@@ -371,7 +371,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def _cell(value: Any) -> Any:
-    """Text that a spreadsheet does not take for a formula."""
+    """A value that a spreadsheet does not take for a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
 
 

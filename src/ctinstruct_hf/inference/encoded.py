@@ -1,7 +1,7 @@
 """Scans encoded once, and conversations about them.
 
 The vision tower runs once, and so does the language model over everything up to the end of the last image; each question
-then costs its own words.
+then costs only its words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .calibration import calibration_of
 from .chat_templates import render_chat
 from .models import first_bad
 
-PREFIXES = 2  # kept readings of the images: plain positions or not, or other words before the last image
+PREFIXES = 2  # key-value caches kept: with plain positions or not, or with other words before the last image
 
 # a question about the scans, or turns {"role", "content"} that show them all and end in a question
 Conversation = str | Sequence[dict[str, Any]]
@@ -33,12 +33,12 @@ Conversation = str | Sequence[dict[str, Any]]
 
 @dataclass
 class Reply:
-    """An answer as the model gives it.
+    """An answer of the model.
 
     Attributes:
         text: with its special tokens.
         masks: logits [D, H, W] on the canvas of the last scan, one per `<SEG>`.
-        probabilities: one per `<disease_confidence>`; none where it cannot be known which diseases they are of.
+        probabilities: one per `<disease_confidence>`; empty where the diseases are not known.
     """
 
     text: str
@@ -47,12 +47,12 @@ class Reply:
 
 
 def question_of(conversation: Conversation) -> str:
-    """What was asked last."""
+    """The last question."""
     return conversation if isinstance(conversation, str) else text_of(conversation[-1])
 
 
 class EncodedScans:
-    """One scan, or several of one patient in the order given, and a model that answers about the last one.
+    """A scan, or several of a patient in the order given, and a model that answers about the last.
 
     Args:
         volumes: the scan or scans.
@@ -74,7 +74,7 @@ class EncodedScans:
 
     @property
     def volume(self) -> CTVolume:
-        """The scan; the last one where there are several."""
+        """The last scan."""
         return self.volumes[-1]
 
     @functools.cached_property
@@ -110,7 +110,7 @@ class EncodedScans:
         return ids.to(self.model.device)
 
     def _positions(self, input_ids: torch.Tensor, plain: bool) -> torch.Tensor | None:
-        """Positions for language models with three axes; None where the model counts by itself."""
+        """Positions [3, 1, L] for language models with three axes; None for other models."""
         if not self.model.config.uses_three_axis_rope:
             return None
         if plain:
@@ -124,7 +124,7 @@ class EncodedScans:
     def _prefix(self, input_ids: torch.Tensor, plain: bool) -> Any:
         """A copy of the key-value cache of everything up to the end of the last image.
 
-        With `answer_positions="sequential"` an answer with special tokens reads the image at other positions: `plain`.
+        With `answer_positions="sequential"` an answer with special tokens reads the image at `plain` positions.
         """
         read = input_ids[:, : self._prefix_length(input_ids)]
         key = (plain, tuple(read[0].tolist()))
@@ -139,7 +139,7 @@ class EncodedScans:
         return copy.deepcopy(self._prefixes[key])
 
     def _states(self, conversation: Conversation, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and hidden states of what follows the images, up to the end of a given answer: ([1, L], [1, L, D])."""
+        """Ids and hidden states after the images, up to the end of a given answer: ([1, L], [1, L, D])."""
         input_ids = self._ids(conversation, answer)
         special = (input_ids == self.model.config.seg_token_id) | (input_ids == self.model.config.disease_token_id)
         plain = self.model.config.answer_positions == "sequential" and bool(special.any())
@@ -157,7 +157,7 @@ class EncodedScans:
     def _states_together(self, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and hidden states of several questions with answers that hold special tokens: ([B, L], [B, L, D]).
 
-        What fills the shorter ones follows them, so that none of their tokens sees it.
+        Shorter rows are padded on the right, where none of their tokens attends.
         """
         rows = [self._ids(question, answer)[0] for question, answer in pairs]
         filler = self.processor.tokenizer.pad_token_id or 0
@@ -177,15 +177,13 @@ class EncodedScans:
         return input_ids[:, length:], outputs.last_hidden_state
 
     def reply(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[Reply]:
-        """The model's answers, and what their special tokens stand for; see `write` and
-        `outputs_of_answers`."""
+        """The model's answers with masks and probabilities of their special tokens; see `write`, `outputs_of_answers`."""
         answers = self.write(conversations, max_new_tokens, **generation)
         return self.outputs_of_answers(list(zip(conversations, answers, strict=True)))
 
     @torch.inference_mode()
     def write(self, conversations: Sequence[Conversation], max_new_tokens: int = 256, **generation: Any) -> list[str]:
-        """The model's answers with their special tokens, in one batch over one reading of the images; each is given as if
-        alone.
+        """The model's answers with their special tokens, in a batch that reads the images once; equal to single answers.
 
         Args:
             conversations: about these scans.
@@ -205,7 +203,7 @@ class EncodedScans:
         return [self._until_its_end(new) for new in sequences]
 
     def _generate(self, rows: Sequence[torch.Tensor], options: dict[str, Any]) -> list[torch.Tensor]:
-        """New tokens of prompts [1, L]; those that share everything up to the last image are answered together."""
+        """New tokens of prompts [1, L]; prompts that are equal up to the last image are answered together."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, ids in enumerate(rows):
             groups.setdefault(tuple(ids[0, : self._prefix_length(ids)].tolist()), []).append(row)
@@ -216,7 +214,7 @@ class EncodedScans:
         return [sequences[row] for row in range(len(rows))]
 
     def _beside_each_other(self, rows: Sequence[torch.Tensor]) -> tuple[dict[str, Any], int]:
-        """What `generate` needs for prompts [1, L] that begin with the same images, and where its new tokens begin.
+        """Inputs of `generate` for prompts [1, L] that begin with the same images, and where its new tokens begin.
 
         The images' keys and values are repeated; the questions are padded on the left, behind the images.
         """
@@ -240,7 +238,7 @@ class EncodedScans:
         return batch, longest
 
     def _until_its_end(self, new: torch.Tensor) -> str:
-        """The text of new tokens; what follows the closing token fills the batch."""
+        """The text of new tokens [L] up to the closing token; padding follows it."""
         closing = self.closing_tokens()
         ends = torch.isin(new, torch.tensor(closing, device=new.device)).nonzero()
         return self.processor.tokenizer.decode(new[: int(ends[0]) + 1] if len(ends) else new)
@@ -252,12 +250,12 @@ class EncodedScans:
         return [*(token for token in closing if token is not None), self.processor.tokenizer.eos_token_id]
 
     def prompt_tokens(self, conversation: Conversation) -> int:
-        """How many tokens the model reads before it answers: those of the scans and of the words."""
+        """How many tokens of scans and words the model reads before it answers."""
         return int(self._ids(conversation).shape[1])
 
     @torch.inference_mode()
     def outputs_of_answers(self, answered: Sequence[tuple[Conversation, str]]) -> list[Reply]:
-        """What the special tokens of given answers stand for; the mask decoder runs once over the scan for all of them.
+        """Masks and probabilities of the special tokens of given answers; the mask decoder runs once over the scan for all.
 
         Args:
             answered: conversations, each with its answer.
@@ -286,7 +284,7 @@ class EncodedScans:
         return replies
 
     def _answer_start(self, ids: torch.Tensor, masks: int, diseases: int) -> int:
-        """Where in [1, L] the last so many special tokens begin; those before belong to earlier answers."""
+        """Index in [1, L] from which the answer's special tokens begin; those before belong to earlier answers."""
         starts = [
             int((ids[0] == token).nonzero()[-count])
             for token, count in (

@@ -1,4 +1,4 @@
-"""What a model's folder is and whether its files are sound, before anything of it is loaded."""
+"""Which model a folder holds and whether its files are sound, before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 )
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
-# what loading a model reads; nothing here is unpickled or executed
+# files that loading a model reads; none is unpickled or executed
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -42,14 +42,14 @@ MODEL_FILES = (
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER, ADAPTER_WEIGHTS)
 _MOST_BYTES, _MOST_DEPTH = 2**23, 64  # of a JSON file
-_LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**28, INDEX: 2**28}  # of those that list words or tensors
-# weights that are there instead -> why they are not read
+_LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**28, INDEX: 2**28}  # of files that list words or tensors
+# other weight files -> why they are not read
 _OTHERS = {
     "model-*-of-*.safetensors": f"a part, but no {INDEX} that lists the parts: download the folder again",
     "*.safetensors": "a name that loading does not look for",
     "pytorch_model*.bin": "which is not read since it may run code",
 }
-# what a folder is -> (what to call it, what to do with it)
+# content of a folder -> (its description, what to do with it)
 _USES = {
     "stage two": (
         "a whole CTInstruct model",
@@ -92,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size and depth.
 
     Raises:
-        CTInstructError: where the file is none, and why.
+        CTInstructError: for any other file.
     """
     try:
         most = _LARGE.get(path.name, _MOST_BYTES)
@@ -141,8 +141,8 @@ def file_inside(folder: Path, name: Any, source: str) -> Path:
     """A file that another file of the folder names.
 
     Args:
-        folder: where it must be.
-        name: what the other file says, which must be a plain name.
+        folder: in which it must lie.
+        name: in the other file; must be a plain name.
         source: the other file, for messages.
 
     Raises:
@@ -159,7 +159,7 @@ def file_inside(folder: Path, name: Any, source: str) -> Path:
         raise CTInstructError(f"{source} names the file {str(name)[:80]!r}: only plain names beside it are read.")
     path = folder / name
     home = folder.resolve()
-    home = next((one.parents[1] for one in (home, *home.parents) if one.parent.name == "snapshots"), home)
+    home = next((parent.parents[1] for parent in (home, *home.parents) if parent.parent.name == "snapshots"), home)
     if not path.resolve().is_relative_to(home):
         raise CTInstructError(f"{source} names {name}, which is a link out of {folder}: put the file itself there.")
     return path
@@ -169,7 +169,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a folder, and its index {tensor: file}, empty without one.
 
     Raises:
-        CTInstructError: where there is none, the index cannot be read, or a file that it names is absent or elsewhere.
+        CTInstructError: without weights, for an unreadable index, and where a file that it names is absent or elsewhere.
     """
     index = folder / INDEX
     if adapter_base(folder) is not None:
@@ -249,7 +249,7 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def identify(folder: Path) -> tuple[str, str]:
-    """What a folder is, a key of `_USES`, and a detail for the sentence on it.
+    """The content of a folder, a key of `_USES`, and a detail for the sentence on it.
 
     Raises:
         CTInstructError: where its config.json cannot be read.
@@ -268,8 +268,8 @@ def identify(folder: Path) -> tuple[str, str]:
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
     if model_type == "ctinstruct":
-        kinds = config.get("architectures")
-        if isinstance(kinds, list) and "CTInstructForPretraining" in kinds:
+        classes = config.get("architectures")
+        if isinstance(classes, list) and "CTInstructForPretraining" in classes:
             return "stage one", ""
         if (folder / "trainer_state.json").exists() and not (folder / "processor_config.json").exists():
             return "checkpoint", ""
@@ -306,10 +306,10 @@ def is_released_names(names: Iterable[Any]) -> bool:
 
 
 def require(folder: Path, *wanted: str, argument: str = "model") -> str:
-    """What the folder is; one of `wanted`.
+    """The content of a folder, which must be one of `wanted`, see `identify`.
 
     Raises:
-        CTInstructError: where it is something else: what it is and what can be done with it.
+        CTInstructError: for other content, with what can be done with it.
     """
     what, detail = identify(folder)
     if what not in wanted:
@@ -322,7 +322,7 @@ def check_json_files(folder: Path) -> None:
     """Every JSON file that loading reads is an object.
 
     Raises:
-        CTInstructError: naming the first that is none.
+        CTInstructError: naming the first file that is not.
     """
     for name in MODEL_FILES:
         if name.endswith(".json") and os.path.lexists(folder / name):

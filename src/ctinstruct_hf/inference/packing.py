@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes keeps them, tensor by tensor: a model is quantised without ever being whole in memory."""
+"""Weights in bitsandbytes' format, tensor by tensor: a model is quantised without being whole in memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantize_folder(
         revision: of a name on the Hub.
 
     Raises:
-        CTInstructError: where the model cannot be used or is quantised already, and where the disk has no room.
+        CTInstructError: for an unusable or quantised model, and a disk without room.
     """
     folder = resolve_model(source, revision, progress=progress).folder
     require(folder, "stage two")
@@ -75,7 +75,7 @@ def packer_of(config: Any, quantize: str) -> Packer:
 
     wanted = quantization_of(quantize, torch.device("cpu"))
     if quantize == "int4":
-        wanted.bnb_4bit_compute_dtype = torch.bfloat16  # of a GPU; a CPU computes as it is quick
+        wanted.bnb_4bit_compute_dtype = torch.bfloat16  # of a GPU; a CPU takes its fastest dtype
     left_out = CTInstructForConditionalGeneration.leave_out(wanted)
     with torch.device("meta"):
         model: nn.Module = CTInstructForConditionalGeneration(config)

@@ -1,4 +1,4 @@
-"""The scans below a path: volume files and DICOM series at any depth, and what is left out."""
+"""The scans below a path: volume files and DICOM series at any depth, and the files left out."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 
 from ..errors import CTInstructError
 
-# files that hold a volume each, wherever they lie; slices count only where they are named
+# files that hold a volume each; pictures and slices are read only where the input names them
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".npz", ".zip")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", *PICTURE_SUFFIXES)
-# what lies beside a volume file of the same name and belongs to it
+# endings of files that belong to a volume file of the same name
 _BESIDE = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz", ".json")
 
 
 @dataclass
 class Scan:
-    """One scan: what `read_volume` needs, and what tells it from others.
+    """A scan: what `read_volume` needs, and its name.
 
     Attributes:
         path: a file or a folder.
         series: SeriesInstanceUID of the DICOM series in it; None where the path is the scan.
         name: of its folder of results.
         files: that it is read from.
-        study: equal for DICOM series of one study, "" for others; identifies a patient, so it is compared only.
+        study: equal for DICOM series of the same study, "" for others; identifies a patient, so it is compared only.
         description: number, description and slices of a DICOM series.
     """
 
@@ -62,7 +62,7 @@ class Scans(list[Scan]):
     """Scans in the order of their paths.
 
     Attributes:
-        skipped: (path, reason) of what lies below the inputs and is no scan.
+        skipped: (path, reason) of files and folders below the inputs that are no scan.
     """
 
     def __init__(self, scans: Iterable[Scan] = (), skipped: Iterable[tuple[Path, str]] = ()) -> None:
@@ -70,11 +70,11 @@ class Scans(list[Scan]):
         self.skipped = list(skipped)
 
     def is_one_study(self, inputs: Sequence[Path]) -> bool:
-        """Whether the inputs are one file, or one folder with nothing but one DICOM study."""
+        """Whether the inputs are a single file, or a folder with a single DICOM study and nothing else."""
         if len(inputs) != 1 or not self:
             return False
         whole = self[0].path == inputs[0]
-        uids = {scan.series for scan in self}  # the same twice: copies, or patients whose UIDs were made the same
+        uids = {scan.series for scan in self}  # a UID twice: copies, or patients with equal UIDs
         alike = len({scan.study for scan in self}) == 1 and len(uids) == len(self)
         return alike and (bool(self[0].study) or whole)
 
@@ -89,7 +89,7 @@ def scan_name(scan: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a scan that is one path: all below a folder, or a file with its raw data and sidecar."""
+    """The files of a scan by its path: all below a folder, or a file with its raw data and sidecar."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     beside = [path.with_name(scan_name(path) + suffix) for suffix in _BESIDE]
@@ -119,7 +119,7 @@ def find_scans(inputs: Sequence[Path], series: str | None = None) -> Scans:
         chosen = [reason for _, reason in found.skipped if reason.startswith("no series fits")]
         if chosen:
             raise CTInstructError(f"{inputs[0]}: {chosen[0]}.")
-        if len(inputs) == 1 and inputs[0].is_dir():  # reading it says best what is wrong
+        if len(inputs) == 1 and inputs[0].is_dir():  # reading it gives the error
             return Scans([Scan(inputs[0], series)])
     return found
 
@@ -159,7 +159,7 @@ def _walk(root: Path, series: str | None, found: Scans) -> None:
 
 
 def _is_volume(file: Path) -> bool:
-    """Whether a file holds a volume by itself: by its ending, so that a broken one fails by name, or by its first bytes."""
+    """Whether a file holds a volume, by its ending (a broken file then fails by name) or its first bytes."""
     from ..processing.volume_reading import format_of_contents
     from ..processing.volume_series import list_series
 
@@ -192,16 +192,16 @@ def _add_file(path: Path, root: Path, series: str | None, found: Scans) -> None:
 
 
 def _series_of(source: Path, files: Sequence[Path], found: Scans) -> list[tuple[Path, Any]]:
-    """(source, CT series) of a folder or zip; what is none is skipped with the reason."""
+    """(source, CT series) of a folder or zip; other files are skipped with a reason."""
     from ..processing.volume_series import list_series
 
     try:
         listed = list_series(source)
     except CTInstructError as error:
-        if source.is_dir():  # a file is a scan that fails by itself, with its sentence
+        if source.is_dir():  # a file is a scan, whose reading gives the error
             found.skipped.append((source, str(error)))
         return []
-    seen = {file for one in listed for file in one.files}
+    seen = {file for series in listed for file in series.files}
     for skipped in listed.skipped:
         seen.update(skipped.files)
         lies = Path(os.path.commonpath(skipped.files)) if skipped.files else source
@@ -209,41 +209,41 @@ def _series_of(source: Path, files: Sequence[Path], found: Scans) -> list[tuple[
             (lies, f"{skipped.name} {skipped.reason}" if lies.name != skipped.name else skipped.reason)
         )
     found.skipped += [(file, _why_not(file)) for file in files if file not in seen and source.is_dir()]
-    return [(source, one) for one in listed]
+    return [(source, series) for series in listed]
 
 
 def _add_series(listed: Sequence[tuple[Path, Any]], root: Path, series: str | None, found: Scans) -> None:
     """The series that are wanted of each study."""
     studies: dict[str, list[tuple[Path, Any]]] = {}
-    for source, one in listed:
-        studies.setdefault(_study_of(one.files[0]), []).append((source, one))
+    for source, member in listed:
+        studies.setdefault(_study_of(member.files[0]), []).append((source, member))
     for study, members in list(studies.items()):
         where: dict[str, set[Path]] = {}
-        for source, one in members:
-            where.setdefault(re.sub(r"-\d+$", "", one.uid), set()).add(source)
-        if any(len(sources) > 1 for sources in where.values()):  # patients whose UIDs were made the same
+        for source, member in members:
+            where.setdefault(re.sub(r"-\d+$", "", member.uid), set()).add(source)
+        if any(len(sources) > 1 for sources in where.values()):  # patients with equal UIDs
             del studies[study]
-            for source, one in members:
-                studies.setdefault(f"{study} {source}", []).append((source, one))
-    folders = [source if source.is_file() else _folder_of(one) for source, one in listed]
+            for source, member in members:
+                studies.setdefault(f"{study} {source}", []).append((source, member))
+    folders = [source if source.is_file() else _folder_of(member) for source, member in listed]
     for study, members in studies.items():
-        chosen = _chosen([one for _, one in members], series, root, found)
-        for source, one in members:
-            if not any(one is wanted for wanted in chosen):
+        chosen = _chosen([member for _, member in members], series, root, found)
+        for source, member in members:
+            if not any(member is wanted for wanted in chosen):
                 continue
-            folder = source if source.is_file() else _folder_of(one)
-            uid = one.uid if source.is_file() else _uid_in(folder, one)
-            label = str(one.number) if one.number is not None else one.uid[-8:]
+            folder = source if source.is_file() else _folder_of(member)
+            uid = member.uid if source.is_file() else _uid_in(folder, member)
+            label = str(member.number) if member.number is not None else member.uid[-8:]
             name = _name_of(folder, root) if folders.count(folder) == 1 else f"{_name_of(folder, root)}-{label}"
-            found.append(Scan(folder, uid, name, list(one.files), study, str(one)))
+            found.append(Scan(folder, uid, name, list(member.files), study, str(member)))
 
 
-def _folder_of(one: Any) -> Path:
-    return Path(os.path.commonpath([file.parent for file in one.files]))
+def _folder_of(series: Any) -> Path:
+    return Path(os.path.commonpath([file.parent for file in series.files]))
 
 
 def _chosen(members: list[Any], series: str | None, root: Path, found: Scans) -> list[Any]:
-    """The series of one study that are wanted."""
+    """The series of a study that are wanted."""
     from ..processing.volume_series import SeriesList, choose_series
 
     if series is None or series.strip().lower() == "all":
@@ -253,19 +253,20 @@ def _chosen(members: list[Any], series: str | None, root: Path, found: Scans) ->
     except CTInstructError as error:
         found.skipped.append((_folder_of(members[0]), f"no series fits --series {series}: {str(error).rstrip('.')}"))
         return []
-    for one in members:
-        if one is not chosen[0]:
-            found.skipped.append((_folder_of(one), f"series {one}: --series {series} takes another of its study"))
+    for member in members:
+        if member is not chosen[0]:
+            found.skipped.append((_folder_of(member), f"series {member}: --series {series} takes another of its study"))
     return chosen
 
 
-def _uid_in(folder: Path, one: Any) -> str:
-    """The series' name when its folder is read alone: several scans under one UID may lie in different folders."""
+def _uid_in(folder: Path, series: Any) -> str:
+    """The series' UID when its folder is read alone: scans under the same UID may lie in different folders."""
     from ..processing.volume_series import list_series
 
-    if re.fullmatch(r"[\d.]+", one.uid):
-        return str(one.uid)
-    return next((str(other.uid) for other in list_series(folder) if set(other.files) == set(one.files)), str(one.uid))
+    if re.fullmatch(r"[\d.]+", series.uid):
+        return str(series.uid)
+    alike = (other.uid for other in list_series(folder) if set(other.files) == set(series.files))
+    return str(next(alike, series.uid))
 
 
 def _study_of(file: Path) -> str:
@@ -277,7 +278,7 @@ def _study_of(file: Path) -> str:
         tags: Any = ["StudyInstanceUID", "PatientID"]  # compared only, never written
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
         return f"{header.get('StudyInstanceUID') or 'unknown'} {header.get('PatientID') or ''}"
-    except Exception:  # whatever a strange header makes pydicom raise
+    except Exception:  # pydicom raises many classes on strange headers
         return "unknown"
 
 

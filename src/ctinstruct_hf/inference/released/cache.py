@@ -1,4 +1,4 @@
-"""A name on the Hub whose files are the authors': fetched and converted once, into this package's own cache."""
+"""A repository with the authors' files: fetched and converted once, into this package's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .convert import LANGUAGE_MODEL, RELEASE_FILES, convert_released, has_tokeni
 from .download import download, gigabytes
 
 logger = logging.getLogger(__name__)
-# the first file of these that a repository has tells its layout
+# the first of these files that a repository has decides its layout
 LAYOUT_FILES = tuple(prefix + name for prefix in ("", "ctinstruct/") for name in (INDEX, BIN_INDEX))
 
 
@@ -34,7 +34,7 @@ def is_released(snapshot: Path) -> bool:
 
 
 def converted_folder(name: str, commit: str) -> Path:
-    """Where a repository's commit lies after conversion, laid out as the cache of the Hub's client is."""
+    """The folder of a repository's converted commit, laid out as the cache of the Hub's client."""
     return cache_folder() / f"models--{name.replace('/', '--')}" / "snapshots" / commit
 
 
@@ -43,11 +43,11 @@ def is_converted(name: str, commit: str) -> bool:
 
 
 def converted(name: str, commit: str, progress: Callable[[str], None] | None = None) -> Path:
-    """The folder of a released repository in this package's format; fetched and converted where it is not there yet.
+    """The folder of a released repository in this package's format, fetched and converted on first use.
 
     Args:
         name, commit: on the Hub.
-        progress: called with lines on how far it is.
+        progress: called with a line on each step.
 
     Raises:
         CTInstructError: where it cannot be fetched, converted or written.
@@ -58,7 +58,7 @@ def converted(name: str, commit: str, progress: Callable[[str], None] | None = N
     progress = progress or (lambda step: None)
     logger.warning("%s is the authors' checkpoint: its files are downloaded and converted once, into %s.", name, target)
     folder = download(name, commit, RELEASE_FILES, progress, beside=lambda size: {target: size})
-    tokenizer = next((place for place in (folder, folder / "ctinstruct") if has_tokenizer(place)), LANGUAGE_MODEL)
+    tokenizer = next((path for path in (folder, folder / "ctinstruct") if has_tokenizer(path)), LANGUAGE_MODEL)
     convert_released(folder, target, tokenizer, progress, origin=f"{name}@{commit}")
     written = sum(path.stat().st_size for path in target.iterdir())
     logger.warning("%s is converted: %s in %s.", name, gigabytes(written), target)

@@ -1,4 +1,4 @@
-"""Where each tensor of the authors' checkpoint lies, in any of the forms in which their scripts save it.
+"""The file of each tensor of the authors' checkpoint, in any form in which their scripts save it.
 
 Safetensors or pickles (read as tensors only), whole or in shards, in the folder or below it, of DeepSpeed's ZeRO-1 and -2,
 under the prefixes of wrappers, and as an adapter (LoRA) over its base. Only headers are read here.
@@ -28,30 +28,30 @@ _WEIGHTS = (
     (BIN_INDEX,),
     ("pytorch_model*.bin",),
     ("mp_rank_00_model_states.pt",),
-    # of an adapter; the authors' scripts save what they train beside it as trained_params
+    # of an adapter; the authors' scripts save other trained weights beside it as trained_params
     ("adapter_model.safetensors", "adapter_model.bin", "trained_params.safetensors", "non_lora_trainables.bin"),
     ("*.safetensors",),
     ("*.bin", "*.pt"),
 )
 STAGE_ONE_FILE = "vision_encoder.pth"
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|random_states|zero_pp_rank|bf16_zero).*")
-_PICKLE_BYTES = 2**30  # read through one mapping of a pickle before it is opened anew, which gives its memory back
+_PICKLE_BYTES = 2**30  # read through a mapping of a pickle before it is opened again, which frees its memory
 _SUBFOLDERS = ("ctinstruct", "checkpoint-*", "global_step*")
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.)+")
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-_LORA_ALPHA = 32  # the release's, where no adapter_config.json gives another
+_LORA_ALPHA = 32  # the release's, without an adapter_config.json
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that was not read yet.
+    """A tensor that is not read yet.
 
     Attributes:
-        file: where it lies.
+        file: that holds it.
         dtype: as safetensors names it.
-        shape: its shape.
-        read: reads it.
+        shape: of the tensor.
+        read: reads the tensor.
     """
 
     file: Path
@@ -69,7 +69,7 @@ def find_checkpoint(source: Path) -> Path:
     `checkpoint-N/`, DeepSpeed's `global_stepN/`).
 
     Raises:
-        CTInstructError: where there is none.
+        CTInstructError: without weights.
     """
     if source.is_file():
         return source
@@ -116,12 +116,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_entries(source: Path, base: Path | None = None, plain: bool = True) -> dict[str, Entry]:
-    """Name -> place of every tensor, under the names of the release.
+    """{released name: entry} of every tensor.
 
     Args:
         source: what `find_checkpoint` found.
         base: of an adapter, the model that it changes.
-        plain: without what wrappers put into the names; else as they are.
+        plain: without the wrappers' parts of the names.
 
     Raises:
         CTInstructError: for a file that cannot be read, and for an adapter that does not fit.
@@ -139,7 +139,7 @@ def read_entries(source: Path, base: Path | None = None, plain: bool = True) -> 
     entries = {_plain_name(name): entry for name, entry in raw.items() if ".original_module." not in name}
     if any(_LORA.fullmatch(name) for name in entries):
         below = {} if base is None else read_entries(find_checkpoint(base))
-        # of a plain Qwen2-VL the language model is the base, its own tower is not
+        # of a plain Qwen2-VL only the language model is the base, not its tower
         below = {name: entry for name, entry in below.items() if not _is_qwen_tower(name)}
         settings = read_object(folder / ADAPTER) if (folder / ADAPTER).exists() else {}
         entries = _with_adapter({**below, **entries}, settings, folder)
@@ -170,7 +170,7 @@ def _is_qwen_tower(name: str) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    """A name of the release without what wrappers of training and newer versions of Transformers put into it."""
+    """A name of the release without the parts that training wrappers and newer versions of Transformers add."""
     name = _WRAPPERS.sub("", name)
     name = re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name)
     return re.sub(r"^model\.(language_model\.(?:model\.)?|(?=visual\.))", lambda m: "model." if m[1] else "", name)
@@ -179,7 +179,7 @@ def _plain_name(name: str) -> str:
 def _read_safetensors(file: Path) -> dict[str, Entry]:
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
-            with safe_open(file, framework="pt") as shard:  # opened anew: its memory is given back with the tensor
+            with safe_open(file, framework="pt") as shard:  # opened each time: its memory is freed with the tensor
                 return shard.get_tensor(name)
 
         return read
@@ -196,7 +196,7 @@ def _read_safetensors(file: Path) -> dict[str, Entry]:
 
 
 class Pickle:
-    """A file of `torch.save`, of which nothing but tensors is read."""
+    """A file of `torch.save`, of which only tensors are read."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -251,7 +251,7 @@ def _unpickle(file: Path) -> Any:
 
 
 def _with_adapter(entries: dict[str, Entry], settings: dict[str, Any], folder: Path) -> dict[str, Entry]:
-    """Every weight that LoRA changes as what it is changed to."""
+    """The entries with every LoRA merged into its weight."""
     if any("lora_magnitude_vector" in name for name in entries) or settings.get("use_dora"):
         raise CTInstructError(f"{folder} holds a DoRA adapter: merge it with peft's merge_and_unload first.")
     pairs: dict[str, dict[str, Entry]] = {}

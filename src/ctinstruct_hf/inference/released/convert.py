@@ -56,16 +56,15 @@ def convert_released(
     Args:
         source: folder or file of the weights as `checkpoint.find_checkpoint` takes them, or a name on the Hub.
         output: the folder to write.
-        tokenizer: folder or name on the Hub of the tokenizer; where it is None and none lies beside the weights, Qwen2-VL's.
+        tokenizer: its folder or name on the Hub; by default the one beside the weights, else Qwen2-VL's.
         progress: called with the name of each step.
-        base: of an adapter, the folder or name of the model that it changes; by default what adapter_config.json names.
+        base: of an adapter, the folder or name of the model that it changes; by default that in adapter_config.json.
         revision: of a name on the Hub.
-        origin: name and commit that the weights are of, kept in the config.
-        packer: from the model's config, how its weights are quantised; not at all by default.
+        origin: name and commit of the weights, kept in the config.
+        packer: from the model's config, how its weights are quantised; not quantised by default.
 
     Raises:
-        CTInstructError: where tensors are unknown or missing, all of them by name, and where the disk has no room; nothing is
-            written then.
+        CTInstructError: for unknown or missing tensors, all by name, and for a disk without room; nothing is written then.
     """
     source, origin = _local(source, revision, progress, origin)
     weights = find_checkpoint(source)
@@ -79,7 +78,7 @@ def convert_released(
         config = config_of(entries, settings)
     except CTInstructError:
         raise
-    except Exception as error:  # values of any type are in it
+    except Exception as error:  # the file may hold values of any type
         raise CTInstructError(f"{settings_file} cannot be used: {first_line(error)}.") from error
     check_names(entries, config)
     words = _find_tokenizer(tokenizer, (folder, source), entries["model.embed_tokens.weight"].shape[0], progress)
@@ -103,7 +102,7 @@ def convert_released(
 def _local(
     source: str | Path, revision: str | None, progress: Callable[[str], None], origin: str | None
 ) -> tuple[Path, str | None]:
-    """The folder or file of the weights, and name and commit of one on the Hub."""
+    """The folder or file of the weights, and their origin: name and commit on the Hub."""
     path = Path(source).expanduser()
     if path.exists():
         return path, origin
@@ -112,7 +111,7 @@ def _local(
 
 
 def _base_of(folder: Path, base: str | Path | None, progress: Callable[[str], None]) -> Path | None:
-    """The folder of what an adapter changes; None where there is none or nothing names it."""
+    """The folder of an adapter's base; None without an adapter or a name of its base."""
     if not (folder / ADAPTER).exists() and base is None:
         return None
     name = base or read_object(folder / ADAPTER).get("base_model_name_or_path")
@@ -128,10 +127,10 @@ def _base_of(folder: Path, base: str | Path | None, progress: Callable[[str], No
 def _find_tokenizer(
     given: str | Path | None, folders: Sequence[Path], vocabulary: int, progress: Callable[[str], None]
 ) -> Path | None:
-    """The folder of the tokenizer; None for a checkpoint of another vocabulary than Qwen2-VL's, which no known one fits.
+    """The folder of the tokenizer; None for a checkpoint of another vocabulary than Qwen2-VL's.
 
     Raises:
-        CTInstructError: where it is not to be had: a model without it could not speak.
+        CTInstructError: where it cannot be loaded.
     """
     if given is not None:
         path = Path(given).expanduser()
@@ -156,7 +155,7 @@ def has_tokenizer(folder: Path) -> bool:
 def write_shards(
     entries: dict[str, Entry], config: CTInstructConfig, writer: Writer, progress: Callable[[str], None]
 ) -> None:
-    """All tensors under our names; the diagnosis heads, which the release spreads, at the end."""
+    """All tensors under our names, the diagnosis heads, a layer per disease in the release, at the end."""
     ordered = sorted(entries.items(), key=lambda item: (str(item[1].file), item[0]))
     for number, (name, entry) in enumerate(ordered, start=1):
         if HEAD.fullmatch(name):
@@ -170,7 +169,7 @@ def write_shards(
 
 
 def gather_heads(entries: dict[str, Entry], config: CTInstructConfig) -> dict[str, torch.Tensor]:
-    """The release's linear layer per disease as rows of one."""
+    """The release's linear layers per disease as rows of a single layer."""
     lists = config.disease_lists or {}
 
     def rows(part: str) -> Iterator[torch.Tensor]:
@@ -185,7 +184,7 @@ def write_processor(source: Path | None, config: CTInstructConfig, folder: Path)
     """The release's preparation, tokens and chat template.
 
     Args:
-        source: folder of the tokenizer; without one the image processor alone is written.
+        source: folder of the tokenizer; without it only the image processor is written.
         config: of the model.
         folder: to write to.
     """
@@ -193,7 +192,7 @@ def write_processor(source: Path | None, config: CTInstructConfig, folder: Path)
     if source is None:
         image_processor.save_pretrained(folder)
         warnings.warn(
-            "There is no tokenizer: only the image processor is written. Name one to get the whole processor.",
+            "There is no tokenizer: only the image processor is written. Name a tokenizer to get the whole processor.",
             stacklevel=2,
         )
         return

@@ -1,4 +1,4 @@
-"""Files of a name on the Hub, with the space that they need known before, and the way shown while they come."""
+"""Files of a repository on the Hub: disk space is checked before, progress shown during the download."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SECONDS = 8  # that the Hub has to answer
 
 
 def check_space(needed: Mapping[Path, int], purpose: str) -> None:
-    """Whether the disks have room.
+    """Check that the disks have room.
 
     Args:
-        needed: bytes for each folder; folders of one disk are added up.
-        purpose: what it is for.
+        needed: bytes for each folder; folders of the same disk are added up.
+        purpose: the beginning of the message.
 
     Raises:
         CTInstructError: with the numbers.
@@ -32,7 +32,7 @@ def check_space(needed: Mapping[Path, int], purpose: str) -> None:
     for folder, size in needed.items():
         if not size:
             continue
-        home = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         device = home.stat().st_dev
         disks[device] = (folder, home, size + (disks[device][2] if device in disks else 0))
     for folder, home, size in disks.values():
@@ -51,7 +51,7 @@ def gigabytes(size: float) -> str:
 
 def _bar(progress: Callable[[str], None]) -> type[tqdm]:
     class Bar(tqdm):
-        """Bytes as a line of the caller's."""
+        """Bytes as a line for `progress`."""
 
         def __init__(self, *arguments: object, **options: object) -> None:
             super().__init__(*arguments, **{**options, "file": io.StringIO(), "disable": False, "mininterval": 0.5})
@@ -65,11 +65,11 @@ def _bar(progress: Callable[[str], None]) -> type[tqdm]:
 
 
 def missing_bytes(name: str, revision: str | None, patterns: Sequence[str]) -> tuple[int, int]:
-    """Bytes of a name's files: those that are not in the cache, and all."""
+    """Bytes of a repository's files: of those that are not in the cache, and of all."""
     from huggingface_hub import snapshot_download
 
     plan = snapshot_download(name, revision=revision, allow_patterns=list(patterns), dry_run=True)
-    sizes = [(one.file_size or 0, one.will_download) for one in plan]
+    sizes = [(file.file_size or 0, file.will_download) for file in plan]
     return sum(size for size, missing in sizes if missing), sum(size for size, _ in sizes)
 
 
@@ -82,21 +82,20 @@ def download(
     argument: str = "model",
     beside: Callable[[int], Mapping[Path, int]] = lambda size: {},
 ) -> Path:
-    """Files of a name on the Hub, from its cache where they are in it; an interrupted download goes on.
+    """Files of a repository on the Hub or in the cache; an interrupted download is resumed.
 
     Args:
         name, revision: on the Hub.
         patterns: of the files.
-        progress: called with lines on how far it is.
-        argument: what the name was given as, for messages.
-        beside: from the bytes of all files, what else is going to be written: {folder: bytes}.
+        progress: called with a line on each step.
+        argument: the argument that gave the name, for messages.
+        beside: from the bytes of all files, what else will be written: {folder: bytes}.
 
     Returns:
-        the folder of the snapshot.
+        The folder of the snapshot.
 
     Raises:
-        CTInstructError: for a wrong name or revision, a gated repository, no network, a disk without room, and a download that
-            stopped.
+        CTInstructError: for a wrong name or revision, a gated repository, no network, a full disk, and a download that stopped.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -108,7 +107,7 @@ def download(
     except OSError as error:
         unfinished = type(error).__name__ == "IncompleteSnapshotError"
     try:
-        HfApi().model_info(name, revision=revision, timeout=_SECONDS)  # which says at once why not
+        HfApi().model_info(name, revision=revision, timeout=_SECONDS)  # fails at once with the reason
         missing, size = missing_bytes(name, revision, patterns)
     except Exception as error:  # of the client, of its HTTP library, of the network
         hint = "" if hasattr(error, "response") else " It is no folder here, and not or not whole in the cache."

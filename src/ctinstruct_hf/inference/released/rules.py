@@ -1,4 +1,4 @@
-"""The authors' tensors -> ours: one table of rules; a name without a rule is refused."""
+"""The authors' tensors -> ours, by a table of rules; a name without a rule is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Rule:
         pattern: regular expression over the whole released name.
         names: our names with the pattern's groups; several where one tensor is cut in equal parts along its first
             axis; none where the release never uses the tensor.
-        change: what happens to the tensor before.
+        change: applied to the tensor before it is cut.
     """
 
     pattern: str
@@ -27,8 +27,8 @@ class Rule:
     change: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def _one_channel(weight: torch.Tensor) -> torch.Tensor:
-    """Grey slices are repeated to 3 channels in the release: equal to one channel with the summed kernel."""
+def _summed_channels(weight: torch.Tensor) -> torch.Tensor:
+    """[C, 3, k, k] -> [C, 1, k, k]: the release repeats grey slices to 3 channels, which equals the summed kernel."""
     return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
 
 
@@ -41,7 +41,7 @@ _QUERY = r"visual\.transformer_decoder\."
 
 
 def _attention(released: str, ours: str) -> list[Rule]:
-    """Rules of one of the two stacks of attention layers."""
+    """Rules of a stack of attention layers."""
     layer = _ENCODER + released + r"\.layers\.(\d+)\."
     target = _TOWER + f"attention.{ours}_layers." + r"\1."
     return [
@@ -93,7 +93,7 @@ def _bottleneck() -> list[Rule]:
 _LAYER = _QUERY + r"layers\.(\d+)\."
 _OUR_LAYER = r"segmentation_decoder.layers.\1."
 RULES: list[Rule] = [
-    Rule(_RESNET + r"conv1\.weight", (_TOWER + "encoder.stem.conv.weight",), _one_channel),
+    Rule(_RESNET + r"conv1\.weight", (_TOWER + "encoder.stem.conv.weight",), _summed_channels),
     Rule(_RESNET + rf"bn1\.{_NORM}", (_TOWER + r"encoder.stem.norm.\1",)),
     *_bottleneck(),
     Rule(_RESNET + r"fc\.(weight|bias)", ()),  # the ImageNet classifier
@@ -125,13 +125,13 @@ RULES: list[Rule] = [
     Rule(r"model\.((?:embed_tokens|layers|norm)\..*)", (r"model.language_model.\1",)),
     Rule(r"lm_head\.weight", ("lm_head.weight",)),
 ]
-# one linear layer per disease in the release, rows of one here; gathered by the converter
+# a linear layer per disease in the release, rows of a single layer here; gathered by the converter
 HEAD = re.compile(r"(ctrate|rad)_class_heads\.(\d+)\.(weight|bias)")
 _COMPILED = [(re.compile(rule.pattern), rule) for rule in RULES]
 
 
 def our_names(released_name: str) -> list[str]:
-    """Names of this package that one released tensor fills; none where the release never uses it.
+    """Our names of a released tensor; none where the release never uses it.
 
     Raises:
         CTInstructError: for a name without a rule.
@@ -144,7 +144,7 @@ def our_names(released_name: str) -> list[str]:
 
 
 def convert_tensor(released_name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One released tensor as the tensors of ours that it fills."""
+    """A released tensor as (our name, tensor) pairs."""
     for pattern, rule in _COMPILED:
         match = pattern.fullmatch(released_name)
         if match is None:
@@ -161,13 +161,13 @@ def convert_tensor(released_name: str, tensor: torch.Tensor) -> Iterator[tuple[s
 
 
 def released_name(ours: str) -> str:
-    """The released name of one of our tensors, for messages."""
+    """The released name of our tensor, for messages."""
     for rule in RULES:
         for target in rule.names:
             match = re.fullmatch(re.sub(r"\\\\(\d)", r"(.+)", re.escape(target)), ours)
             if match:
                 pattern = rule.pattern
-                for group in match.groups():  # in their order: each takes the place of the first that is left
+                for group in match.groups():  # in order: each replaces the first group that is left
                     pattern = re.sub(r"\((?:[^()]|\([^()]*\))*\)", group.replace("\\", r"\\"), pattern, count=1)
                 return pattern.replace("\\", "")
     return ours

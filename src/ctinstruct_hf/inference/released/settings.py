@@ -1,4 +1,4 @@
-"""The config of the authors' checkpoint: from the tensors' shapes, and from its own config what they do not tell."""
+"""The config of the authors' checkpoint: from the shapes of its tensors, the rest from its config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..folders import some
 from .checkpoint import Entry
 from .rules import HEAD, our_names, released_name
 
-# the release's own lists in the order of its heads, and their positive weights
+# the release's lists in the order of its heads, and their positive weights
 HEADS = {"ctrate": "ct_rate", "rad": "rad_chestct"}
 POSITIVE_WEIGHTS: dict[str, list[float]] = {
     "ct_rate": [
@@ -34,7 +34,7 @@ ADDED_TOKENS = (
     "<diagnosis>",
     "<disease_confidence>",
 )
-# Qwen2-VL-7B-Instruct, for what neither the tensors' shapes nor the folder's config tell
+# Qwen2-VL-7B-Instruct's, where neither the tensors' shapes nor the folder's config state them
 HEAD_DIM = 128
 _QWEN2_VL: dict[str, Any] = {
     "rope_theta": 1000000.0,
@@ -63,7 +63,7 @@ def _shape(entries: dict[str, Entry], name: str) -> tuple[int, ...]:
 
 
 def _count(entries: dict[str, Entry], pattern: str) -> int:
-    """How many layers: one more than the largest number that the pattern finds."""
+    """How many layers: the largest number that the pattern finds, plus 1."""
     return max((int(match[1]) + 1 for name in entries if (match := re.match(pattern, name))), default=0)
 
 
@@ -88,7 +88,7 @@ def vision_of(
         "attention_head_dim": head_dim,
         "num_patch_attention_layers": count(r"visual\.encoder\.enc_spatial_transformer\.layers\.(\d+)\."),
         "num_slice_attention_layers": count(r"visual\.encoder\.enc_temporal_transformer\.layers\.(\d+)\."),
-        # the inner width is floor(width x multiple x 2 / 3); half a step up, so that rounding cannot lose one
+        # the inner width is floor(width x multiple x 2 / 3); half a step more keeps rounding from losing a unit
         "feed_forward_multiple": 4.0 if inner == int(4 * width * 2 / 3) else (inner + 0.5) * 3 / (2 * width),
     }
     segmentation = (settings or {}).get("segmentation", {})
@@ -106,7 +106,7 @@ def vision_of(
 
 
 def config_of(entries: dict[str, Entry], settings: dict[str, Any]) -> CTInstructConfig:
-    """The config that the tensors' shapes tell, with the folder's own config for what they do not."""
+    """The config from the tensors' shapes, the rest from the folder's config `settings`."""
     vision, decoder = vision_of(entries, settings)
     lists = {}
     for released, ours, diseases in (
@@ -169,7 +169,7 @@ def _text_config(entries: dict[str, Entry], text: dict[str, Any]) -> dict[str, A
 
 
 def check_names(entries: dict[str, Entry], config: CTInstructConfig) -> None:
-    """Every tensor has a rule, and every one of our parameters a tensor.
+    """Check that every tensor has a rule, and each of our parameters a tensor.
 
     Raises:
         CTInstructError: listing the names that are unknown or missing.
@@ -189,10 +189,10 @@ def check_names(entries: dict[str, Entry], config: CTInstructConfig) -> None:
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     heads = [
-        f"{released}_class_heads.{index}.{kind}"
+        f"{released}_class_heads.{index}.{part}"
         for released, ours in HEADS.items()
         for index in range(len((config.disease_lists or {})[ours]))
-        for kind in ("weight", "bias")
+        for part in ("weight", "bias")
     ]
     missing = [released_name(name) for name in expected if name not in filled and not name.startswith("disease_head.")]
     missing = sorted({*missing, *(name for name in heads if name not in entries)})

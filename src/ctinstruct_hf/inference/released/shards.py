@@ -1,4 +1,4 @@
-"""Safetensors files of a bounded size, and their index, written while the tensors come."""
+"""Safetensors files of a bounded size, and their index, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_SHARD_BYTES = 10**9  # as many are in memory at once, and one tensor more
+_SHARD_BYTES = 10**9  # in memory at once, and a further tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Packer:
     """How weights are quantised.
 
     Attributes:
-        pack: from a name and a weight, what is stored of it: (name, tensor) pairs.
+        pack: (name, weight) -> the (name, tensor) pairs that are stored.
         settings: `quantization_config` of the model's config.
     """
 
@@ -41,7 +41,7 @@ def as_it_is(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tenso
 
 
 class Writer:
-    """A folder's shards, each written when it is full, and their index.
+    """Writes a folder's shards, each when it is full, and their index.
 
     Args:
         folder: to write to.

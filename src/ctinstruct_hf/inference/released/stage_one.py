@@ -18,12 +18,12 @@ from .checkpoint import STAGE_ONE_FILE, Entry, find_checkpoint, read_entries
 from .rules import convert_tensor
 from .settings import image_processor_of_release, vision_of
 
-# as stage two takes them from it: its names are those of the release without `visual.`
+# the parts that stage two takes; their names are those of the release without `visual.`
 _PARTS = re.compile(r"(visual_encoder|transformer_decoder|decoder|projection_layer|mask_embed_proj)\.(.+)")
 
 
 def is_stage_one(source: Path) -> bool:
-    """Whether what is to be converted is a stage-one file, by its name."""
+    """Whether `source` is a stage-one file, by its name."""
     if not source.exists():
         return False
     return find_checkpoint(source).suffix == ".pth"
@@ -42,13 +42,13 @@ def convert_stage_one(
 ) -> Path:
     """Tower and segmentation decoder of the authors' stage one with a text encoder: a stage-one folder.
 
-    What else the file holds is not used by their stage two and left out; the projections of images and of categories start
-    fresh, so the folder is for training, not for retrieval.
+    Other tensors of the file, which stage two does not use, are left out; the projections of images and of categories are
+    untrained, so the folder is for training, not for retrieval.
 
     Args:
         source: the file, or a folder with `vision_encoder.pth`.
         output: the folder to write.
-        load_text_encoder: gives the text encoder and its tokenizer; asked once the file is known to be sound.
+        load_text_encoder: gives the text encoder and its tokenizer; called once the file is known to be sound.
         progress: called with the name of each step.
 
     Raises:
@@ -75,7 +75,7 @@ def convert_stage_one(
     )
     model: Any = CTInstructForPretraining(config)
     model.text_encoder.load_state_dict(encoder.state_dict())
-    if encoder.config.hidden_size == width:  # the release asks its decoder with the text's own embedding
+    if encoder.config.hidden_size == width:  # the release queries its decoder with the text's embedding
         nn.init.eye_(model.text_projection.weight)
         nn.init.zeros_(model.text_projection.bias)
     progress("weights")
