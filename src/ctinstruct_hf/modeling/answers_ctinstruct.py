@@ -1,4 +1,4 @@
-"""The answer heads: `<SEG>` becomes a mask, `<disease_confidence>` a number; which labels fit, and the sum of the losses."""
+"""The answer heads: `<SEG>` becomes a mask, `<disease_confidence>` a logit; checks of labels, and the sum of the losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = {
 
 
 class AnswerHeads:
-    """Mixin for the whole model: what the states of answer tokens stand for."""
+    """Mixin for the whole model: masks and disease logits from the states of answer tokens."""
 
     config: CTInstructConfig
     segmentation_query: nn.Linear
@@ -32,7 +32,7 @@ class AnswerHeads:
     disease_head: nn.Linear
 
     def check_labels(self, input_ids: torch.Tensor | None, **labels: Any) -> None:
-        """Raises CTInstructError where labels of masks or diseases are not as many as the tokens that they belong to."""
+        """Raises CTInstructError where masks or diseases have more or fewer labels than tokens."""
         for name, given in labels.items():
             if given is None:
                 continue
@@ -47,7 +47,7 @@ class AnswerHeads:
                 )
 
     def word_labels(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """`labels` [B, L] without those at image and vision tokens, whoever made them: nobody writes these tokens."""
+        """`labels` [B, L] with −100 at image and vision tokens, which are never written."""
         names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = torch.tensor([getattr(self.config, name) for name in names], device=labels.device)
         seen = torch.isin(labels, ids)
@@ -56,7 +56,7 @@ class AnswerHeads:
         return labels.masked_fill(seen, -100)
 
     def share_of_words(self, labels: torch.Tensor | None, num_items_in_batch: Any) -> torch.Tensor | float:
-        """What part of all words of a step `labels` [B, L] hold; 1 where `num_items_in_batch` does not say how many."""
+        """The share of a step's words (`num_items_in_batch`) that `labels` [B, L] hold; 1 where that number is None."""
         if labels is None or num_items_in_batch is None:
             return 1.0
         return (labels[:, 1:] != -100).sum() / num_items_in_batch
@@ -69,8 +69,8 @@ class AnswerHeads:
         query_loss: torch.Tensor | None = None,
         share: torch.Tensor | float = 1.0,
     ) -> torch.Tensor | None:
-        """The weighted sum of the losses there are. `share` weighs all but the first, which is already divided by the words
-        of all batches of a step, so that the others do not count once per batch."""
+        """The weighted sum of the losses that are not None. `lm_loss` is already divided by the words of all batches of a
+        step; `share` does the same for the others."""
         parts = [
             (1.0, lm_loss),
             (self.config.segmentation_loss_weight * share, segmentation_loss),
@@ -87,8 +87,8 @@ class AnswerHeads:
         vision_features: CTInstructVisionOutput | None,
         seen_before: int = 0,
     ) -> list[torch.Tensor] | None:
-        """Mask logits [D, H, W] of each `<SEG>`, on the canvas of the image last shown before it in its sample, or of the
-        sample's first image where none was; [0, 0, 0] in samples without images.
+        """Mask logits [D, H, W] of each `<SEG>`, on the canvas of the last image before it in its sample, or of the sample's
+        first image where there is none before; [0, 0, 0] in samples without images.
 
         `seen_before` counts the image tokens before `input_ids`, where these continue a cached prompt.
         """
@@ -114,7 +114,7 @@ class AnswerHeads:
         return [next(masks) if seeing else queries.new_zeros(0, 0, 0) for seeing in sees.tolist()]
 
     def disease_rows(self, input_ids: torch.Tensor, disease_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Which row of the disease head answers each `<disease_confidence>`; all 0 with a shared head."""
+        """Row of the disease head for each `<disease_confidence>`: int64 [tokens]; all 0 with a shared head."""
         counts = (input_ids == self.config.disease_token_id).sum(-1).tolist()
         total = sum(counts)
         if total == 0:
@@ -148,14 +148,14 @@ class AnswerHeads:
     def answer_diseases(
         self, input_ids: torch.Tensor, states: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """One logit per `<disease_confidence>`, in reading order."""
+        """A logit per `<disease_confidence>`, in reading order: [tokens]."""
         if rows is None:
             return None
         scores = self.disease_head(states[input_ids == self.config.disease_token_id])  # [tokens, heads]
         return scores.gather(1, rows.to(scores.device)[:, None])[:, 0]
 
     def positive_weights(self, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """`config.disease_positive_weights` of the given rows; 1 where a list has none."""
+        """`config.disease_positive_weights` [tokens] of the given rows; 1 where a list has none."""
         weights = self.config.disease_positive_weights
         if not weights or rows is None or self.config.disease_head == "shared":
             return None

@@ -14,10 +14,10 @@ try:
 except ImportError:  # in a saved folder, on a machine without the package
 
     class CTInstructError(ValueError):  # type: ignore[no-redef]
-        """Bad input, told in one sentence."""
+        """Bad input; the message is one sentence."""
 
 
-# where `transformers serve` looks up what a model is, before it loads its code
+# `transformers serve` looks up the class of a model here, before it loads its code
 for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
     getattr(modeling_auto, _table, {})["ctinstruct"] = "CTInstructForConditionalGeneration"
 
@@ -79,14 +79,14 @@ class CTInstructVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
 
     architecture: Literal["hybrid", "resnet3d", "vit3d"] = "hybrid"
-    """The paper's tower, or one of the two of its table 4."""
+    """The paper's tower, or another of its table 4."""
     attention_layout: Literal["paper", "released"] = "paper"
     """`paper`: attend on the spatial grid of the last map, then pool. `released`: pool, then attend."""
     stem_channels: int = 64
     """Channels of the 7 x 7 stem convolution, the first of the five feature maps."""
     stem_windows: list[list[float]] | tuple[tuple[float, float], ...] = ()
     """Ranges [low, high] of `pixel_values` that the hybrid tower's stem reads as a channel each, clipped and stretched to
-    −1…1, as a slice is looked at in a soft-tissue and a lung window; none, as in the paper: the slice as it is."""
+    −1…1, such as a soft-tissue and a lung window; (), as in the paper, for the slice as it is."""
     bottleneck_planes: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     """Inner width of the bottlenecks of each stage; a stage gives `bottleneck_expansion` times as many channels."""
     bottleneck_expansion: int = 4
@@ -109,7 +109,7 @@ class CTInstructVisionConfig(PreTrainedConfig):
     vit_patch_size: list[int] | tuple[int, ...] = (4, 32, 32)
     """Voxels (depth, height, width) of a `vit3d` token."""
     keeps_slices: bool = False
-    """Whether the hybrid tower hands on the slices themselves, as its stem reads them, before the five feature maps: for
+    """Whether the hybrid tower returns the slices, as its stem reads them, before the five feature maps: for
     `CTInstructSegmentationConfig.detail_channels`."""
     slice_chunk_size: int = 8
     """Slices that go through the slice encoder at once in inference; bounds the memory, changes no result."""
@@ -153,14 +153,14 @@ class CTInstructSegmentationConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     intermediate_size: int = 2048
     last_map_size: int = 8
-    """Side of the tower's last map, a thirty-second of the patch side: how far a token is first upsampled."""
+    """Side of the tower's last map, a thirty-second of the patch side, to which a token is first upsampled."""
     mask_hidden_size: int = 256
     """Inner width of the MLP from a decoded query to its mask embedding."""
     mask_activation: bool = True
     """Whether that MLP ends in a GELU, as released. Without it an embedding may be negative, and learning is faster."""
     detail_channels: int = 0
-    """Channels of a map at full resolution, from the slices themselves and the U-Net, painted beside the U-Net's, whose
-    edges are those of half the resolution. Needs `CTInstructVisionConfig.keeps_slices`; 0, as in the paper, for none."""
+    """Channels of a map at full resolution from the slices and the U-Net, beside the U-Net's map, whose edges have half the
+    resolution. Needs `CTInstructVisionConfig.keeps_slices`; 0, as in the paper, for none."""
     slice_chunk_size: int = 8
     """Slices decoded at once in inference; bounds the memory, changes no result."""
     initializer_range: float = 0.02
@@ -176,7 +176,7 @@ class CTInstructConfig(PreTrainedConfig):
     """
 
     model_type = "ctinstruct"
-    # what an evaluation of Trainer gathers of `CTInstructOutput` is `logits` alone: masks differ in shape and number
+    # an evaluation of Trainer gathers only `logits` of `CTInstructOutput`: masks differ in shape and number
     keys_to_ignore_at_inference = [
         *("past_key_values", "cache", "hidden_states", "attentions", "image_hidden_states"),
         *("lm_loss", "segmentation_loss", "disease_loss", "query_loss", "mask_logits", "disease_logits"),
@@ -208,7 +208,7 @@ class CTInstructConfig(PreTrainedConfig):
     """Stage one: share of the momentum model's similarities in the targets, where there is a queue."""
     category_pooling: Literal["mean", "smooth_max"] = "mean"
     """Stage one, equation 4: the cosine of a class with the mean of the slice tokens, or the log-mean-exp over slices of
-    each token's own scaled cosine, so that a finding of a few slices counts."""
+    the scaled cosine of each token, so that a finding of a few slices counts."""
     contrastive_pooling: Literal["mean", "smooth_max"] = "mean"
     """Stage one, contrastive loss: the projected mean of the slice tokens, or the log-mean-exp over slices of each channel of the
     projected tokens, for the same reason."""
@@ -228,8 +228,8 @@ class CTInstructConfig(PreTrainedConfig):
     """Id of `<disease_confidence>`."""
     disease_head: Literal["per_disease", "shared"] = "per_disease"
     disease_lists: Any = None
-    """{name: [diseases]}: named lists, one linear head each; `ct_rate` and `rad_chestct` by default. Always in the order of
-    their names, since a saved config is."""
+    """{name: [diseases]}: named lists, a linear head each; `ct_rate` and `rad_chestct` by default. Always in the order of
+    their names, as in a saved config."""
     disease_positive_weights: dict[str, list[float]] | None = None
     """Per list, the weight of positive cases in the binary cross entropy."""
     disease_loss_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -237,14 +237,14 @@ class CTInstructConfig(PreTrainedConfig):
     segmentation_loss_weight: float = 1.0
     disease_loss_weight: float = 1.0
     names_masks: bool = False
-    """True: the answer to a request for one mask repeats its name before `<SEG>`, which small language models learn sooner;
-    the paper's "Sure, it is `<SEG>`." does not."""
+    """True: the answer to a request for a single mask repeats its name before `<SEG>`, which small language models learn
+    sooner; the paper's "Sure, it is `<SEG>`." does not."""
     structures: list[str] | None = None
-    """Names of the structures that it was taught to mark, which training writes; None where they are not known."""
+    """Names of the structures that it is trained to mark, written by training; None where they are not known."""
     trained: bool = True
-    """False marks a checkpoint with random weights; every output of it says so."""
+    """False for a checkpoint with random weights; every output says so."""
     note: str | None = None
-    """A sentence on the checkpoint that is shown with every output, as what it was trained on."""
+    """A sentence on the checkpoint, such as its training data, shown with every output."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -265,7 +265,7 @@ class CTInstructConfig(PreTrainedConfig):
                 )
 
     def check_maps(self) -> None:
-        """Whether the decoder reads the maps that the tower gives; again after either config was changed.
+        """Check that the decoder reads the maps that the tower gives; to be called again after a change of either config.
 
         Raises:
             ValueError: where it does not.
@@ -287,7 +287,7 @@ class CTInstructConfig(PreTrainedConfig):
 
     @property
     def disease_names(self) -> list[str]:
-        """All diseases of all lists, flattened in order: what `disease_ids` count."""
+        """All diseases of all lists, flattened in order; `disease_ids` are indices of it."""
         return [name for names in (self.disease_lists or {}).values() for name in names]
 
     @property

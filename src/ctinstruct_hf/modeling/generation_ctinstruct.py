@@ -89,7 +89,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """Positions on three axes for language models that have them; the words' own for the rest."""
+        """Positions [3, B, L] for language models with three axes; [B, L] for others."""
         positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         if not self.config.uses_three_axis_rope:
@@ -119,7 +119,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
         Args:
             inputs, generation_config, kwargs: as in Transformers.
             pixel_values, patch_grid, slice_mask, or vision_features: as in `forward`.
-            disease_ids: which diseases the answer's `<disease_confidence>` stand for, one after the other.
+            disease_ids: the diseases of the answer's `<disease_confidence>`, in their order.
 
         Raises:
             ValueError: for an `assistant_model`, which cannot see the images.
@@ -127,9 +127,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
         given = [kwargs.get("max_length"), getattr(generation_config, "max_length", None)]
         asked = [kwargs.get("max_new_tokens"), getattr(generation_config, "max_new_tokens", None)]
         if any(length is not None for length in given) and all(length is None for length in asked):
-            kwargs["max_new_tokens"] = (
-                None  # a length of the caller's counts before that of the model's generation config
-            )
+            kwargs["max_new_tokens"] = None  # the caller's length replaces that of the model's generation config
         if kwargs.get("assistant_model") is not None:
             raise CTInstructError("assistant_model is not supported: the assistant cannot see the images.")
         if vision_features is None and pixel_values is not None:
@@ -139,13 +137,13 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": CTInstructVisionOutput(**vision_features)}
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
-        # Transformers has a protocol for `self` that its own models do not meet
+        # Transformers types `self` by a protocol that not even its models meet
         outputs = super().generate(inputs, generation_config, answer_heads=False, **kwargs)  # type: ignore[misc]
         if isinstance(outputs, torch.Tensor) or input_ids is None:
             return outputs
         masks, diseases = self.answers_of(outputs.sequences, input_ids, mask, vision_features, disease_ids)
-        kind = CTInstructGenerateBeamOutput if "beam_indices" in outputs else CTInstructGenerateOutput
-        return kind(**outputs, mask_logits=masks, disease_logits=diseases)
+        output_class = CTInstructGenerateBeamOutput if "beam_indices" in outputs else CTInstructGenerateOutput
+        return output_class(**outputs, mask_logits=masks, disease_logits=diseases)
 
     def answers_of(
         self,
@@ -157,7 +155,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
     ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
         """Masks and disease logits of generated sequences [B * returned, L], in reading order.
 
-        One pass of the language model over the finished sequences; the tower does not run again.
+        The language model reads the finished sequences once; the tower does not run again.
         """
         asks_masks = bool((sequences == self.config.seg_token_id).any())
         disease_counts = (sequences == self.config.disease_token_id).sum(-1)
@@ -183,7 +181,7 @@ class CTInstructGenerationMixin(AnswerHeads, GenerationMixin):
             try:
                 scores = self.answer_diseases(rows, states, self.disease_rows(rows, disease_ids))
             except CTInstructError as error:
-                logger.warning(f"The answer's <disease_confidence> tokens cannot be told apart: {error}")
+                logger.warning(f"The diseases of the answer's <disease_confidence> tokens are not known: {error}")
                 scores = None
             seg_counts = (rows == self.config.seg_token_id).sum(-1).tolist() if vision_features is not None else []
             for sample, count in enumerate(seg_counts):

@@ -1,8 +1,7 @@
-"""What makes inference quick or small without changing numbers beyond rounding; `optimize_for_inference` switches it on.
+"""Faster inference in less memory, equal up to rounding; `optimize_for_inference` switches it on.
 
-The network's own files stay as the paper says it. Here single modules of one model get another way to compute the same:
-convolutions with their norm folded in, slices and groups of cells in chunks, masks painted through the kernel of the last
-upsampling.
+The network's files follow the paper. Here modules of a model get another way to compute the same: convolutions with their
+norm folded in, slices and groups of cells in chunks, masks painted through the kernel of the last upsampling.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .vision_blocks_ctinstruct import ConvNorm
 from .vision_ctinstruct import SliceEncoder
 
 Model = TypeVar("Model", bound=nn.Module)
-CELLS_PER_SLICE = 128  # attention takes this many cells at once for each slice that the encoder takes
+CELLS_PER_SLICE = 128  # cells that attention takes at once for each slice that the encoder takes at once
 
 
 def optimize_for_inference(model: Model) -> Model:
-    """Make a network quick for answers; it can no longer be trained or saved.
+    """Optimise a network for inference; it cannot be trained or saved then.
 
-    Modules whose weights are not simply there (adapters, quantised or offloaded ones) keep their own way.
+    Modules without plain weights (with adapters, quantised or offloaded) stay as they are.
 
     Args:
         model: any network of this package, in `eval` mode; changed in place and returned.
@@ -60,13 +59,13 @@ def optimize_for_inference(model: Model) -> Model:
 
 
 def has_plain_weights(module: nn.Module) -> bool:
-    """Whether the weights of a convolution are simply there."""
+    """Whether a convolution has plain weights: no adapter, not quantised, not offloaded."""
     plain = type(module) in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
     return plain and not hasattr(module, "_hf_hook") and not module.weight.is_meta
 
 
 def fold_norm(block: ConvNorm) -> None:
-    """One convolution that equals convolution and norm in `eval` mode."""
+    """Fold the norm into the convolution: equal to both in `eval` mode."""
     conv, norm = block.conv, cast(nn.BatchNorm2d, block.norm)
     mean, variance = cast(torch.Tensor, norm.running_mean), cast(torch.Tensor, norm.running_var)
     scale = norm.weight.float() * torch.rsqrt(variance.float() + norm.eps)
@@ -97,7 +96,7 @@ def encode_in_chunks(
     grids: Any = None,
     slice_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The slice encoder's maps with bounded memory; padding slices, all alike, are computed once."""
+    """The slice encoder's maps with bounded memory; padding slices, if all are equal, are computed once."""
     count = pixel_values.shape[0]
     rows = torch.arange(count, device=pixel_values.device)
     padding = rows[:0]

@@ -1,4 +1,4 @@
-"""The losses of both stages. Each takes raw logits and the labels of DESIGN's batch; each is a mean over its items."""
+"""The losses of both stages, each a mean, from logits and labels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .configuration_ctinstruct import CTInstructError
 
 
 class _MaskLoss(torch.autograd.Function):
-    """Cross entropy plus Dice in one pass each way, some slices at a time: nothing of the canvas' size is kept for the
-    gradient but the logits and the labels."""
+    """Cross entropy plus Dice, some slices at a time: of the canvas' size, only the logits and the labels are kept for the
+    gradient."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ def _chunk_size(logits: torch.Tensor) -> int:
 def _chunks(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """(scores, truth, kept) of some slices as float32, scores a copy; kept is None without padding."""
+    """(scores, truth, kept) of some slices at a time, float32 [n, H, W], scores a copy; kept is None without padding."""
     for scores, part in zip(logits.split(_chunk_size(logits)), labels.split(_chunk_size(logits)), strict=True):
         padded = logits.device.type != "cpu" or bool(part.amin() < 0)
         copy = scores.to(torch.float32, copy=True)
@@ -79,7 +79,7 @@ def _chunks(
 def mask_loss(
     logits: torch.Tensor, labels: torch.Tensor, smooth: float = 1e-7, positive_weight: float = 1.0
 ) -> torch.Tensor:
-    """Binary cross entropy plus Dice of one mask (L_seg), padding left out.
+    """Binary cross entropy plus Dice of a mask (L_seg), padding left out.
 
     Args:
         logits: [D, H, W] on the canvas.
@@ -104,28 +104,28 @@ def masks_loss(
 
     Args:
         logits, labels: of each mask, see `mask_loss`.
-        positive_weight: of voxels inside; with `positive_power` the most that they weigh.
-        positive_power: voxels inside weigh (voxels outside / voxels inside) to this power, so that a nodule of ten voxels
-            is not outvoted by the thousands around it, nor a liver made too large.
-        groups: [masks] numbers; small masks of one number are one mask that goes on over their images, as over the slices
-            of a volume. Alone, a slice without the structure has no Dice, and what is marked there costs next to nothing.
+        positive_weight: of voxels inside; with `positive_power` their largest weight.
+        positive_power: voxels inside weigh (voxels outside / voxels inside) to this power: the voxels of a small nodule
+            weigh much, those of a liver little.
+        groups: [masks] numbers; small masks of the same number are scored as a single mask over their images, as over the
+            slices of a volume, so that marks on slices without the structure lower its Dice.
     """
     if len(logits) != len(labels):
         raise CTInstructError(f"mask_labels has {len(labels)} masks for {len(logits)} mask logits.")
     if positive_power is None or positive_weight == 1:
         inside = [positive_weight] * len(labels)
     else:
-        inside = [_voxel_weight(one, positive_weight, positive_power) for one in labels]
-    if len({one.shape for one in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
+        inside = [_voxel_weight(mask, positive_weight, positive_power) for mask in labels]
+    if len({mask.shape for mask in logits}) == 1 and len(logits) > 1 and logits[0].numel() <= 2**16:
         losses, weights = _small_masks_loss(logits, labels, inside, weights, groups)
     else:
         triples = zip(logits, labels, inside, strict=True)
-        losses = torch.stack([mask_loss(one, truth, positive_weight=weight) for one, truth, weight in triples])
+        losses = torch.stack([mask_loss(mask, truth, positive_weight=weight) for mask, truth, weight in triples])
     return weighted_mean(losses, weights)
 
 
 def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Mean of [n] by weights [n], alike without."""
+    """Weighted mean of `losses` [n]; plain mean if `weights` is None."""
     if weights is None:
         return losses.mean()
     weights = weights.to(losses.device, losses.dtype)
@@ -145,11 +145,11 @@ def _small_masks_loss(
     groups: torch.Tensor | None = None,
     smooth: float = 1e-7,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`mask_loss` of many masks of one small shape at once, as slices have them, or of each group: [masks or groups], and
-    their weights (a group has the sum of its masks')."""
-    for one, truth in zip(logits, labels, strict=True):
-        if one.shape != truth.shape:
-            raise CTInstructError(f"mask_labels has shape {tuple(truth.shape)}, the canvas is {tuple(one.shape)}.")
+    """`mask_loss` of many masks of the same small shape at once, as of slices, or of each group: [masks or groups], and
+    their weights (of a group, the sum over its masks)."""
+    for mask, truth in zip(logits, labels, strict=True):
+        if mask.shape != truth.shape:
+            raise CTInstructError(f"mask_labels has shape {tuple(truth.shape)}, the canvas is {tuple(mask.shape)}.")
     scores = torch.stack(list(logits)).flatten(1).float()
     truth = torch.stack(list(labels)).flatten(1).to(scores.device)
     kept, inside = (truth >= 0).float(), (truth > 0).float()
@@ -160,12 +160,12 @@ def _small_masks_loss(
     overlap, squares = (probability * inside).sum(1), probability.square().sum(1)
     sums = torch.stack([entropy, kept.sum(1), overlap, squares + inside.sum(1)])
     if groups is not None:
-        _, places = groups.to(scores.device).unique(return_inverse=True)
-        count = int(places.max()) + 1
-        sums = sums.new_zeros(len(sums), count).index_add(1, places, sums)
+        _, index = groups.to(scores.device).unique(return_inverse=True)
+        count = int(index.max()) + 1
+        sums = sums.new_zeros(len(sums), count).index_add(1, index, sums)
         if weights is not None:
             weights = weights.to(sums)
-            weights = weights.new_zeros(count).index_add(0, places, weights)
+            weights = weights.new_zeros(count).index_add(0, index, weights)
     entropy, number, overlap, size = sums
     loss = entropy / number.clamp(min=1) + 1 - (2 * overlap + smooth) / (size + smooth)
     return torch.where(number > 0, loss, torch.zeros_like(loss)), weights
@@ -177,7 +177,7 @@ def label_loss(
     positive_weight: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Binary cross entropy over known labels (L_cls); −1 marks an unknown one.
+    """Binary cross entropy over known labels (L_cls); −1 is unknown.
 
     Args:
         logits, labels: the same shape.

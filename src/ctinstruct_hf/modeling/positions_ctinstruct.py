@@ -1,4 +1,4 @@
-"""Where tokens lie: the order of an image's tokens, and positions for language models with a rope of three axes."""
+"""The order of an image's tokens, and positions for language models with a rope of three axes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .vision_ctinstruct import CTInstructVisionOutput
 
 
 def grid_coordinates(grid: tuple[int, int, int, int], order: str, device: torch.device) -> torch.Tensor:
-    """Where each image token of one image lies: [3, tokens], (slice in the grid, patch row, patch column)."""
+    """Coordinates of an image's tokens: [3, tokens], (slice in the grid, patch row, patch column)."""
     z, y, x, s = grid
-    plane, row, column, place = torch.meshgrid(
+    plane, row, column, layer = torch.meshgrid(
         *[torch.arange(size, device=device) for size in (z, y, x, s)], indexing="ij"
     )
-    coordinates = torch.stack([plane * s + place, row, column])  # [3, Z, Y, X, S]
+    coordinates = torch.stack([plane * s + layer, row, column])  # [3, Z, Y, X, S]
     if order == "slices":
         coordinates = coordinates.permute(0, 1, 4, 2, 3)
     return coordinates.flatten(1)
 
 
 def to_token_order(rows: torch.Tensor, grid: tuple[int, int, int, int], order: str) -> torch.Tensor:
-    """Rows of one image from the order of `pixel_values` to the order in which the language model reads them."""
+    """Rows [tokens, D] of an image, from the order of `pixel_values` to that in which the language model reads them."""
     if order == "patches":
         return rows
     z, y, x, s = grid
@@ -43,12 +43,12 @@ class TokenPositions:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of Qwen2-VL's three-axis rope: words count on, an image's tokens take their place in its grid
+        """Positions of Qwen2-VL's three-axis rope: words are counted, an image's tokens have their coordinates in its grid
         (slice, patch row, patch column), and the word after an image follows its largest position.
 
         Returns:
-            positions [3, B, L] and, per sample, what to add to a plain count for the words that follow [B, 1]. A plain
-            count [B, L] and zeros for language models whose rope has one axis.
+            positions [3, B, L], and [B, 1] what to add to a plain count for the words that follow. A plain count [B, L]
+            and zeros for language models whose rope has a single axis.
         """
         if not self.config.uses_three_axis_rope:
             kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -61,22 +61,22 @@ class TokenPositions:
             kept = torch.ones_like(is_image[sample])
             if attention_mask is not None:
                 kept = attention_mask[sample].bool()
-            places = is_image[sample, kept]
+            in_image = is_image[sample, kept]
             parts: list[torch.Tensor] = []
             done, next_position = 0, 0
-            while done < len(places):
-                rest = places[done:]
+            while done < len(in_image):
+                rest = in_image[done:]
                 if bool(rest[0]):
-                    part = grid_coordinates(next(grids), self.config.image_token_order, places.device)
+                    part = grid_coordinates(next(grids), self.config.image_token_order, in_image.device)
                 else:
                     run = int(rest.int().argmax()) if bool(rest.any()) else len(rest)
-                    part = torch.arange(run, device=places.device).expand(3, -1)
+                    part = torch.arange(run, device=in_image.device).expand(3, -1)
                 parts.append(part + next_position)
                 done += part.shape[1]
                 next_position = int(parts[-1].max()) + 1
             if parts:
                 positions[:, sample, kept] = torch.cat(parts, dim=1)
-            deltas[sample] = next_position - len(places)
+            deltas[sample] = next_position - len(in_image)
         return positions, deltas
 
     def positions(
@@ -86,7 +86,7 @@ class TokenPositions:
         vision_features: CTInstructVisionOutput | None,
         cache: Any,
     ) -> torch.Tensor | None:
-        """Three-axis positions where nobody gave any. While decoding from a cache the caller has to."""
+        """Three-axis positions [3, B, L], which the caller must give itself while decoding from a cache."""
         if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
             if vision_features is None:
                 return None

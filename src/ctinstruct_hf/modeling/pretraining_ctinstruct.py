@@ -61,7 +61,7 @@ class CTInstructPretrainingOutput(ModelOutput):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """Features of all processes one after the other; the gradient of each part goes home, summed over processes."""
+    """Features of all processes, concatenated; the gradient of each part, summed over processes, returns to its process."""
 
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
@@ -166,11 +166,11 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             self.momentum_tower = copy.deepcopy(self.vision_tower).requires_grad_(False)
             self.momentum_image_projection = copy.deepcopy(self.image_projection).requires_grad_(False)
             self.momentum_text_projection = copy.deepcopy(self.text_projection).requires_grad_(False)
-        # a trainer may change these: how much voxels inside weigh, while masks are still empty, and each loss in the sum
+        # a trainer may change these: the weight of voxels inside, while masks are still empty, and of each loss in the sum
         self.positive_voxel_weight = 1.0
         self.positive_voxel_power: float | None = None
         self.loss_weights: dict[str, float] = {}
-        self.hard_names = 0.0  # power of its own loss by which a name counts in the category and the cell loss
+        self.hard_names = 0.0  # see `hard_weights`; of names in the category and the cell loss
         self._text_cache: dict[tuple[int, ...], torch.Tensor] = {}
         self.post_init()
 
@@ -256,7 +256,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             return self._read(input_ids, attention_mask)
         keys = [tuple(row[mask.bool()].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
         for row, mask, key in zip(input_ids, attention_mask, keys, strict=True):
-            if key not in self._text_cache:  # each alone, so that the batch it comes in changes no bit of it
+            if key not in self._text_cache:  # read alone, so that it does not depend on its batch
                 with torch.no_grad():
                     words = row[mask.bool()][None]
                     self._text_cache[key] = self._read(words, torch.ones_like(words))[0]
@@ -310,7 +310,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CTInstructPretrainingOutput | tuple:
-        """One step of stage one.
+        """A step of stage one.
 
         Args:
             pixel_values, patch_grid, slice_mask: see `CTInstructVisionModel.forward`.
@@ -321,8 +321,8 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             mask_input_ids, mask_attention_mask: [masks, L], names of structures.
             mask_images: [masks], the image in which each is looked for; 0 by default.
             mask_labels: one int8 [D, H, W] on the canvas per mask; −1 is padding.
-            mask_weights: [masks], how much each counts in the mean; alike by default, as in the paper.
-            mask_groups: [masks], masks of small images that are one mask together, see `masks_loss`.
+            mask_weights: [masks], of the mean; equal by default, as in the paper.
+            mask_groups: [masks], masks of small images that are scored together, see `masks_loss`.
 
         Raises:
             ValueError: for labels without the texts that they belong to.
@@ -408,7 +408,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
         return smooth_max(scores, features.patch_grid, slice_mask) + self.category_bias
 
     def category_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """L_cls of [images, categories], −1 unknown (equation 4); with `hard_names`, categories count by how hard they are."""
+        """L_cls of [images, categories], −1 unknown (equation 4); with `hard_names`, categories count by `hard_weights`."""
         return hard_label_loss(logits, labels, self.hard_names) if self.hard_names else label_loss(logits, labels)
 
     def segment(
@@ -431,7 +431,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
     ) -> torch.Tensor:
         """L_CLIP of the batch, over all processes and past samples where the config asks for them."""
         scale = self.logit_scale.exp().clamp(max=100.0)
-        # not where nothing is learned: processes that score share their images out, one may have more than another
+        # not while scoring, where processes may have different numbers of images
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if self.config.gather_features and several and torch.is_grad_enabled():
             images, texts = GatherWithGradient.apply(images), GatherWithGradient.apply(texts)
@@ -468,7 +468,7 @@ class CTInstructForPretraining(CTInstructPreTrainedModel):
             (self.text_projection, self.momentum_text_projection),
         ):
             for new, old in zip(fast.parameters(), slow.parameters(), strict=True):
-                whole = new.full_tensor() if hasattr(new, "full_tensor") else new  # FSDP may hold a part of it only
+                whole = new.full_tensor() if hasattr(new, "full_tensor") else new  # FSDP holds a part of it
                 old.mul_(momentum).add_(whole.detach().to(old.dtype), alpha=1 - momentum)
 
 

@@ -1,4 +1,4 @@
-"""What of a model stays in its own numbers when it is quantised, whatever the library: all but the language model's layers."""
+"""Quantisation of the language model's layers only, with any library, and their products on a CPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_FEW_ROWS = {torch.bfloat16: 16, torch.float32: 2}  # up to which torch's own product with int8 is the quicker way
-_CHUNK = 2048  # rows of a weight that are in full at once
+_FEW_ROWS = {torch.bfloat16: 16, torch.float32: 2}  # up to which torch's product with int8 is faster
+_CHUNK = 2048  # rows of a weight that are in float32 at once
 
 
 class QuantizesItsLanguageModel:
-    """Mixin for models: `from_pretrained(quantization_config=…)` leaves out `modules_not_quantized`, beside what the user's own
-    settings leave out."""
+    """Mixin for models: `from_pretrained(quantization_config=…)` leaves out `modules_not_quantized`, beside the modules that
+    the settings leave out."""
 
     modules_not_quantized = (
         "model.vision_tower",
@@ -54,9 +54,9 @@ def choose_compute_dtype(layer: Any) -> None:
 
 
 def quicken_int8(layer: nn.Module) -> None:
-    """Give an 8-bit layer of bitsandbytes on a CPU torch's own product with int8 weights, exact in its activations.
+    """Give an 8-bit layer of bitsandbytes on a CPU torch's product with int8 weights, exact in its activations.
 
-    Theirs rounds the activations to 8 bits too and takes ten times as long without AVX-512.
+    That of bitsandbytes rounds the activations to 8 bits and takes ten times as long without AVX-512.
     """
     weight: Any = layer.weight
     state: Any = layer.state

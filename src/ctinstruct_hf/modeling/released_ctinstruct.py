@@ -1,4 +1,4 @@
-"""What the released weights do otherwise than the paper says; `attention_layout="released"`."""
+"""Attention of the released weights where it differs from the paper; `attention_layout="released"`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ReleasedGrouping:
 
     Attributes:
         grid: patches Z, Y, X and slices S.
-        over: `patches`: the in-plane patches of one slice; `slices`: the column of all slices of an in-plane patch.
+        over: `patches`: the in-plane patches of a slice; `slices`: the column of all slices of an in-plane patch.
     """
 
     grid: tuple[int, int, int, int]
@@ -35,8 +35,8 @@ class ReleasedGrouping:
 class ReleasedSliceAttention(SliceAttention):
     """Pools each map first, then attends.
 
-    The slice-wise layers read a column of slices whose tokens their position convolution takes as if they were ordered
-    slice by slice, which they are not; the released weights were trained with it.
+    The position convolution of the slice-wise layers takes tokens ordered patch by patch as if they were ordered slice by
+    slice; the released weights are trained with it.
     """
 
     position_axes = 2  # height, width

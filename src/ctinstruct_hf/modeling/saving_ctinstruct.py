@@ -1,4 +1,4 @@
-"""What lets a saved folder load anywhere with `trust_remote_code=True`: the code files and the map to their classes."""
+"""Code files and `auto_map` of a saved folder, which then loads with `trust_remote_code=True` without this package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SavesItsCode:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; the folder then loads with `trust_remote_code=True` without this package."""
         if self.optimized_for_inference:
-            raise CTInstructError("The model was made quick for inference and cannot be saved: load it again.")
+            raise CTInstructError("The model is optimised for inference and cannot be saved: load it again.")
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             self._add_code(Path(save_directory))
@@ -55,10 +55,10 @@ class SavesItsCode:
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     def _add_code(self, folder: Path) -> None:
-        home = next((one for one in type(self).__mro__ if one.__name__ in MODEL_AUTO_MAP), None)
-        if home is None:  # a user's own subclass, whose code is not ours to save
+        home = next((cls for cls in type(self).__mro__ if cls.__name__ in MODEL_AUTO_MAP), None)
+        if home is None:  # a class outside this package
             return
-        if getattr(self, "_hf_peft_config_loaded", False):  # an adapter alone was saved, which names its base model
+        if getattr(self, "_hf_peft_config_loaded", False):  # only an adapter was saved, which names its base model
             return
         add_auto_map(folder / "config.json", MODEL_AUTO_MAP[home.__name__], str(self.dtype).removeprefix("torch."))  # type: ignore[attr-defined]
         copy_code(Path(inspect.getfile(home)), folder)

@@ -40,7 +40,7 @@ class UpBlock(GradientCheckpointingLayer):
 
 
 class CrossAttention(nn.Module):
-    """Queries [N, C, D_text] attend to the places [N, h*w, D_text] of their slice."""
+    """Queries [N, C, D_text] attend to the cells [N, h*w, D_text] of their slice."""
 
     def __init__(self, config: CTInstructSegmentationConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class CTInstructSegmentationDecoder(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
-    """Masks of one image from the tower's maps and tokens, one per query."""
+    """Masks of an image from the tower's maps and tokens, one per query."""
 
     config_class = CTInstructSegmentationConfig
     config: CTInstructSegmentationConfig
@@ -148,7 +148,7 @@ class CTInstructSegmentationDecoder(SavesItsCode, CountsBatchesOnce, PreTrainedM
         tokens: torch.Tensor,
         grids: Sequence[tuple[int, int, int, int]],
     ) -> list[torch.Tensor]:
-        """Mask logits [C, Z*S, Y*H, X*W] of each image, whose slices come one after the other.
+        """Mask logits [C, Z*S, Y*H, X*W] of each image; the slices of the images are concatenated.
 
         The U-Net runs once over the slices of all images; a mask is the dot product of its embedding with the map.
         """
@@ -174,14 +174,14 @@ class CTInstructSegmentationDecoder(SavesItsCode, CountsBatchesOnce, PreTrainedM
         tokens: torch.Tensor,
         grid: tuple[int, int, int, int] | Sequence[tuple[int, int, int, int]],
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Mask logits on the canvas of one image, or of each of several.
+        """Mask logits on the canvas of an image, or of each of several.
 
         Args:
             queries: T_seg [C, D_text]; a list of them for several images, where an image may have none.
             feature_maps: the tower's maps [N, ...].
             tokens: the tower's tokens [N, D].
-            grid: patches along depth, height and width, slices per patch; a list of them for several images, whose
-                slices come one after the other. While training, their statistics in batch norm are joint.
+            grid: patches along depth, height and width, slices per patch; a list of them for several images, whose slices
+                are concatenated. While training, their statistics in batch norm are joint.
 
         Returns:
             [C, Z*S, Y*patch_height, X*patch_width], or a list of such.

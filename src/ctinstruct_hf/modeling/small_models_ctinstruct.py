@@ -70,10 +70,9 @@ def smooth_max(scores: torch.Tensor, patch_grid: PatchGrid, slice_mask: torch.Te
 
 
 def hard_weights(losses: torch.Tensor, power: float, weights: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Weights [n] by which what is not learned yet counts more: `weights` times losses [n] to a power.
+    """Weights [n] that are larger for names with a larger loss: `weights` times losses [n] to a power.
 
-    After some hundred steps most names of a category grain are known; in a plain mean the few others hardly move
-    anything. A focal loss by name.
+    A focal loss by name: once most names of a category grain are learned, a plain mean hardly moves the others.
     """
     if not power:
         return weights
@@ -82,7 +81,7 @@ def hard_weights(losses: torch.Tensor, power: float, weights: torch.Tensor | Non
 
 
 def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy of each name [names] over its known labels, of [images, names]; names without any are left out."""
+    """Binary cross entropy [names] of logits [images, names] over known labels; names without any are left out."""
     labels = labels.to(logits.device).float()
     kept = labels >= 0
     entropy = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none") * kept
@@ -97,8 +96,8 @@ def hard_label_loss(logits: torch.Tensor, labels: torch.Tensor, power: float) ->
 
 
 def prompt_loss(queries: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far prompts of the mask decoder [n, D] are from those it was trained with, in shares of their spread: 0 where they
-    are equal, 1 for their mean."""
+    """Squared distance of prompts of the mask decoder [n, D] from those of its training, relative to their spread: 0 where
+    they are equal, 1 for their mean."""
     wanted = wanted.to(queries.device, queries.dtype)
     spread = (wanted - wanted.mean(0)).square().mean().clamp(min=1e-3) if len(wanted) > 1 else wanted.square().mean()
     return (queries - wanted).square().mean() / spread
@@ -114,23 +113,23 @@ def cell_loss(
     weights: torch.Tensor | None = None,
     hard_names: float = 0.0,
 ) -> torch.Tensor:
-    """Category alignment of each cell of the tower's last map with what lies in it.
+    """Category alignment of each cell of the tower's last map with the structures in it.
 
-    A slice's label does not say where a finding is, and the decoder marks it from earlier maps: neither teaches the
-    cells, whose mean is the slice's token, to know of something small. Cells inside weigh sqrt(outside / inside), at
-    most 10: of a slice's cells, a lesion fills one or two.
+    A slice's label does not locate a finding, and the decoder marks it from earlier maps: neither teaches the cells, whose
+    mean is the slice's token, to represent something small. Cells inside weigh sqrt(outside / inside), at most 10, since a
+    lesion fills one or two cells of a slice.
 
     Args:
         features: with `hidden_states`, the cells [N, h*w, D] that the tokens are means of.
         projection, score: of the category grain: from cells to D_text, and from cosines to logits.
-        names: [masks, D_text], texts as the decoder is asked with.
+        names: [masks, D_text], the text embeddings that the decoder gets.
         labels: int8 [D, H, W] on the canvas per mask; a cell has a structure if one of its voxels has.
         owners: [masks], the image of each; 0 by default.
-        weights: [masks], how much each counts; alike by default.
+        weights: [masks], equal by default.
         hard_names: see `hard_weights`.
     """
     grids = grid_rows(features.patch_grid)
-    by_grid = [image for grid in dict.fromkeys(grids) for image, one in enumerate(grids) if one == grid]
+    by_grid = [image for grid in dict.fromkeys(grids) for image, other in enumerate(grids) if other == grid]
     cells = F.normalize(projection(features.hidden_states[-1]), dim=-1)
     # hidden states come in the order of the grids
     parts = cells.split([math.prod(grids[image]) for image in by_grid])

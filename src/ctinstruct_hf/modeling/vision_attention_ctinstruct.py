@@ -1,7 +1,7 @@
 """Attention of the vision tower (section 3.2): it relates the patches of a volume, then the slices of each patch.
 
 Names of dimensions, the same everywhere: N slices of all images, D width of a token, Z x Y x X the patches of an image
-along depth, height and width, S slices in a patch, h x w the last feature map, B images of one grid.
+along depth, height and width, S slices in a patch, h x w the last feature map, B images of the same grid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PositionConv(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """Continuous relative position bias: log-spaced offsets -> MLP -> one number per attention head."""
+    """Continuous relative position bias: log-spaced offsets -> MLP -> a number per attention head."""
 
     def __init__(self, width: int, heads: int, axes: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class CosineAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU behind its own LayerNorm."""
+    """LayerNorm and GEGLU. [..., D] both ways."""
 
     def __init__(self, width: int, multiple: float) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class GatedFeedForward(nn.Module):
 
 
 class AttentionLayer(GradientCheckpointingLayer):
-    """Position convolution, attention within groups of cells, feed-forward; each added to what came in."""
+    """Position convolution, attention within groups of cells, feed-forward; each added to its input."""
 
     def __init__(self, config: CTInstructVisionConfig, width: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class AttentionLayer(GradientCheckpointingLayer):
     def forward(
         self, volume: torch.Tensor, grouping: Grouping, bias: torch.Tensor | None, kept: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The volume [B, Z*S, Y*h, X*w, D] after this layer, and the attention weights where they are to be had.
+        """The volume [B, Z*S, Y*h, X*w, D] after this layer, and with eager attention the weights.
 
         Args:
             bias: [heads, cells, cells], the same in all groups.
@@ -162,7 +162,7 @@ class Grouping:
     Attributes:
         grid: patches Z, Y, X and slices S.
         map_size: h, w of the map within a patch (1, 1 once pooled).
-        over: `patches`: the same slice of all patches; `slices`: all slices of one patch at one cell of the map.
+        over: `patches`: the same slice of all patches; `slices`: all slices of a patch at the same cell of the map.
     """
 
     grid: tuple[int, int, int, int]
@@ -215,7 +215,7 @@ class VolumeLayout:
 
 
 class Trace:
-    """Hidden states [N, h*w, D] before each layer and after the last, and attention weights, for those who ask."""
+    """Records hidden states [N, h*w, D] before each layer and after the last, and attention weights."""
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] = []
@@ -248,13 +248,13 @@ class SliceAttention(nn.Module):
     def forward(
         self, last_map: torch.Tensor, grid: tuple[int, int, int, int], kept: torch.Tensor, trace: Trace | None = None
     ) -> torch.Tensor:
-        """Tokens of B images that share one grid.
+        """Tokens of B images of the same grid.
 
         Args:
             last_map: [B*Z*Y*X*S, D, h, w].
             grid: Z, Y, X, S.
             kept: bool [B, Z*Y*X*S], False for padding slices.
-            trace: records what is between the layers.
+            trace: records states and attention weights.
 
         Returns:
             [B*Z*Y*X*S, D].

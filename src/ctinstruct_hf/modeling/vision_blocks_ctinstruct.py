@@ -15,13 +15,13 @@ PatchGrid = torch.Tensor | Sequence[Sequence[int]]
 
 
 def grid_rows(patch_grid: PatchGrid) -> list[tuple[int, int, int, int]]:
-    """`patch_grid` as Python numbers. A list of tuples passes through, which keeps `torch.compile` in one graph."""
+    """`patch_grid` as Python numbers. A list of tuples passes through, which keeps `torch.compile` in a single graph."""
     rows = patch_grid.tolist() if isinstance(patch_grid, torch.Tensor) else patch_grid
     return [(int(z), int(y), int(x), int(s)) for z, y, x, s in rows]
 
 
 def checkpointed_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks that gradient checkpointing recomputes and sharding keeps whole; FSDP refuses one that is not there."""
+    """Names of the blocks that gradient checkpointing recomputes and sharding keeps whole; FSDP refuses missing names."""
     return sorted(
         {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
     )
@@ -83,7 +83,7 @@ class Bottleneck(GradientCheckpointingLayer):
 
 
 def init_weights(module: nn.Module, deviation: float) -> None:
-    """Initial weights of the layer types of this package; leaves alone what was loaded."""
+    """Initial weights of the layer types of this package; loaded weights stay."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         if module.groups > 1:
             init.normal_(module.weight, std=deviation)

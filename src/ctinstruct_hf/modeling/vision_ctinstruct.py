@@ -31,19 +31,19 @@ _ALWAYS_THERE: Any = None  # `ModelOutput` wants defaults; the tower sets these 
 
 @dataclass
 class CTInstructVisionOutput(ModelOutput):
-    """What the tower makes of a batch of slices, and what `get_image_features` returns.
+    """Output of the tower for a batch of slices, and of `get_image_features`.
 
     Attributes:
-        last_hidden_state: [N, D] one token per slice of each patch, in the order of `pixel_values` (Z of equation 2).
-        pooler_output: list with one [tokens, D_text] per image, what the language model sees; of a stage-one model
+        last_hidden_state: [N, D], a token per slice of each patch, in the order of `pixel_values` (Z of equation 2).
+        pooler_output: list of [tokens, D_text] per image, which the language model reads; of a stage-one model
             [images, D_text], for retrieval. Only from `get_image_features`.
         feature_maps: five maps [N, C, H, W] from half resolution to a thirty-second, for the segmentation decoder; before
             them, with `keeps_slices`, the slices.
         patch_grid: int64 [num_images, 4].
-        hidden_states: [N, h*w, D] before each attention layer and after the last, if asked for; images of one grid
-            come together, in the order of the grids.
+        hidden_states: [N, h*w, D] before each attention layer and after the last, if asked for; images of the same grid
+            are together, in the order of the grids.
         attentions: weights [groups, heads, cells, cells] of each layer, if asked for and computed eagerly; a tuple of
-            them, one per grid, where images have several.
+            them, by grid, where images have several grids.
     """
 
     last_hidden_state: torch.Tensor = _ALWAYS_THERE
@@ -113,7 +113,7 @@ class CTInstructVisionModel(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
     config: CTInstructVisionConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in Transformers' own models too
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in Transformers' models too
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -152,8 +152,8 @@ class CTInstructVisionModel(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
 
         Args:
             pixel_values: [N, patch_height, patch_width], prepared intensities; heights and widths divide by 32.
-            patch_grid: int64 [num_images, 4] (or the same as tuples of ints, which keeps `torch.compile` in one
-                graph): patches along depth, height, width and slices per patch. Without it the slices are one stack.
+            patch_grid: int64 [num_images, 4] (or the same as tuples of ints, which keeps `torch.compile` in a single
+                graph): patches along depth, height, width and slices per patch. Without it all slices are a single stack.
             slice_mask: bool [N], False where a slice is only padding. Without it all slices count.
 
         Raises:
@@ -195,7 +195,7 @@ class CTInstructVisionModel(SavesItsCode, CountsBatchesOnce, PreTrainedModel):
                 parts[0] if len(parts) == 1 else torch.cat(parts)
                 for parts in zip(*(trace.states for trace in traces if trace), strict=True)
             ]
-            if not isinstance(wants_states, bool):  # Transformers also lets one name the layers
+            if not isinstance(wants_states, bool):  # numbers of layers, as Transformers allows
                 named = {index % len(states) for index in wants_states}
                 states = [state if index in named else None for index, state in enumerate(states)]
             output.hidden_states = tuple(states)

@@ -21,7 +21,7 @@ from .vision_blocks_ctinstruct import ConvNorm
 def blocks_of(
     pixel_values: torch.Tensor, grids: Sequence[tuple[int, int, int, int]]
 ) -> list[tuple[int, list[slice], torch.Tensor]]:
-    """The patches of all images, those of equal depth together: (S, their rows, [P, 1, S, H, W])."""
+    """The patches of all images, grouped by depth S: (S, their rows, [P, 1, S, H, W])."""
     spans: dict[int, list[slice]] = {}
     start = 0
     for z, y, x, s in grids:
@@ -32,7 +32,7 @@ def blocks_of(
 
 
 def per_slice(volume: torch.Tensor, slices: int) -> torch.Tensor:
-    """A map of fewer depth cells repeated to one per slice: [P, C, s, H, W] -> [P * S, C, H, W]."""
+    """A map of s depth cells, repeated to S slices: [P, C, s, H, W] -> [P * S, C, H, W]."""
     cells = torch.arange(slices, device=volume.device) * volume.shape[2] // slices
     return volume[:, :, cells].transpose(1, 2).flatten(0, 1)
 
@@ -77,8 +77,7 @@ class Block3D(GradientCheckpointingLayer):
 
 
 class ResNet3D(Tower3D):
-    """3D residual network. A 1 x 1 x 1 projection gives each stage the channels
-    of the hybrid tower."""
+    """3D residual network. A 1 x 1 x 1 projection gives each stage the channels of the hybrid tower."""
 
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class ViTLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
 
 
 class ViT3D(Tower3D):
-    """3D vision transformer with rotary-free sinusoid positions; the ends of its four layer groups give the maps."""
+    """3D vision transformer with sinusoid positions; the ends of its four layer groups give the maps."""
 
     def __init__(self, config: CTInstructVisionConfig) -> None:
         super().__init__()
