@@ -53,7 +53,7 @@ def write_comparison(systems: Sequence[SystemScores], folder: Path, pictures: bo
 
 
 def write_scores(scores: SystemScores, path: Path) -> None:
-    """The scores of one system as JSON; NaN is null."""
+    """The scores of a system as JSON; NaN is null."""
     write_whole(path, json.dumps(_plain(scores.to_dict()), indent=1))
 
 

@@ -1,4 +1,4 @@
-"""Predictions of any system in one small format: JSONL, a record a sample, masks as files beside it.
+"""Predictions of any system as JSONL, a record per sample, with masks as files beside it.
 
 The first line may be a header {"system": name, …}. A record has an `id`, a `task`, and by task
   report, caption, question   prediction, reference (texts); question
@@ -65,7 +65,7 @@ class Record:
 
 @dataclass
 class Predictions:
-    """Records of one system.
+    """Records of a system.
 
     Attributes:
         system: its name in tables.

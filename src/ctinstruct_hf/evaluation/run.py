@@ -33,7 +33,7 @@ class RunOptions:
         tasks: of `predictions.SCORED_TASKS`; all that the data has by default.
         split: of the data; "" is test, or validation of data without a test split.
         limit: samples of each task.
-        batch_size: questions about one scan answered at once.
+        batch_size: questions about the same scan answered at once.
         max_new_tokens: of an answer.
         validation: also diagnose the validation split, from which thresholds are chosen.
         num_beams: of an answer.

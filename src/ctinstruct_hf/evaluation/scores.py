@@ -1,4 +1,4 @@
-"""Scores of one system: per task and data set, per sample where there is one."""
+"""Scores of a system per task and data set, and per sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .significance import Interval
 
 @dataclass
 class TaskScores:
-    """Scores of one task on one data set.
+    """Scores of a task on a data set.
 
     Attributes:
         task, dataset, count, failed: what was scored; `failed` names samples with an error.
@@ -49,7 +49,7 @@ class TaskScores:
 
 @dataclass
 class SystemScores:
-    """All scores of one system."""
+    """All scores of a system."""
 
     system: str
     tasks: list[TaskScores]

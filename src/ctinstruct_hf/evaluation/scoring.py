@@ -1,4 +1,4 @@
-"""From predictions to numbers: every metric of section 4.1 per task and data set, per sample where there is one.
+"""Scores of predictions: every metric of section 4.1 per task and data set, and per sample.
 
 Failed samples are counted and named; empty masks are scored by rule and counted.
 """
@@ -86,7 +86,7 @@ def _score_consistency(
 def _score_task(
     task: str, dataset: str, records: Sequence[Record], notes: Sequence[str], settings: Settings
 ) -> TaskScores:
-    """All metrics of one task on one data set."""
+    """All metrics of a task on a data set."""
     settings.progress(f"{task} {dataset}".strip())
     good = [record for record in records if not record.error]
     scores = TaskScores(task, dataset, len(good), [record.id for record in records if record.error], notes=[*notes])

@@ -101,7 +101,7 @@ def _nanmean(rows: np.ndarray) -> np.ndarray:
 
 
 def _weighted_auc(score: np.ndarray, truth: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """[bootstraps]: AUC of one disease for each row of `drawn`."""
+    """[bootstraps]: AUC of a disease for each row of `drawn`."""
     known = truth >= 0
     order = np.argsort(score[known], kind="stable")
     values, positive = score[known][order], truth[known][order] == 1

@@ -53,7 +53,7 @@ class StageTwo:
         return turns_of(sample, self.structures, self.diseases, self.model.config.names_masks)
 
     def answer(self, jobs: Sequence[Job], output: Path) -> list[Record]:
-        """Records of jobs about the same images: all in one batch."""
+        """Records of jobs about the same images, in a single batch."""
         study = self._study(jobs[0].images)
         heads = [job for job in jobs if job.task in ("segmentation", "diagnosis")]
         texts = [job for job in jobs if job not in heads]

@@ -154,7 +154,7 @@ class Table:
 
 
 def percent(interval: Interval | None, mark: str = "") -> str:
-    """ "57.44±4.63*": percent, mean ± standard deviation where there is one."""
+    """ "57.44±4.63*": percent, mean ± standard deviation if known."""
     if interval is None or np.isnan(interval.mean):
         return "–"
     spread = "" if np.isnan(interval.sd) else f"±{100 * interval.sd:.2f}"

@@ -147,7 +147,7 @@ batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True,
 print(processor.decode(model.generate(**batch, max_new_tokens=64)[0]))
 ```
 
-With `pip install ctinstruct-hf`, `Study.open("scan.nii.gz", model="{title}")` gives reports, masks on the scan's own grid and
+With `pip install ctinstruct-hf`, `Study.open("scan.nii.gz", model="{title}")` gives reports, masks on the scan's grid and
 probabilities in a line each.
 """
 

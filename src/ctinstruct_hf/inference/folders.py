@@ -238,7 +238,7 @@ def adapter_base(folder: Path) -> str | None:
     beside config and processor; None for any other folder.
 
     Raises:
-        CTInstructError: where one of the two configs cannot be read.
+        CTInstructError: where a config cannot be read.
     """
     needed = (ADAPTER, "config.json", "processor_config.json")
     if not all((folder / name).exists() for name in needed):

@@ -28,7 +28,7 @@ class Slices(Protocol):
 
 @dataclass(frozen=True)
 class CanvasFit:
-    """How one volume lies on its canvas.
+    """The fit of a volume to its canvas.
 
     Attributes:
         volume: (depth, height, width) voxels of the volume.
@@ -166,10 +166,10 @@ def axis_positions(source: int, target: int, corners: bool) -> torch.Tensor:
 def axis_weights(
     source: int, target: int, corners: bool = False, antialias: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Linear resampling along one axis: which of the source's cells each of the target's is made of, and how much each
-    counts: int64 and float32 [target, cells].
+    """Linear resampling along an axis: for each target cell the source cells and their weights, int64 and float32
+    [target, cells].
 
-    With `antialias` a target's cell that is larger than the source's takes all in its reach, by a triangle as wide as itself
+    With `antialias` a target cell larger than a source cell takes all source cells in its reach, with a triangular weight
     (as `torch.nn.functional.interpolate` does in a plane).
     """
     if antialias and target < source:

@@ -146,7 +146,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
             images: what `read` takes, an HU array (depth, height, width), or a (nested) list of them.
             spacing: mm (depth, height, width) of arrays, for all or a list.
             return_tensors: "pt" for torch tensors, "np" for numpy; lists of arrays otherwise.
-            kwargs: settings of this class that replace the stored ones for this call.
+            kwargs: settings of this class that replace the stored settings for this call.
 
         Returns:
             pixel_values float32 [N, patch height, patch width], patch_grid int64 [images, 4], slice_mask bool [N].
@@ -286,7 +286,7 @@ def settings_of(processor: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def as_auto_class(processor: Any, auto_class: str) -> Iterator[None]:
-    """While saving, `one` counts as custom code, so that Transformers copies its files; not before and after."""
+    """Within the context `processor` counts as custom code, so that Transformers copies its files."""
     cls = type(processor)
     before = cls._auto_class
     cls._auto_class = auto_class
@@ -348,7 +348,7 @@ def released_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def histogram_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
-    """The same from one histogram over the 65,536 values of int16: exact, without sorting or a float copy."""
+    """`released_statistics` of int16 from a histogram over its 65,536 values: exact, without sorting or a float copy."""
     codes = np.zeros(2**16, dtype=np.int64)  # by the unsigned reading of each value
     for plane in box:
         codes += np.bincount(plane.ravel(order="K").view(np.uint16), minlength=2**16)
@@ -374,7 +374,7 @@ def histogram_statistics(box: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """Nested lists to one list; a list of numbers is an array, not a batch."""
+    """Nested lists of images as a flat list."""
     if isinstance(images, list | tuple):
         return [image for part in images for image in flatten_images(part)]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:

@@ -113,7 +113,7 @@ class CTInstructProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask`, `pixel_values`, `patch_grid`, `slice_mask`, and `disease_ids` where every
-            prompt that speaks of diseases names known ones ("... the presence of calcification and bronchiectasis.").
+            prompt about diseases names known diseases ("... the presence of calcification and bronchiectasis.").
             `labels` put into it are −100 at image and vision tokens.
 
         Raises:
@@ -295,7 +295,7 @@ class CTInstructProcessor(ProcessorMixin):
         return ids or None
 
     def named_diseases(self, text: str) -> list[int] | None:
-        """Ids of the diseases after the last "presence of", all of one list; None where they are not known."""
+        """Ids of the diseases after the last "presence of", all of the same list; None where they are not known."""
         matches = list(_NAMED.finditer(text))
         if not matches:
             return None

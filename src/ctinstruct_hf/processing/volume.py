@@ -188,7 +188,7 @@ def from_array(
     warnings: list[str] | None = None,
     keep_padding: bool = False,
 ) -> CTVolume:
-    """A volume from HU in the axes of `CTVolume.hu`; a 2D array is one slice. `spacing` in mm, the same order."""
+    """A volume from HU in the axes of `CTVolume.hu`; a 2D array is a slice. `spacing` in mm, the same order."""
     what = name or "the array"
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
@@ -230,7 +230,7 @@ def check_affine(affine: np.ndarray, what: str) -> None:
 def upright(
     array: np.ndarray, affine: np.ndarray, source: VolumeSource, warnings: list[str], limit: Limits
 ) -> CTVolume:
-    """`canonical` for axes that may be sheared against each other: these are resampled to perpendicular ones first.
+    """`canonical` for axes that may be sheared against each other: these are made perpendicular by resampling.
 
     Raises:
         CTInstructError: for an unusable affine, and where the upright grid is larger than allowed.

@@ -1,4 +1,4 @@
-"""Numpy files: `.npy`, and `.npz` with one volume; never unpickled."""
+"""Numpy files: `.npy`, and `.npz` with a single volume; never unpickled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .volume_files import inside
 
 
 def read_array_file(path: Path, spacing: tuple[float, float, float] | None, limit: Limits) -> CTVolume:
-    """`.npy`, or `.npz` with one array or one named `ct`; never unpickled."""
+    """`.npy`, or `.npz` with a single array or an array named `ct`; never unpickled."""
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")
         if hasattr(loaded, "files"):

@@ -18,12 +18,12 @@ def inside(folder: Path, name: str, named_by: str) -> Path:
     """The file or folder `name` that something in `folder` names, which must lie in it.
 
     Args:
-        folder: where whatever names it lies.
+        folder: that must hold it.
         name: relative to `folder`.
-        named_by: what names it, for the message.
+        named_by: the file that names it, for the message.
 
     Returns:
-        `folder / name`; whether it exists is not looked at.
+        `folder / name`, which may not exist.
 
     Raises:
         CTInstructError: for an absolute path, for `..`, and where links lead out of `folder`.
@@ -98,8 +98,8 @@ def read_exactly(stream: Any, size: int, name: str, head: bytes = b"") -> np.nda
 class Inflated(io.RawIOBase):
     """A readable stream of what a gzip, zlib or bzip2 stream holds, a few MB at a time.
 
-    What follows a packed stream is left unread unless it is a further one of the same format; gzip files may have zeros
-    or other bytes behind them.
+    Bytes after a packed stream are left unread unless a further stream of the same format follows; gzip files may have
+    zeros or other bytes at their end.
 
     Args:
         stream: the packed bytes.

@@ -83,8 +83,8 @@ class Skipped:
     Attributes:
         name: a file's name, or the modality, number and description of a series.
         reason: the rest of a sentence that begins with the name.
-        files: where it lies.
-        modality: of a series, CT for a part of one; "" for a file that cannot be read.
+        files: of the series, or the file.
+        modality: of a series, CT for a part of a series; "" for a file that cannot be read.
     """
 
     name: str
@@ -108,7 +108,7 @@ def quiet_pydicom() -> Iterator[None]:
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[Skipped]]:
-    """All files below a folder, without hidden ones, and the links that lead out of it, which are not followed."""
+    """All files below a folder that are not hidden, and the links that lead out of it, which are not followed."""
     root = folder.resolve()
     found: list[Path] = []
     outside: list[Skipped] = []
@@ -153,7 +153,7 @@ def read_headers(files: Sequence[Path], limit: Limits) -> tuple[list[tuple[Path,
             if not bare:
                 broken.append(Skipped(file.name, "is a broken DICOM file", [file]))
             continue
-        if "TransferSyntaxUID" not in header.file_meta:  # an archive's dump without the file's own header
+        if "TransferSyntaxUID" not in header.file_meta:  # an archive's dump without the file meta header
             implicit = header.original_encoding[0]
             header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         if "SeriesInstanceUID" not in header and "Rows" not in header and class_of(header) != DIRECTORY:
@@ -165,7 +165,7 @@ def read_headers(files: Sequence[Path], limit: Limits) -> tuple[list[tuple[Path,
 
 
 def _starts_like_dicom(start: bytes) -> bool:
-    """Whether bytes without preamble begin with an element of group 2 or 8, and one of DICOM's UIDs follows."""
+    """Whether bytes without preamble begin with an element of group 2 or 8, and a UID of DICOM follows."""
     if b"1.2.840.10008." not in start:
         return False
     if len(start) < 16 or start[:2] not in (b"\x02\x00", b"\x08\x00") or int.from_bytes(start[2:4], "little") > 0x70:
@@ -195,7 +195,7 @@ def class_of(header: Any) -> str:
 
 
 def what_it_is(header: Any) -> str:
-    """CT for a CT image, else a word for what lies there instead."""
+    """CT for a CT image, else a word for another object."""
     modality, sop_class = text(header, "Modality"), class_of(header)
     if modality in ("CT", "") and sop_class in CT_CLASSES:
         return "scout" if "LOCALIZER" in text(header, "ImageType").upper().split("\\") else "CT"

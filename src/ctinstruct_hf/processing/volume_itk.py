@@ -58,7 +58,7 @@ class Stored:
         dtype: of a stored value, with its byte order.
         encoding: raw, text, zlib, gzip or bzip2.
         data: the detached file's name; "" where the voxels follow the header.
-        lines, skipped: lines before the packed voxels, bytes before the unpacked ones; −1: they are the file's end.
+        lines, skipped: lines before the packed voxels, bytes before the unpacked voxels; −1: they end the file.
         columns: [3, axes] mm along LPS of a step along each axis; None without spacing.
         origin: [3] mm, LPS.
         scale: (slope, intercept) from stored values.

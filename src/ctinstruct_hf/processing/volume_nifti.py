@@ -75,7 +75,7 @@ def _pair_of(path: Path) -> tuple[Path, Path | None]:
 
 
 def _read_header(stream: Any, name: str, pair: bool) -> tuple[Any, bytes]:
-    """The header, and the bytes that were read for it; one of a pair may be Analyze 7.5."""
+    """The header, and the bytes that were read for it; that of a pair may be Analyze 7.5."""
     start = stream.read(540)
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     if not sizes & {348, 540}:
@@ -90,10 +90,10 @@ def _read_header(stream: Any, name: str, pair: bool) -> tuple[Any, bytes]:
 
 
 def _read_voxels(stream: Any, header: Any, already: bytes, name: str, limit: Limits, packed: int | None) -> np.ndarray:
-    """The stored array (i, j, k), Fortran order, as the header says and no byte more.
+    """The stored array (i, j, k), Fortran order; no byte beyond it is read.
 
     Args:
-        stream: where the voxels lie, after the bytes `already` read from it.
+        stream: of the voxels, after the bytes `already` read from it.
         packed: the file's size in bytes where it is inflated.
     """
     dims = header["dim"]

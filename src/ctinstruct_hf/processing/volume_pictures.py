@@ -1,4 +1,4 @@
-"""Pictures (PNG, JPEG, BMP, TIFF): one slice in a stated window."""
+"""Pictures (PNG, JPEG, BMP, TIFF): a slice in a stated window."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def read_picture(
 def from_picture(
     picture: Any, name: str, spacing: tuple[float, float, float] | None, window: tuple[float, float] | None
 ) -> CTVolume:
-    """One slice (1, height, width): 8- or 16-bit grey in a window, wider integers and floats as the HU they must be.
+    """A slice (1, height, width): 8- or 16-bit grey in a window; wider integers and floats are HU.
 
-    Colour is refused, grey stored as colour is not; so are several pages or frames.
+    Colour, several pages and several frames are refused; grey stored as colour is read.
     """
     from PIL import ImageOps
 

@@ -73,7 +73,7 @@ def read_pixels(
 
 
 def check_encoding(slices: list[Slice], warnings: list[str]) -> None:
-    """Refuse encodings that lose HU or cannot be decoded, name lossy ones."""
+    """Refuse encodings that lose HU or cannot be decoded; warn of lossy encodings."""
     for syntax, image in {str(image.header.file_meta.get("TransferSyntaxUID", "")): image for image in slices}.items():
         bits = integer(image.header, "BitsStored", 16)
         if syntax in UNDECODABLE:
@@ -89,7 +89,7 @@ def check_encoding(slices: list[Slice], warnings: list[str]) -> None:
 
 
 def check_rescale(slices: list[Slice], warnings: list[str]) -> None:
-    """Refuse what gives no HU, name what is missing or unusual."""
+    """Refuse rescales that give no HU; warn of missing or unusual rescales."""
     name = f"{slices[0].path.name} and its series"
     for unit in dict.fromkeys(image.unit.upper() for image in slices):
         if unit in NO_HU:
@@ -169,14 +169,14 @@ def padding_of(words: np.ndarray, stored: np.ndarray, image: Slice) -> np.ndarra
     elif not signed and low < 0:  # written as signed
         wrap = 2 ** (8 * stored.dtype.itemsize)
         low, high = sorted((low + wrap, high + wrap if high < 0 else high))
-    if high >= 2**bits:  # outside the bits of a pixel: the whole word says so
+    if high >= 2**bits:  # outside the bits of a pixel: compared with the whole word
         stored = words.view(np.uint16) if words.dtype.itemsize == 2 else words
     padded = (stored == low) if low == high else (stored >= low) & (stored <= high)
     return padded if padded.any() else None
 
 
 def decode(path: Path, header: Any) -> np.ndarray:
-    """Stored words of one file, (rows, columns) or (frames, rows, columns)."""
+    """Stored words of a file, (rows, columns) or (frames, rows, columns)."""
     syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")))
     try:
         if syntax in _PLAIN and integer(header, "BitsAllocated", 16) == 16:
@@ -234,7 +234,7 @@ def _decompressed(data: Any, name: str, syntax: UID) -> np.ndarray:
 
 
 def coded_size(frame: bytes) -> tuple[int, int] | None:
-    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 stream itself has; None where it does not say."""
+    """(rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 stream; None where it is not found."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: start, then its size
     if start >= 0:
         right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4]) for at in range(8, 24, 4))

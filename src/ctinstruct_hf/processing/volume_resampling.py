@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass
 class SliceResampling:
-    """Where the stored slices lie, and the grid they were brought to.
+    """Positions of the stored slices, and the grid to which they are resampled.
 
     Attributes:
         distances: [K] mm of each stored slice along the normal, ascending from 0.

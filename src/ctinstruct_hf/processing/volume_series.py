@@ -19,7 +19,7 @@ from .volume_zip import unpacked
 
 @dataclass
 class DicomSeries:
-    """CT images that make one scan.
+    """CT images that make a scan.
 
     Attributes:
         uid: the SeriesInstanceUID; where images under the same UID make several scans, with -1, -2 … behind it.
@@ -29,7 +29,7 @@ class DicomSeries:
         slices: how many.
         spacing: mm along (depth, height, width), as stored; None where the files do not say.
         files: in the order of the slices; the zip itself for a zip.
-        notes: what was odd, a sentence each.
+        notes: warnings, a sentence each.
         images: the slices from the first position to the last; none for a zip.
     """
 
@@ -155,7 +155,7 @@ def _add_stacks(uid: str, slices: list[Slice], found: SeriesList) -> None:
 
 
 def describe(header: Any) -> str:
-    """The SeriesDescription in one line."""
+    """The SeriesDescription on a single line."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(header.get("SeriesDescription") or "")).split())
 
 

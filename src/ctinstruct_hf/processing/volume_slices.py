@@ -14,7 +14,7 @@ from .volume_headers import integer, numbers, text
 
 @dataclass(eq=False)
 class Slice:
-    """One axial, coronal or sagittal image in space; `frame` counts within a multi-frame file.
+    """An axial, coronal or sagittal image in space; `frame` counts within a multi-frame file.
 
     Attributes:
         position: [3], mm (LPS) of the first pixel's centre, None where the file has none.
@@ -41,7 +41,7 @@ class Slice:
 
 
 def slices_of(file: Path, header: Any) -> list[Slice]:
-    """The images of one file, a frame each where it has several."""
+    """The images of a file, one per frame."""
     if integer(header, "SamplesPerPixel", 1) != 1 or text(header, "PhotometricInterpretation") == "PALETTE COLOR":
         raise CTInstructError(f"{file.name} is a colour image: expected CT in HU.")
     if header.get("ModalityLUTSequence"):
@@ -80,7 +80,7 @@ _GROUPS = (
 
 
 def _slice(file: Path, header: Any, parts: dict[str, Any], frame: int) -> Slice:
-    """A slice from a header, or from the functional groups of one of its frames."""
+    """A slice from a header, or from the functional groups of a frame."""
     measures = parts.get("PixelMeasuresSequence", header)
     rescale = parts.get("PixelValueTransformationSequence", header)
     try:

@@ -1,4 +1,4 @@
-"""The images under one SeriesInstanceUID, grouped into the stacks that each make one scan.
+"""The images under a SeriesInstanceUID, grouped into the stacks that each make a scan.
 
 Images of different patients, frames of reference, reconstructions, phases or grids are never stacked on each other.
 """
@@ -16,15 +16,15 @@ from .volume_slices import Slice
 
 Group = tuple[str, list[Slice]]  # (label, images)
 
-# another stack with fewer images than this part of the largest is left out and named; with more, a choice is asked for
+# a stack with fewer images than this share of the largest stack's is left out and named; with more, a choice is asked for
 FEW = 0.25
 # a gap of missing slices is bridged up to so many steps or so many mm, the larger of both
 GAP_STEPS, GAP_MM = 6, 15.0
 # relative difference of pixel spacings, difference of direction cosines (0.11 degrees)
 SAME_SPACING, SAME_DIRECTION = 1e-3, 2e-3
-# images that differ in these are never one scan
+# images that differ in these are never the same scan
 HARD_MARKS = ("patient", "frame of reference", "stack", "temporal position", "kernel")
-# images that differ in these are several scans where they lie among each other
+# images that differ in these are several scans where their positions alternate
 SOFT_MARKS = ("acquisition", "cardiac phase", "number", "description", "tube voltage", "thickness", "image type")
 
 
@@ -198,7 +198,7 @@ def _by_gap(images: list[Slice]) -> list[Group]:
 
 
 def _by_axis(images: list[Slice]) -> Iterator[Group]:
-    """Images on one straight line, upright or tilted, and those more than half a field of view beside it."""
+    """Images on a straight line, upright or tilted, and those more than half a field of view beside it."""
     first = images[0]
     normal = np.cross(*first.orientation)
     ordered = sorted(images, key=lambda image: image.along(normal))

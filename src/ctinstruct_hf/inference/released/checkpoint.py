@@ -262,7 +262,7 @@ def _with_adapter(entries: dict[str, Entry], settings: dict[str, Any], folder: P
     merged = {name: entry for name, entry in entries.items() if not _LORA.fullmatch(name)}
     for name, pair in pairs.items():
         if len(pair) != 2:
-            raise CTInstructError(f"{folder} holds one of the two matrices of LoRA for {name} only.")
+            raise CTInstructError(f"{folder} holds only one of the two matrices of LoRA for {name}.")
         if name not in merged:
             raise CTInstructError(
                 f"{folder} holds an adapter, but the {name} that it changes is not there: name its base by --base."

@@ -17,8 +17,8 @@ class Rule:
 
     Attributes:
         pattern: regular expression over the whole released name.
-        names: our names with the pattern's groups; several where one tensor is cut in equal parts along its first
-            axis; none where the release never uses the tensor.
+        names: our names with the pattern's groups; several where the tensor is cut in equal parts along its first axis;
+            none where the release never uses the tensor.
         change: applied to the tensor before it is cut.
     """
 
