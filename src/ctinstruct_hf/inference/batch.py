@@ -126,7 +126,7 @@ def predict_studies(
         raise CTInstructError(f"engine is '{engine}': use {' or '.join(ENGINES)}.")
     count = workers or max(len(devices), 1)
     if count < max(len(devices), 1):
-        raise CTInstructError(f"workers is {workers}: give at least {max(len(devices), 1)}, one per device.")
+        raise CTInstructError(f"workers is {workers}: give at least {max(len(devices), 1)}, one a device.")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
