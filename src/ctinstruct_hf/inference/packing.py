@@ -17,7 +17,7 @@ from ..modeling.configuration_ctinstruct import CTInstructConfig
 from ..modeling.modeling_ctinstruct import CTInstructForConditionalGeneration
 from .folders import INDEX, MODEL_FILES, WEIGHT_FILES, read_object, require
 from .models import check_weights, resolve_model
-from .precision import memory_of
+from .precision import memory_of, quantization_of
 from .released.checkpoint import read_entries
 from .released.download import check_space
 from .released.shards import Packer, Writer
@@ -71,8 +71,6 @@ def packer_of(config: Any, quantize: str) -> Packer:
     Raises:
         CTInstructError: for another name than int8 or int4, and where bitsandbytes is missing.
     """
-    from .precision import quantization_of
-
     wanted = quantization_of(quantize, torch.device("cpu"))
     if quantize == "int4":
         wanted.bnb_4bit_compute_dtype = torch.bfloat16  # of a GPU; a CPU takes its fastest dtype

@@ -165,8 +165,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
             pixels.append(rows)
             grids.append([*fit.grid, fit.patch[0]])
             masks.append(fit.slice_mask().flatten())
-        heights = {tuple(rows.shape[1:]) for rows in pixels}
-        if len(heights) != 1:
+        if not pixels:
             raise CTInstructError("images is empty: give at least one volume.")
         data: dict[str, Any] = {
             "pixel_values": pixels[0] if len(pixels) == 1 else torch.cat(pixels),

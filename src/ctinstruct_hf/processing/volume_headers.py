@@ -212,9 +212,8 @@ def numbers(dataset: Any, keyword: str) -> list[float]:
     value = element.value
     if isinstance(value, bytes):
         return [float(part) for part in value.rstrip(b"\0 ").split(b"\\") if part.strip()]
-    return [
-        float(part) for part in (value if isinstance(value, list | tuple | pydicom.multival.MultiValue) else [value])
-    ]
+    parts = value if isinstance(value, list | tuple | pydicom.multival.MultiValue) else [value]
+    return [float(part) for part in parts]
 
 
 def integer(dataset: Any, keyword: str, default: int = 0) -> int:

@@ -34,15 +34,11 @@ RELEASE_FILES = tuple(
 )
 
 
-def _silent(step: str) -> None:
-    return
-
-
 def convert_released(
     source: str | Path,
     output: Path,
     tokenizer: str | Path | None = None,
-    progress: Callable[[str], None] = _silent,
+    progress: Callable[[str], None] = lambda step: None,
     *,
     base: str | Path | None = None,
     revision: str | None = None,
