@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -64,6 +67,7 @@ WRONG = {
     "app: {prot: 1}": "app has no option prot",
     "app: 3": "has app: expected 'name: value' lines",
     "data: {prepare: {nothing: 1}}": "prepare has no option nothing",
+    "app: {port: {a: 1}}": "app has port: expected a value",
     "app: [": "no readable YAML",
 }
 
@@ -74,3 +78,54 @@ def test_a_configuration_that_does_not_fit_is_one_sentence(tmp_path: Path, text:
     file.write_text(text)
     with pytest.raises(CTInstructError, match=WRONG[text]):
         read_configuration(file, typer.main.get_command(app))
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The names of every verb, below their groups."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, (*path, name)) if hasattr(below, "commands") else [(*path, name)]
+
+
+@pytest.mark.parametrize("verb", leaves(typer.main.get_command(app)), ids=" ".join)
+def test_every_option_of_every_verb_has_its_name_in_a_configuration(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    command: Any = typer.main.get_command(app)
+    leaf = command
+    for name in verb:
+        leaf = leaf.commands[name]
+    options = {name: one for one in leaf.params for name in one.opts if name.startswith("--")}
+    for hyphen in "-_":
+        found: Any = {name.lstrip("-").replace("-", hyphen): "a value" for name in options}
+        for name in reversed(verb):
+            found = {name: found}
+        (tmp_path / "options.yaml").write_text(yaml.safe_dump(found))
+        read: Any = read_configuration(tmp_path / "options.yaml", command)
+        for name in verb:
+            read = read[name]
+        assert read == {one.name: ["a value"] if one.multiple else "a value" for one in options.values()}
+
+
+def test_values_and_lists_of_the_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    command: Any = typer.main.get_command(app)
+    predict = command.commands["predict"]
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "predict: {input: [a, b], output: c, segment: [liver, heart], report: true, output_type: nrrd, ask: Is it}"
+    )
+    given = ["-i", "a", "-i", "b", "-o", "c", "--segment", "liver,heart", "--report", "-ot", "nrrd", "--ask", "Is it"]
+    read = read_configuration(file, command)["predict"]
+    found = predict.make_context("predict", [], default_map=read).params
+    assert found == predict.make_context("predict", given).params
+    again = predict.make_context("predict", ["--segment", "spleen"], default_map=read).params
+    assert again == {**found, "segment": "spleen"}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_the_unit_of_the_documents_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    (unit,) = re.findall(r"```\n(\[Unit\].*?)```", (ROOT / "docs" / "hospital.md").read_text(), re.DOTALL)
+    command = re.search(r"ExecStart=(\S+) (\w+) ", unit)
+    assert command is not None
+    assert command[2] in typer.main.get_command(app).commands
+    file = tmp_path / "ctinstruct.service"
+    file.write_text(unit.replace(command[1], sys.executable))
+    done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -6,7 +6,7 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ctinstruct_hf import CTInstructError, read_volume
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.output.dicom_seg import save_dicom_seg
 from ctinstruct_hf.pacs import dicomweb
-from ctinstruct_hf.pacs.addresses import parse_address
+from ctinstruct_hf.pacs.addresses import Address, parse_address
 
 pytest.importorskip("dicomweb_client", reason="dicomweb-client is not installed")
 needs_orthanc = pytest.mark.skipif(not is_installed(), reason=MISSING)
@@ -190,21 +190,62 @@ def test_an_unreachable_server_is_one_sentence() -> None:
         dicomweb.list_series(address)
 
 
-LIES = {
+LIES: dict[str, tuple[bytes, str]] = {
     "a page": (b"<html>Log in</html>", "text/html"),
+    "an empty page": (b"", "text/html; charset=utf-8"),
     "a page called JSON": (b"<html>Log in</html>", "application/dicom+json"),
     "JSON of another form": (b'{"studies": 3}', "application/dicom+json"),
     "a list of numbers": (b"[1, 2]", "application/dicom+json"),
-    "nothing": (b"", "application/dicom+json"),
+    "a number": (b"3", "application/json"),
+}
+ASKED: dict[str, Callable[[Address, list[Path]], object]] = {
+    "search": lambda address, files: dicomweb.search_studies(address, dates="20200101"),
+    "list": lambda address, files: dicomweb.list_series(address),
+    "fetch": lambda address, files: dicomweb.fetch_study(address, files[0].parent / "fetched"),
+    "store": lambda address, files: dicomweb.store(files, address),
 }
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return sorted(dicom_series(tmp_path_factory.mktemp("images"), asymmetric((2, 8, 8))).iterdir())
+
+
+@pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("lie", LIES)
-def test_a_server_that_lies_about_its_content_is_one_sentence(lie: str) -> None:
-    with answering(*LIES[lie]) as (url, _), pytest.raises(CTInstructError) as caught:
-        dicomweb.list_series(parse_address(f"dicomweb+{url}/studies/1.2.3"))
-    assert "something else than DICOM" in str(caught.value) or "no such study" in str(caught.value)
-    assert "Log in" not in str(caught.value)
+def test_a_server_that_lies_about_its_content_is_one_sentence(lie: str, asked: str, images: list[Path]) -> None:
+    with answering(*LIES[lie]) as (url, _), pytest.raises(CTInstructError, match="something else than DICOM") as caught:
+        ASKED[asked](parse_address(f"dicomweb+{url}/studies/1.2.3"), images)
+    assert not any(text in str(caught.value) for text in ("Log in", "1.2.3", "\n"))
+
+
+def test_no_answer_is_no_study_and_nothing_stored(images: list[Path]) -> None:
+    with answering(b"", "application/dicom+json") as (url, _):
+        address = parse_address(f"dicomweb+{url}/studies/1.2.3")
+        assert dicomweb.search_studies(address, dates="20200101") == []
+        with pytest.raises(CTInstructError, match="no such study"):
+            dicomweb.list_series(address)
+        with pytest.raises(CTInstructError, match="confirmed 0 of 2 objects"):
+            dicomweb.store(images, address)
+
+
+STATUS = {
+    401: "set CTINSTRUCT_DICOMWEB_TOKEN",
+    403: "set CTINSTRUCT_DICOMWEB_TOKEN",
+    404: "Check the",
+    503: "try again",
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("status", STATUS)
+def test_a_server_that_refuses_is_one_sentence_whatever_was_asked(status: int, asked: str, images: list[Path]) -> None:
+    with (
+        answering(b"<html>1.2.3</html>", "text/html", status) as (url, _),
+        pytest.raises(CTInstructError, match=rf"{status}.*{STATUS[status]}") as caught,
+    ):
+        ASKED[asked](parse_address(f"dicomweb+{url}/studies/1.2.3"), images)
+    assert not any(text in str(caught.value) for text in ("1.2.3", "\n"))
 
 
 def test_images_that_are_none_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

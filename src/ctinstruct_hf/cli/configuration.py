@@ -13,7 +13,8 @@ def read_configuration(path: Path, command: Any) -> dict[str, Any]:
     """What the command line takes for its defaults.
 
     Args:
-        path: YAML, `{verb: {option: value}}`; options by their long names, with `-` or `_`.
+        path: YAML, `{verb: {option: value}}`; options by their long names, with `-` or `_`. A list may stand for what the
+            command line separates by commas, and one value for an option that may be repeated.
         command: the group of verbs.
 
     Raises:
@@ -30,14 +31,23 @@ def _defaults(file: str, verb: str, found: Any, command: Any) -> dict[str, Any]:
         _check_known(file, verb, found, commands)
         return {name: _defaults(file, name, below, commands[name]) for name, below in found.items()}
     options = {
-        option.lstrip("-"): parameter.name
+        option.lstrip("-"): parameter
         for parameter in command.params
         for option in parameter.opts
         if option.startswith("--")
     }
     named = {str(name).replace("_", "-"): value for name, value in found.items()}
     _check_known(file, verb, named, options)
-    return {options[name]: value for name, value in named.items()}
+    for name, value in named.items():
+        if isinstance(value, dict):
+            raise CTInstructError(f"{file}: {verb} has {name}: expected a value or a list of values.")
+    return {options[name].name: _value(options[name], value) for name, value in named.items()}
+
+
+def _value(option: Any, value: Any) -> Any:
+    if option.multiple:
+        return value if isinstance(value, list) else [value]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _check_known(file: str, verb: str, found: dict[str, Any], known: dict[str, Any]) -> None:

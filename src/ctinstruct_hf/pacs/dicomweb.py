@@ -22,6 +22,7 @@ from .addresses import Address, object_name
 TIMEOUT = (10, 120)  # seconds to connect, and to wait for the next bytes
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 _ANY_SYNTAX = (("application/dicom", "*"),)
+_ANSWERS = ("application/", "multipart/", "text/xml")
 
 
 class NothingWanted(CTInstructError):
@@ -68,10 +69,18 @@ def open_client(address: Address) -> Any:
         raise CTInstructError("DICOMweb needs dicomweb-client: pip install 'ctinstruct-hf[pacs]'.") from error
     session = requests.Session()
     session.auth = _credentials()
+    session.hooks["response"].append(_refuse_pages)
     # archives hold UIDs that are not conformant
     client = DICOMwebClient(address.base, session=session, timeout=TIMEOUT, permissive_uid=True)
     client.set_http_retry_params(retry=False)
     return client
+
+
+def _refuse_pages(response: Any, **_: Any) -> None:
+    """A hook of requests: raises where a server answers with a page, such as that of a login, as if all were well."""
+    answered = response.status_code < 400 and response.status_code != 204 and not response.is_redirect
+    if answered and not response.headers.get("Content-Type", "application/").lower().startswith(_ANSWERS):
+        raise ValueError("no answer of DICOMweb")
 
 
 def _credentials() -> Any:
