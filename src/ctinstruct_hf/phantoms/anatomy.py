@@ -1,4 +1,4 @@
-"""Organs, bones, fat and vessels of a phantom, painted from the outside in, and what lies around the patient."""
+"""Organs, bones, fat and vessels of a phantom, painted from the outside in, and table and clothes around the patient."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _GAS = (-1000.0, -950.0)  # HU of gas in stomach and bowel
 
 
 def paint_anatomy(c: Canvas, hu: dict[str, float], present: dict[str, int]) -> None:
-    """Paint from the outside in; what comes later lies inside what came before."""
+    """Paint from the outside in: each structure lies inside the structures painted before."""
     rng = c.rng
     everything = (slice(None), slice(None), slice(None))
     fat_share = np.float32(rng.uniform(0.74, 0.92))
-    wide, deep = 142.0 / float(fat_share), 96.0 / float(fat_share)  # the wall stays where it is, the fat lies around it
+    wide, deep = 142.0 / float(fat_share), 96.0 / float(fat_share)  # more fat widens the trunk outside the wall
     across = np.square(c.x * np.float32(1 / wide))
     along = np.square((c.y - np.float32(5)) * np.float32(1 / deep))
     chest = across + along
@@ -82,8 +82,8 @@ def paint_anatomy(c: Canvas, hu: dict[str, float], present: dict[str, int]) -> N
 
 
 def _surroundings(c: Canvas, chest: np.ndarray, deep: float) -> None:
-    """Around the patient: a table, flat or hollow, of one or two shells with a mat on it, and clothes or a blanket. The
-    air between them lies enclosed as that of a lung does."""
+    """Around the patient: a table, flat or hollow, of one or two shells with a mat on it, and clothes or a blanket, which
+    may enclose air."""
     rng = c.rng
     outside = chest >= 1
     hollow = np.float32(rng.uniform(0.5, 2.5) * 1e-3 if rng.random() < 0.6 else 0.0)
@@ -108,7 +108,7 @@ def _surroundings(c: Canvas, chest: np.ndarray, deep: float) -> None:
 
 
 class _Bowel:
-    """Loops of bowel. In some patients they are wide with gas, which lies as close to wall and domes as a lung does."""
+    """Loops of bowel; in some patients wide with gas, close to the wall and to the domes."""
 
     def __init__(self, c: Canvas, fat: float) -> None:
         self.canvas, self.fat = c, fat
@@ -124,8 +124,8 @@ class _Bowel:
         gas: float,
         rim: float = 0.0,
     ) -> None:
-        """One loop where a mask of the whole scan allows, with fat of `rim` mm around it; gas, of this probability,
-        rises to the front."""
+        """Paint a loop inside `where` [D, H, W], with fat of `rim` mm around it; with probability `gas`, gas fills its
+        front."""
         c, rng = self.canvas, self.canvas.rng
         has_gas = rng.random() < (max(gas, 0.8) if self.gassy else gas)
         axes = axes * (rng.uniform(1, 1.7) if self.gassy and has_gas else 1)
@@ -161,11 +161,11 @@ def _back_muscles(c: Canvas, hu: dict[str, float], chest: np.ndarray) -> None:
 def _bones(c: Canvas, hu: dict[str, float], chest: np.ndarray, fat_share: np.float32, deep: float) -> None:
     wall = (chest < (fat_share - np.float32(0.02)) ** 2) & (chest > (fat_share - np.float32(0.085)) ** 2)
     pitch, start = c.rng.uniform(26, 31), c.rng.uniform(0, 26)
-    places = np.flatnonzero(wall)  # few of all voxels
-    x, y, z = c.x.ravel()[places], c.y.ravel()[places], c.z.ravel()[places]
+    wall_voxels = np.flatnonzero(wall)
+    x, y, z = c.x.ravel()[wall_voxels], c.y.ravel()[wall_voxels], c.z.ravel()[wall_voxels]
     slanted = z - np.float32(0.35) * (y - np.float32(60)) + np.float32(start)
     ring = np.abs(np.mod(slanted, np.float32(pitch)) - np.float32(pitch / 2)) < 6.5
-    ribs = places[ring & (z > -85) & (z < 210) & (np.abs(x) > 18)]
+    ribs = wall_voxels[ring & (z > -85) & (z < 210) & (np.abs(x) > 18)]
     c.organs.ravel()[ribs] = ORGANS.index("ribs") + 1
     c.hu.ravel()[ribs] = hu["ribs"]
     part = c.box(np.array([-26, 40, -400]), np.array([26, deep, 400]))
@@ -188,12 +188,12 @@ def _bones(c: Canvas, hu: dict[str, float], chest: np.ndarray, fat_share: np.flo
 
 @dataclass(frozen=True)
 class _Diaphragm:
-    """How far a patient has breathed out, and how steep the domes are.
+    """Height and shape of the diaphragm.
 
     Attributes:
-        rise: mm above its mean place; the organs under it go with it.
-        across, along: how fast a dome falls toward the wall and toward the back.
-        edge: mm that it falls more at its very edge, which leaves the lung a thin rim along the wall.
+        rise: mm above its mean height; the organs under it move with it.
+        across, along: curvature of a dome toward the wall and toward the back.
+        edge: mm that it falls more at its edge, which leaves the lung a thin rim along the wall.
     """
 
     rise: float
@@ -202,7 +202,7 @@ class _Diaphragm:
     edge: float
 
     def height(self, x: np.ndarray | np.float32, y: np.ndarray | np.float32, side: float) -> np.ndarray:
-        """Height of the dome under a lung: higher on the right, falling toward the wall and the back."""
+        """Height in mm of the dome under a lung: higher on the right, falling toward the wall and the back."""
         top = self.rise + (14.0 if side < 0 else 4.0)
         x, y = np.square(x - np.float32(side * 70)), np.square(y + np.float32(15))
         at_edge = np.square(x * np.float32(1 / 60**2) + y * np.float32(1 / 85**2))
@@ -218,14 +218,14 @@ def _paint_chest(c: Canvas, hu: dict[str, float], present: dict[str, int], breat
     rng = c.rng
     gravity, base = np.float32(rng.uniform(0.2, 1.2)), np.float32(rng.uniform(0, 150))
     for name, side in (("right lung", -1.0), ("left lung", 1.0)):
-        # an ellipsoid above; below, the chest wall holds its width down to the recesses around the dome
+        # an ellipsoid above; below, it keeps its width down to the recesses around the dome
         centre, axes = np.array([side * 73, 2, 75]), np.array([63, 86, 128]) * rng.uniform(0.95, 1.05, 3)
         down = 1.2 * float(axes[2])
         box = c.box(centre - (axes[0], axes[1], down), centre + axes)
         if box:
             x, y, z = (
-                (one[box] - np.float32(middle)) / np.float32(axis)
-                for one, middle, axis in zip((c.x, c.y, c.z), centre, axes, strict=True)
+                (coordinate[box] - np.float32(middle)) / np.float32(axis)
+                for coordinate, middle, axis in zip((c.x, c.y, c.z), centre, axes, strict=True)
             )
             along = np.where(z > 0, np.square(z), np.square(np.square(z * np.float32(axes[2] / down))))
             inside = np.square(x) + np.square(y) + along < 1
@@ -238,19 +238,19 @@ def _paint_chest(c: Canvas, hu: dict[str, float], present: dict[str, int], breat
             c.hu[box][inside] += denser[inside]
     for _ in range(70):  # lung vessels run away from the hilum and grow thin
         side = rng.choice([-1.0, 1.0])
-        place = np.array([side * 35, 10, 60.0]) + rng.normal(0, 6, 3)
+        start = np.array([side * 35, 10, 60.0]) + rng.normal(0, 6, 3)
         direction = rng.normal(size=3)
         direction[0] = abs(direction[0]) * side
         radius = float(rng.uniform(1.5, 4.0))
         for _ in range(3):
             direction = direction / np.linalg.norm(direction)
-            end = place + direction * rng.uniform(18, 32)
-            vessel = c.tube(tuple(place), tuple(end), radius, radius * 0.72)
+            end = start + direction * rng.uniform(18, 32)
+            vessel = c.tube(tuple(start), tuple(end), radius, radius * 0.72)
             if vessel:
                 box, inside = vessel
                 inside &= c.is_organ(box, "right lung", "left lung")
                 c.hu[box][inside] = 30
-            place, radius = end, radius * 0.72
+            start, radius = end, radius * 0.72
             direction = direction + rng.normal(0, 0.3, 3)
     # the mediastinum between the lungs
     part = c.box(np.array([-40, -80, -20]), np.array([40, 70, 215]))
@@ -259,7 +259,7 @@ def _paint_chest(c: Canvas, hu: dict[str, float], present: dict[str, int], breat
         middle = (np.abs(x) < 30) & (y > -70) & (y < 62) & (c.z[part] > -5)
         middle &= ~c.is_organ(part, "spine", "sternum", "right lung", "left lung")
         c.organ("body", part, middle & (c.hu[part] > -400), -80.0)
-    normal = rng.uniform(0.92, 1.05)  # drawn either way, so that the rest of the anatomy does not depend on the finding
+    normal = rng.uniform(0.92, 1.05)  # always drawn, so that the rest of the anatomy does not depend on the finding
     size = np.float32(1.32 if present["cardiomegaly"] else normal)
     heart = c.ellipsoid((24 * float(size), -28, 34), (52 * float(size), 42 * float(size), 42 * float(size)))
     c.heart_size = float(size)
@@ -291,11 +291,11 @@ def _abdomen(c: Canvas, hu: dict[str, float], breath: _Diaphragm, bowel: _Bowel,
     def organ(
         name: str, centre: tuple[float, float, float], axes: tuple[float, float, float], side: float = 0.0
     ) -> None:
-        place = np.array(centre) + rng.normal(0, 3, 3)
+        middle = np.array(centre) + rng.normal(0, 3, 3)
         half = np.array(axes) * rng.uniform(0.92, 1.08)
         spared = ["ribs", "spine", "subcutaneous fat", "right lung", "left lung", "heart"]
         for what, more, level, kept in (("body", rim, hu["inner fat"], [*spared, name]), (name, 0, hu[name], spared)):
-            part = c.ellipsoid(tuple(place), tuple(half + more))
+            part = c.ellipsoid(tuple(middle), tuple(half + more))
             if part is None:
                 return
             box, inside = part

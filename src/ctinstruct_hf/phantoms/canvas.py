@@ -1,4 +1,4 @@
-"""The patient's coordinates at every voxel of a scan, and the arrays that are painted."""
+"""The canvas of a phantom: coordinates of every voxel in the patient, and the arrays that are painted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIELD_MM = (320.0, 384.0, 384.0)
 
 
 class Canvas:
-    """Coordinates of every voxel in the patient, and the arrays being painted."""
+    """Coordinates of every voxel in the patient (mm) and the arrays [D, H, W] that are painted."""
 
     def __init__(
         self, rng: np.random.Generator, shape: tuple[int, int, int], spacing: tuple[float, float, float]
@@ -20,7 +20,7 @@ class Canvas:
         self.rng = rng
         self.shape = shape
         self.spacing = spacing
-        # where the scan's middle lies in the patient, and how obliquely the patient lies
+        # the scan's middle in the patient, and the patient's rotation
         free = max(0.0, FIELD_MM[0] - shape[0] * spacing[0]) / 2  # a short scan may lie anywhere in the trunk
         self.centre = np.array(
             [rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(-12, 22) + rng.uniform(-free, free)]
@@ -38,7 +38,7 @@ class Canvas:
         self.hu = np.full(shape, -1000.0, dtype=np.float32)
         self.organs = np.zeros(shape, dtype=np.uint8)
         self.finding_masks: dict[str, np.ndarray] = {}
-        self.side_masks: dict[tuple[str, str], np.ndarray] = {}  # the same of one side, for findings that have one
+        self.side_masks: dict[tuple[str, str], np.ndarray] = {}  # by (finding, side), for findings with a side
         self.heart_size = 1.0
 
     def move_to(self, level: float) -> None:
@@ -123,7 +123,7 @@ class Canvas:
         side: str = "",
         displaces_lung: bool = False,
     ) -> int:
-        """Mark a finding and give it its HU; the number of voxels it got. What displaces lung is no lung."""
+        """Mark a finding and set its HU; the number of its voxels. With `displaces_lung` these are no longer lung."""
         masks = [self.finding_masks.setdefault(name, np.zeros(self.shape, bool))]
         if side:
             masks.append(self.side_masks.setdefault((name, side), np.zeros(self.shape, bool)))
@@ -136,7 +136,7 @@ class Canvas:
         return int(inside.sum())
 
     def keep_middle(self) -> None:
-        """Leave one slice of the three."""
+        """Keep the middle of the three slices."""
         self.shape = (1, *self.shape[1:])
         self.hu, self.organs = self.hu[1:2].copy(), self.organs[1:2].copy()
         self.finding_masks = {name: mask[1:2].copy() for name, mask in self.finding_masks.items()}

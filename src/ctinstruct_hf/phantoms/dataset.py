@@ -1,7 +1,7 @@
 """Phantoms as a data set on disk: NIfTI, label maps and JSONL, each scan made once and kept in the cache.
 
 <cache>/phantoms/scans/<hash of the code that makes them>/<kind>/
-  cases.jsonl                    a line a scan: everything that is true about it, and its files
+  cases.jsonl                    a line per scan: its truth and its files
   images/12.nii.gz
   labels/12-organs.nii.gz        index into `ORGANS` plus 1
   labels/12-findings.nii.gz      a value for each combination of findings that overlap
@@ -36,7 +36,7 @@ _LINE_ID = re.compile(rb'\{"id": "([^"]+)"')
 
 
 def name_of(settings: Any) -> str:
-    """The name of a set, as `trunk:0-700`, by what a recipe says: {kind, seeds: [first, last + 1], without: [finding]}.
+    """The name of a set, as `trunk:0-700`, from a recipe's {kind, seeds: [first, last + 1], without: [finding]}.
 
     Raises:
         CTInstructError: where there is no such set.
@@ -71,7 +71,7 @@ def of_slices(name: str) -> bool:
 
 
 def cases(name: str) -> Iterator[Case]:
-    """The scans of a set, in the order of their seeds; those that the cache lacks are made, on all cores."""
+    """The scans of a set, in the order of their seeds; missing scans are made, on all cores, and cached."""
     refs = refs_of(name)
     folder = cache_folder() / "phantoms" / "scans" / _code() / refs[0].kind
     lines = _read_lines(folder / "cases.jsonl", {str(ref) for ref in refs})
@@ -88,7 +88,7 @@ def cases(name: str) -> Iterator[Case]:
 
 
 def make(ref: str, folder: Path) -> dict[str, Any]:
-    """Write the files of one phantom; its line of `cases.jsonl`, with paths relative to the folder."""
+    """Write the files of a phantom; its line of `cases.jsonl`, with paths relative to the folder."""
     phantom = phantom_of(ref)
     name = re.sub(r"[^\w+-]+", "_", ref.split(":", 2)[2])
     volume = phantom.volume
@@ -119,7 +119,7 @@ def make(ref: str, folder: Path) -> dict[str, Any]:
 
 
 def words_of(report: str, questions: Sequence[dict[str, Any]], labels: dict[str, int]) -> dict[str, Any]:
-    """What a `Case` has of words: the parts of a report, questions with answers, labels, and the findings as its diseases."""
+    """The text fields of a `Case`: the parts of a report, questions with answers, labels, and the findings as diseases."""
     findings, _, impression = report.partition("Findings: ")[2].partition(" Impression: ")
     return {
         "texts": {"report": report, "findings": findings, "impression": impression},
@@ -161,7 +161,7 @@ def label_findings(phantom: Phantom) -> tuple[np.ndarray, dict[str, list[int]]]:
 
 
 def _make_all(jobs: Sequence[tuple[str, Path]]) -> Iterator[dict[str, Any]]:
-    """In order; in this process where starting others would take longer."""
+    """The lines of `jobs`, in order; few phantoms are made in this process, which is faster than starting others."""
     workers = os.cpu_count() or 1
     if workers == 1 or len(jobs) < 16:
         yield from (make(*job) for job in jobs)
@@ -180,7 +180,7 @@ def _case(line: dict[str, Any], folder: Path) -> Case:
 
 @cache
 def _code() -> str:
-    """Scans of other code are other scans."""
+    """A hash of the phantoms' code, by which the cache keeps scans of different code apart."""
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(code).hexdigest()[:16]
 

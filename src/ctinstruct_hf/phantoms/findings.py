@@ -1,4 +1,4 @@
-"""The findings of a phantom, each painted into its anatomy by a generator of its own."""
+"""The findings of a phantom, each painted into the anatomy with its own random generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .structures import FINDINGS
 from .wording import PhantomFinding
 
 
-def _lung_place(c: Canvas, rng: np.random.Generator, side: float) -> tuple[float, float, float]:
+def _lung_point(c: Canvas, rng: np.random.Generator, side: float) -> tuple[float, float, float]:
     return side * rng.uniform(45, 100), rng.uniform(-40, 50), rng.uniform(30, 150)
 
 
@@ -30,15 +30,15 @@ def _lobe(side: str, z: float) -> str:
 def _paint_nodules(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> Iterator[PhantomFinding]:
     for _ in range(int(rng.integers(1, 4))):
         side, sign = _side(rng)
-        place = _lung_place(c, rng, sign)
+        centre = _lung_point(c, rng, sign)
         diameter = float(rng.uniform(10, 26))
-        part = c.ellipsoid(place, (diameter / 2,) * 3)
+        part = c.ellipsoid(centre, (diameter / 2,) * 3)
         if part is None:
             continue
         box, inside = part
         inside &= c.is_organ(box, f"{side} lung")
         if c.finding("lung nodule", box, inside, float(rng.uniform(10, 60))) >= 4:
-            yield PhantomFinding("lung nodule", side, round(diameter), _lobe(side, place[2]))
+            yield PhantomFinding("lung nodule", side, round(diameter), _lobe(side, centre[2]))
 
 
 def _paint_effusion(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> Iterator[PhantomFinding]:
@@ -57,26 +57,26 @@ def _paint_effusion(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -
 
 def _paint_consolidation(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> Iterator[PhantomFinding]:
     side, sign = _side(rng)
-    place = _lung_place(c, rng, sign)
-    part = c.ellipsoid(place, rng.uniform(22, 36, 3))
+    centre = _lung_point(c, rng, sign)
+    part = c.ellipsoid(centre, rng.uniform(22, 36, 3))
     if part is None:
         return
     box, inside = part
     inside &= c.is_organ(box, f"{side} lung") & ~_taken(c, box)
     if c.finding("consolidation", box, inside, 30.0, side) >= 8:
         for step in range(4):  # air bronchograms
-            tube = c.ellipsoid((place[0] + sign * step * 6, place[1], place[2] - step * 4), (5, 3, 3))
+            tube = c.ellipsoid((centre[0] + sign * step * 6, centre[1], centre[2] - step * 4), (5, 3, 3))
             if tube:
                 c.hu[tube[0]][tube[1] & c.finding_masks["consolidation"][tube[0]]] = -700
-        yield PhantomFinding("consolidation", side, 0, _lobe(side, place[2]))
+        yield PhantomFinding("consolidation", side, 0, _lobe(side, centre[2]))
 
 
 def _paint_emphysema(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> Iterator[PhantomFinding]:
     painted = 0
     for _ in range(46):
         sign = rng.choice([-1.0, 1.0])
-        place = (sign * rng.uniform(35, 110), rng.uniform(-60, 60), rng.uniform(90, 185))
-        part = c.ellipsoid(place, rng.uniform(7, 15, 3))
+        centre = (sign * rng.uniform(35, 110), rng.uniform(-60, 60), rng.uniform(90, 185))
+        part = c.ellipsoid(centre, rng.uniform(7, 15, 3))
         if part:
             box, inside = part
             inside &= c.is_organ(box, "right lung", "left lung") & ~_taken(c, box)
@@ -153,8 +153,8 @@ def _paint_device(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> 
         painted += c.finding("medical material", box, inside, 2800.0, side)
     for step in range(22):  # the lead toward the heart
         t = step / 21
-        place = (sign * 75 * (1 - t) + 10 * t, -80 + 52 * t, 150 - 100 * t)
-        lead = c.ellipsoid(place, (3.2, 3.2, 4.5))
+        centre = (sign * 75 * (1 - t) + 10 * t, -80 + 52 * t, 150 - 100 * t)
+        lead = c.ellipsoid(centre, (3.2, 3.2, 4.5))
         if lead:
             painted += c.finding("medical material", lead[0], lead[1] & (c.organs[lead[0]] > 0), 2500.0, side)
     if painted >= 4:
@@ -163,9 +163,9 @@ def _paint_device(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> 
 
 def _paint_nodes(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> Iterator[PhantomFinding]:
     painted, largest = 0, 0.0
-    for place in ((-22, 8, 108), (24, 4, 96), (-4, 30, 84), (-26, 12, 78)):
+    for centre in ((-22, 8, 108), (24, 4, 96), (-4, 30, 84), (-26, 12, 78)):
         size = float(rng.uniform(14, 26))
-        part = c.ellipsoid(np.array(place) + rng.normal(0, 3, 3), (size / 2,) * 3)
+        part = c.ellipsoid(np.array(centre) + rng.normal(0, 3, 3), (size / 2,) * 3)
         if part:
             box, inside = part
             inside &= ~c.is_organ(box, "trachea", "aorta", "spine", "esophagus", "heart", "right lung", "left lung")
@@ -193,8 +193,8 @@ def _paint_stone(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> I
 def _paint_lesion(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> Iterator[PhantomFinding]:
     for _ in range(int(rng.integers(1, 3))):
         size = float(rng.uniform(20, 42))
-        place = (rng.uniform(-105, -35), rng.uniform(-35, 35), rng.uniform(-90, -35))
-        part = c.ellipsoid(place, (size / 2,) * 3)
+        centre = (rng.uniform(-105, -35), rng.uniform(-35, 35), rng.uniform(-90, -35))
+        part = c.ellipsoid(centre, (size / 2,) * 3)
         if part is None:
             continue
         box, inside = part
@@ -204,7 +204,7 @@ def _paint_lesion(c: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> 
 
 
 def _taken(c: Canvas, box: tuple[slice, slice, slice]) -> np.ndarray:
-    """What was lung and another finding already fills."""
+    """bool: voxels of the box that another finding of the lung fills already."""
     taken = np.zeros(c.organs[box].shape, bool)
     for name in ("lung nodule", "pleural effusion", "consolidation"):
         if name in c.finding_masks:
@@ -230,7 +230,7 @@ PAINTERS = {
 
 
 class _Plan:
-    """Stands in for a canvas where only the level of a finding is wanted: takes it down and paints nothing."""
+    """Stands in for a canvas to record the level of a finding; paints nothing."""
 
     heart_size = 1.0
 
@@ -261,5 +261,5 @@ def level_of(name: str, seed: int) -> float:
         pass
     levels = plan.levels or [34.0 + rng.normal(0, 20)]  # of the heart
     if name in ("lung nodule", "liver lesion"):
-        levels = levels[:1]  # a painted one takes a number more, which moves those after it
+        levels = levels[:1]  # a painted finding draws a further random number, which moves the later ones
     return float(rng.choice(levels)) + float(rng.normal(0, 3))

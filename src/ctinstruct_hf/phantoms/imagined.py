@@ -1,7 +1,6 @@
-"""Words about scans that nobody has: findings drawn at random, and what would be written and asked about them.
+"""Reports and questions about random findings, without scans.
 
-The `tiny` tokenizer gets its words from them, and the `tiny` language model learns to read and to answer by them, as a
-pretrained one can before it is shown the first scan.
+The `tiny` tokenizer and the `tiny` language model are trained on them before the first scan, in place of pretraining.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def imagine(rng: np.random.Generator) -> tuple[dict[str, int], list[PhantomFindi
 
 
 def imagined_conversation(seed: int, turns: int = 8) -> list[dict[str, Any]]:
-    """Messages of up to so many questions and answers without an image: half of the conversations are multiple choice."""
+    """Messages of up to `turns` questions and answers without an image; half of the conversations are multiple choice."""
     rng = np.random.default_rng([11, seed])
     labels, found, phase = imagine(rng)
     report = write_report(rng, labels, found, phase)

@@ -27,16 +27,16 @@ _DEFAULT_SHAPE = (128, 160, 160)
 
 @dataclass
 class Phantom:
-    """One made-up scan and all that is true about it.
+    """A made-up scan and its truth.
 
     Attributes:
         volume: the scan as a `CTVolume`, HU int16.
-        labels: {finding: 0 or 1} for every one of `FINDINGS`.
-        findings: the present ones with side, size and place.
+        labels: {finding: 0 or 1} of all `FINDINGS`.
+        findings: that are present, with side, size and region.
         report: in radiology style.
         questions: [{"question", "answer", "kind", "choices"}], kind `short`, `side`, `count`, `multiple_choice` …
         organ_map: uint8 (depth, height, width), index into `ORGANS` plus 1; 0 is outside.
-        finding_masks: {finding: bool (depth, height, width)} of the present ones.
+        finding_masks: {finding: bool (depth, height, width)} of those present.
         phase: native, arterial or portal venous.
     """
 
@@ -67,7 +67,7 @@ class Phantom:
 
     @property
     def sides(self) -> dict[str, int]:
-        """{"<finding> on the right": 0 or 1, …} for both sides of every one of `SIDED`."""
+        """{"<finding> on the right": 0 or 1, …} for both sides of all `SIDED`."""
         return sides_of(self.findings)
 
 
@@ -84,12 +84,12 @@ def make_phantom(
     Args:
         seed: any whole number.
         shape: voxels (depth, height, width); (128, 160, 160) by default, depth 1 for a slice.
-        spacing: mm between them; by default what shows the chest and the upper abdomen in that shape.
-        kind: `volume`, or `slice` for one axial slice.
+        spacing: mm (depth, height, width); by default the chest and the upper abdomen fill that shape.
+        kind: `volume`, or `slice` for an axial slice.
         findings: {finding: 0 or 1} to fix some of `FINDINGS`; the anatomy and the other findings of a seed stay, which
             gives counterfactual pairs.
-        through: a finding that a slice is taken at the level of, whether it is there or not: few slices at a level of
-            chance show a small one.
+        through: a finding at whose level a slice is taken, also where it is absent; few slices at a random level show a
+            small finding.
 
     Raises:
         CTInstructError: for an unknown kind or finding, an impossible shape, or `through` for a volume.
@@ -129,22 +129,22 @@ def make_phantom(
     present.update(findings or {})
     paint_anatomy(canvas, hu, present)
     found = [
-        one
+        finding
         for name in FINDINGS
         if present[name]
-        for one in PAINTERS[name](canvas, np.random.default_rng([seed, 1, FINDINGS.index(name)]), hu)
+        for finding in PAINTERS[name](canvas, np.random.default_rng([seed, 1, FINDINGS.index(name)]), hu)
     ]
     acquire(canvas, np.random.default_rng([seed, 2]))
     if kind == "slice":
         canvas.keep_middle()
-    seen = {one.name for one in found}
+    seen = {finding.name for finding in found}
     for name in FINDINGS:
         if name in canvas.finding_masks and (name not in seen or not canvas.finding_masks[name].any()):
             del canvas.finding_masks[name]
     labels = {name: int(name in canvas.finding_masks) for name in FINDINGS}
-    # of a slice's findings, what lies in its neighbours is not seen
+    # parts of findings in the neighbours of a slice are not visible in it
     hidden = {key for key, mask in canvas.side_masks.items() if not mask.any()}
-    found = [one for one in found if labels[one.name] and (one.name, one.side) not in hidden]
+    found = [finding for finding in found if labels[finding.name] and (finding.name, finding.side) not in hidden]
 
     structures = [name for index, name in enumerate(ORGANS) if index and (canvas.organs == index + 1).sum() >= 8]
     volume = to_volume(canvas)

@@ -9,7 +9,7 @@ from .canvas import Canvas
 
 
 def acquire(c: Canvas, rng: np.random.Generator) -> None:
-    """What the scanner does to it: partial volume, streaks from metal, noise with texture."""
+    """Apply the scanner's effects to `c.hu` in place: partial volume, streaks from metal, noise with texture."""
     hu = c.hu
     for axis, n in enumerate(c.shape):
         if n > 2:
@@ -50,7 +50,7 @@ def _streaks(c: Canvas, metal: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def to_volume(c: Canvas) -> CTVolume:
-    """HU as a volume whose world is the scanner's, with the origin in its middle."""
+    """HU as a volume in the scanner's coordinates, with the origin in its middle."""
     depth, height, width = c.spacing
     affine = np.diag([-width, -height, depth, 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(c.shape[::-1]) - 1) / 2)

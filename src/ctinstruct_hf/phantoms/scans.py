@@ -12,7 +12,7 @@ from .phantom import Phantom, make_phantom
 from .structures import FINDINGS
 
 SLICE_KINDS = ("slice", "focus")
-# what slices of `focus` go through in turn: what is small or pale more often, and a level of chance
+# the findings at whose level slices of `focus` lie, in turn: small or pale findings more often; None for a random level
 _FOCUS: tuple[str | None, ...] = (
     *FINDINGS, *["lung nodule"] * 2, *["lymphadenopathy"] * 3, *["liver lesion"] * 7, *[None] * 3
 )  # fmt: skip
@@ -24,9 +24,8 @@ class PhantomRef:
     """A made-up scan by kind and seed, written `phantom:trunk:12`, or `phantom:trunk:12:-lung nodule` without a finding.
 
     `trunk` is 64 x 128 x 128 voxels of the whole chest and upper abdomen, `cropped` 32 x 128 x 128 of any part of it,
-    `whole` 128 x 160 x 160, `slice` one axial slice of 128 x 128 at a level of chance, `focus` one at the level of a finding,
-    in two of three made to be there and in the third made not to be: lesions three times as often as most, nodules twice;
-    one in six is at a level of chance.
+    `whole` 128 x 160 x 160, `slice` an axial slice of 128 x 128 at a random level, `focus` a slice at the level of a finding,
+    which is present in two slices of three; see `_FOCUS` for how often each finding is chosen.
     """
 
     kind: str
@@ -54,8 +53,8 @@ class PhantomRef:
         field = rng.uniform(330, 420)
         if self.kind in SLICE_KINDS:
             spacing = (5.0, field / 128, field / 128)
-            turn, place = divmod(self.seed, len(_FOCUS))
-            through = _FOCUS[place] if self.kind == "focus" else None
+            turn, index = divmod(self.seed, len(_FOCUS))
+            through = _FOCUS[index] if self.kind == "focus" else None
             if through is not None:
                 changes = {through: int(turn % 3 > 0), **changes}
             return make_phantom(self.seed, (1, 128, 128), spacing, kind="slice", findings=changes, through=through)

@@ -16,7 +16,7 @@ from .vocabulary import train_tokenizer
 
 
 def tiny_processor() -> CTInstructProcessor:
-    """The processor of the `tiny` preset: patches of 128 x 128 x 32, a tokenizer of its own."""
+    """The processor of the `tiny` preset: patches of 128 x 128 x 32, and the tokenizer of `train_tokenizer`."""
     image_processor = CTInstructImageProcessor(patch_size=TINY_PATCH, max_patches=4)
     config = tiny_config()
     return CTInstructProcessor(image_processor, train_tokenizer(), disease_lists=config.disease_lists)

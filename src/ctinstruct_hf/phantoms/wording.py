@@ -1,4 +1,4 @@
-"""What a radiologist would write about a phantom, and what one would ask: words from findings, by seed."""
+"""The report of a phantom, and questions about it with answers: words from findings, by seed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _NUMBERS = ("None", "One", "Two", "Three", "Four", "Five", "Six")
 
 @dataclass(frozen=True)
 class PhantomFinding:
-    """One present finding.
+    """A present finding.
 
     Attributes:
         name: of `FINDINGS`.
         side: right, left, both or "" where it has none.
         size: mm, 0 where it has none.
-        place: a lobe or region, "" where it has none.
+        region: a lobe or another region, "" where it has none.
         extent: small or large, "" where it has none.
     """
 
     name: str
     side: str = ""
     size: int = 0
-    place: str = ""
+    region: str = ""
     extent: str = ""
 
 
@@ -39,19 +39,19 @@ def sides_of(findings: Sequence[PhantomFinding]) -> dict[str, int]:
     return {f"{name} on the {side}": int((name, side) in present) for name in SIDED for side in ("right", "left")}
 
 
-# sentences about a present finding: {size}, {place}, {side}, {extent} are filled in
+# sentences about a present finding: {size}, {region}, {side}, {extent} are filled in
 _PRESENT: dict[str, tuple[str, ...]] = {
     "lung nodule": (
-        "A {size} mm nodule is seen in the {place}.",
-        "There is a lung nodule of {size} mm in the {place}.",
+        "A {size} mm nodule is seen in the {region}.",
+        "There is a lung nodule of {size} mm in the {region}.",
     ),
     "pleural effusion": (
         "A {extent} pleural effusion is seen on the {side} side.",
         "There is a {extent} {side} pleural effusion.",
     ),
     "consolidation": (
-        "Consolidation with air bronchograms is seen in the {place}.",
-        "There is consolidation in the {place}.",
+        "Consolidation with air bronchograms is seen in the {region}.",
+        "There is consolidation in the {region}.",
     ),
     "emphysema": (
         "Emphysema is seen in the upper lobes.",
@@ -66,7 +66,7 @@ _PRESENT: dict[str, tuple[str, ...]] = {
         "A pericardial effusion of {size} mm is seen.",
         "There is a pericardial effusion up to {size} mm.",
     ),
-    "atelectasis": ("Linear atelectasis is seen in the {place}.", "There is band-like atelectasis in the {place}."),
+    "atelectasis": ("Linear atelectasis is seen in the {region}.", "There is band-like atelectasis in the {region}."),
     "hiatal hernia": ("A hiatal hernia is seen.", "There is a sliding hiatal hernia of {size} mm."),
     "medical material": (
         "A cardiac pacemaker is seen in the {side} chest wall.",
@@ -117,9 +117,9 @@ def write_questions(
     """Questions with their answers: presence of every finding, sides, counts, sizes, the phase, multiple choice."""
     questions: list[dict[str, Any]] = []
 
-    def add(kind: str, question: str, answer: str, about: str, choices: Sequence[str] = ()) -> None:
+    def add(question_type: str, question: str, answer: str, about: str, choices: Sequence[str] = ()) -> None:
         questions.append(
-            {"kind": kind, "question": question, "answer": answer, "about": about, "choices": list(choices)}
+            {"kind": question_type, "question": question, "answer": answer, "about": about, "choices": list(choices)}
         )
 
     for name, there in labels.items():
