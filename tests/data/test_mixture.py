@@ -16,13 +16,15 @@ from datasets_on_disk import nifti
 from torch.utils.data import DataLoader
 
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor
+from ctinstruct_hf.data import reading as reading_module
 from ctinstruct_hf.data import store as store_module
 from ctinstruct_hf.data.cases import ImageRef, Label, MaskRef
-from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture
+from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixture, skips_allowed
 from ctinstruct_hf.data.parts import check_part, choices_from_labels, join_turns, load_part
 from ctinstruct_hf.data.prepare import open_rows
+from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.reading import open_mask, open_volume
-from ctinstruct_hf.data.samples import TASKS, AlignmentSample, from_row, text_of, to_row
+from ctinstruct_hf.data.samples import TASKS, AlignmentSample, InstructionSample, from_row, text_of, to_row
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.evaluation.run import options_of
 from ctinstruct_hf.evaluation.text import chosen_option
@@ -197,16 +199,146 @@ def test_the_collator_puts_together_whatever_labels_there_are(tmp_path: Path) ->
     assert not {"input_ids", "mask_input_ids"} & set(only)
 
 
-def test_unreadable_samples_are_counted_and_limited(tmp_path: Path) -> None:
+def test_unreadable_samples_are_replaced_counted_once_and_limited(tmp_path: Path) -> None:
     nifti(tmp_path / "a.nii.gz")
-    (tmp_path / "b.nii.gz").write_bytes(b"nothing")
+    for name in "bcd":
+        (tmp_path / f"{name}.nii.gz").write_bytes(b"nothing")
     collate = AlignmentCollator(PatchStore(CTInstructImageProcessor(patch_size=PATCH)), Words(), max_skipped=2)
-    good, bad = (aligned(tmp_path, name, texts=["Text."]) for name in ("a", "b"))
-    batch = collate(items([good, bad], ("contrastive",)))
-    assert (len(batch["input_ids"]), collate.skipped.count) == (1, 1)
-    assert len(collate(items([bad], ("contrastive",)))["input_ids"]) == 1  # the last good one stands in
-    with pytest.raises(CTInstructError, match=r"3 samples could not be read, 2 are allowed .*b\.nii\.gz"):
-        collate(items([bad], ("contrastive",)))
+    good, *bad = (aligned(tmp_path, name, texts=["Text."]) for name in "abcd")
+    batch = collate(items([good, bad[0]], ("contrastive",)))
+    assert (len(batch["input_ids"]), collate.skipped.count) == (2, 1)
+    for _ in range(3):  # it counts once; the last good one of its part stands in
+        assert len(collate(items(bad[:1], ("contrastive",)))["input_ids"]) == 1
+    assert collate.skipped.count == 1
+    collate(items(bad[:2], ("contrastive",)))
+    with pytest.raises(CTInstructError, match=r"3 samples could not be read, 2 are allowed .*d\.nii\.gz"):
+        collate(items(bad, ("contrastive",)))
+
+
+def test_what_stands_in_is_of_the_same_part_and_task(tmp_path: Path) -> None:
+    for name in ("report", "mask", "other"):
+        nifti(tmp_path / f"{name}.nii.gz", stored={"report": -900, "mask": -300, "other": 100}[name])
+    nifti(tmp_path / "labels.nii.gz", (1,))
+    (tmp_path / "broken.nii.gz").write_bytes(b"nothing")
+    masks = [MaskRef("one", str(tmp_path / "labels.nii.gz"))]
+    segmented = [aligned(tmp_path, name, masks=masks) for name in ("mask", "broken")]
+    mixture = Mixture([
+        MixtureEntry("words", [aligned(tmp_path, "report", texts=["Text."])], ("contrastive",)),
+        MixtureEntry("masks", segmented, ("segmentation",)),
+    ])  # fmt: skip
+    store = PatchStore(CTInstructImageProcessor(patch_size=PATCH))
+
+    def batches() -> list[dict[str, Any]]:
+        collate = AlignmentCollator(store, Words())
+        return [collate([mixture[0, 0, 0]]), collate([mixture[1, 1, 1]]), collate([mixture[1, 1, 2], mixture[1, 0, 3]])]
+
+    first, broken, both = batches()
+    assert "input_ids" in first
+    assert "mask_labels" in broken  # not the last that was read, which is of another part
+    expected = store.image(ImageRef(str(tmp_path / "mask.nii.gz")))["pixel_values"].float()
+    assert torch.equal(broken["pixel_values"], expected)
+    assert (len(both["mask_labels"]), len(both["patch_grid"])) == (2, 2)
+    rows = [
+        {**to_row(turned(tmp_path, name, task)), "id": f"{name} {task}"}
+        for name, task in (("broken", "question"), ("report", "report"), ("other", "question"))
+    ]
+    part = Mixture([MixtureEntry("x", rows, ())])
+    assert {item.row["id"] for item in part[0, 0, 5].stand_ins(0)} == {"other question"}
+    assert [item.row["id"] for item in part[0, 0, 5].stand_ins(0)] == [
+        item.row["id"] for item in part[0, 0, 5].stand_ins(0)
+    ]
+
+
+def turned(tmp_path: Path, name: str, task: str) -> InstructionSample:
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "No."}]}]
+    return InstructionSample(name, [ImageRef(str(tmp_path / f"{name}.nii.gz"))], turns, task, "train", "mine")
+
+
+def test_samples_that_may_be_skipped_are_a_number_or_a_share_of_all_rows() -> None:
+    parts = [MixtureEntry("a", rows("a", 150), ()), MixtureEntry("b", rows("b", 50), ())]
+    assert [skips_allowed(most, parts) for most in (0, 7, 0.1)] == [0, 7, 20]
+    for most, told in ((-1, "max_skipped is -1"), (2.5, r"max_skipped is 2\.5")):
+        with pytest.raises(CTInstructError, match=told):
+            skips_allowed(most, parts)
+    with pytest.raises(CTInstructError, match=r"share 0\.1 of streamed parts"):
+        skips_allowed(0.1, streamed().entries)
+
+
+def test_rows_that_lack_what_their_tasks_need_are_left_out_when_a_part_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = [
+        aligned(tmp_path, "a", texts=["Text."]),
+        aligned(tmp_path, "b", labels=[Label("x", 1)]),
+        aligned(tmp_path, "c", labels=[Label("x", 0)], masks=[MaskRef("one")], texts=["Text."]),
+    ]
+    write_rows(tmp_path / "set", "alignment", made)
+
+    def kept(*tasks: str, **more: Any) -> list[str]:
+        part = load_part({"dataset": str(tmp_path / "set"), "name": "mine", "tasks": list(tasks), **more}, "alignment")
+        return [row["id"] for row in part.rows]
+
+    assert kept() == ["a", "b", "c"]
+    assert not caplog.records
+    assert kept("contrastive") == ["a", "c"]
+    assert "Part 'mine': 1 of 3 rows have nothing for contrastive and are left out." in caplog.text
+    assert kept("category", "segmentation") == ["b", "c"]
+    assert kept("segmentation", streaming=True) == ["c"]
+    write_rows(tmp_path / "words", "alignment", made[:1])
+    with pytest.raises(CTInstructError, match="none of its 1 rows has what segmentation needs"):
+        kept("segmentation", dataset=str(tmp_path / "words"))
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_streamed_readers_share_out_files_or_rows_by_split_dataset_by_node(tmp_path: Path, files: int) -> None:
+    made = [aligned(tmp_path, f"{number:03d}", texts=["Text."]) for number in range(40)]
+    for number in range(files):
+        write_rows(tmp_path / f"{number}", "alignment", made[number::files])
+        target = tmp_path / "set" / "alignment" / f"train-{number:05d}.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{number}" / "alignment" / "train-00000.parquet").rename(target)
+    part = load_part({"dataset": str(tmp_path / "set"), "tasks": ["contrastive"], "streaming": True}, "alignment")
+    readers = [StreamedMixture([part], 2, seed=3, rank=rank, world_size=2, buffer=5) for rank in (0, 1)]
+    epoch = [[item.row["id"] for batch in itertools.islice(iter(reader), 10) for item in batch] for reader in readers]
+    assert sorted(epoch[0] + epoch[1]) == [f"{number:03d}" for number in range(40)]
+    assert epoch[0] != sorted(epoch[0])
+
+
+def test_a_sample_with_eight_masks_opens_its_scan_once_and_no_more_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: Counter[str] = Counter()
+    read = reading_module.read_volume
+
+    def counted(source: Any, **more: Any) -> Any:
+        opened[Path(source).name] += 1
+        return read(source, **more)
+
+    monkeypatch.setattr(reading_module, "read_volume", counted)
+    nifti(tmp_path / "scan.nii.gz")
+    masks = [MaskRef(f"m{number}", str(tmp_path / f"m{number}.nii.gz")) for number in range(8)]
+    for number, mask in enumerate(masks):
+        nifti(Path(mask.path), (1 + number % 5,))
+    image = ImageRef(str(tmp_path / "scan.nii.gz"))
+    for settings in ({}, {"intensity": "zscore"}, {"axes": "file"}, {"target_spacing": (2.0, 1.5, 1.5)}):
+        processor = CTInstructImageProcessor(patch_size=PATCH, **settings)
+        expected = [processor.labels_to_canvas(open_mask(mask, open_volume(image)).astype(np.uint8), open_volume(image)) for mask in masks]  # fmt: skip
+        for folder in (None, tmp_path / "cache"):
+            opened.clear()
+            store = PatchStore(processor, folder)
+            store.image(image)
+            assert all(
+                torch.equal(store.mask(image, mask), canvas) for mask, canvas in zip(masks, expected, strict=True)
+            )
+            assert opened["scan.nii.gz"] == 1
+        opened.clear()
+        again = PatchStore(processor, tmp_path / "cache")
+        again.image(image)
+        nifti(tmp_path / "new.nii.gz", (3,))
+        again.mask(image, MaskRef("new", str(tmp_path / "new.nii.gz")))
+        assert opened["scan.nii.gz"] == ("intensity" in settings)  # cropped by its HU, which the cache does not keep
+        (tmp_path / "new.nii.gz").unlink()
 
 
 def test_findings_are_asked_for_as_often_as_organs(tmp_path: Path) -> None:

@@ -175,10 +175,11 @@ def test_samples_that_cannot_be_read_are_counted_and_limited(parts: tuple[Any, A
     collate = InstructionCollator(store, processor, max_skipped=1)
     bad = {**talk(("What?", "Air.")), "images": [{"path": "/nowhere.nii.gz"}]}
     batch = collate([talk(("What?", "Air.")), bad])
-    assert len(batch["input_ids"]) == 1
-    assert collate.skipped.count == 1
+    assert len(batch["input_ids"]) == 2  # another of its kind stands in
+    collate([bad])
+    assert collate.skipped.count == 1  # it counts once
     with pytest.raises(CTInstructError, match="2 samples could not be read, 1 are allowed"):
-        collate([bad])
+        collate([{**bad, "id": "another"}])
     with pytest.raises(CTInstructError, match="tokens, max_length is 5"):
         InstructionCollator(store, processor, max_length=5, max_skipped=0).words(
             InstructionSample("a", [], talk(("What is this?", "Air, fat and bone."), images=0)["messages"], "question", "train", "m"), []

@@ -365,6 +365,43 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(recipe: d
 
 
 @pytest.mark.slow
+def test_a_broken_file_in_each_part_changes_nothing_that_two_processes_wait_for(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Batch norm synchronised over both: a process that did something else would leave the other waiting."""
+    parts = {"words": ["contrastive"], "masks": ["segmentation", "category"]}
+    rows = list(open_rows("phantoms:slice:0-8", "alignment", "train"))
+    lost = {**rows[0], "id": "lost", "image": {**rows[0]["image"], "path": str(tmp_path / "lost.nii.gz")}}
+    for name in parts:
+        write_rows(tmp_path / name, "alignment", [*rows[:5], lost])
+    recipe |= {
+        "mixture": [{"name": name, "dataset": str(tmp_path / name), "tasks": tasks} for name, tasks in parts.items()],
+        "batch_norm": "synchronised", "alignment": {"gather_features": True, "queue_size": 8}, "max_steps": 8,
+        "max_skipped": 0.2,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "ctinstruct_hf.cli",
+        "pretrain",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "recipe.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Sample 'lost' is skipped" in done.stderr
+    history = losses(tmp_path / "run")
+    assert len(history) == 8
+    assert all(0 < entry["loss"] < 1e3 for entry in history)
+
+
+@pytest.mark.slow
 def test_fsdp_trains_as_ddp_does_saves_scores_and_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Two processes of which each holds half of the weights, by the FSDP2 configuration among the recipes."""
     recipe |= {

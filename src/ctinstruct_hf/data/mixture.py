@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import CTInstructError
+
+SHUFFLE_BUFFER = 1000  # rows of a streamed part
 
 
 @dataclass
@@ -43,17 +45,49 @@ class MixtureEntry:
 
 @dataclass
 class Item:
-    """A row on its way to the collator; `draw` is its number in the schedule and seeds whatever is drawn for it."""
+    """A row on its way to the collator.
+
+    Attributes:
+        tasks: what its batch trains.
+        draw: its number in the schedule, which seeds whatever is drawn for it.
+        part: the name of its part.
+        rows: of its part, where they are stored: one of them stands in where this one cannot be read.
+    """
 
     row: dict[str, Any]
     tasks: tuple[str, ...]
     draw: int
+    part: str = ""
+    rows: Any = None
+
+    def stand_ins(self, seed: int, most: int = 100) -> Iterator[Item]:
+        """Rows of the same part and task in an order of chance, the same in a resumed run."""
+        rng = np.random.default_rng([seed, 113, self.draw])
+        for _ in range(most if self.rows is not None else 0):
+            row = self.rows[int(rng.integers(len(self.rows)))]
+            if row.get("task") == self.row.get("task") and row.get("id") != self.row.get("id"):
+                yield replace(self, row=row)
 
 
 def first_rows(entries: Sequence[MixtureEntry], most: int) -> Iterator[dict[str, Any]]:
     """Up to so many rows of each part, from its beginning: what is learned of a mixture's words without reading it all."""
     for entry in entries:
         yield from itertools.islice(iter(entry.rows), most)
+
+
+def skips_allowed(most: float, entries: Sequence[MixtureEntry]) -> int:
+    """How many samples may be passed over: a number, or a share below 1 of all rows of the parts.
+
+    Raises:
+        CTInstructError: for a negative number, and for a share of streamed parts.
+    """
+    if most < 0 or (most >= 1 and most != int(most)):
+        raise CTInstructError(f"max_skipped is {most}: give a number of samples, or a share below 1.")
+    if most >= 1 or most == 0:
+        return int(most)
+    if not all(hasattr(entry.rows, "__len__") for entry in entries):
+        raise CTInstructError(f"max_skipped is the share {most} of streamed parts: give a number of samples.")
+    return int(most * sum(len(entry.rows) for entry in entries))
 
 
 def _shares(entries: Sequence[MixtureEntry]) -> np.ndarray:
@@ -84,7 +118,7 @@ class Mixture(Dataset):
     def __getitem__(self, place: tuple[int, int, int]) -> Item:
         part, row, draw = place
         entry = self.entries[part]
-        return Item(entry.rows[row], entry.tasks, draw)
+        return Item(entry.rows[row], entry.tasks, draw, entry.name, entry.rows)
 
 
 class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
@@ -156,7 +190,8 @@ class MixtureBatches(Sampler[list[tuple[int, int, int]]]):
 class StreamedMixture(IterableDataset):
     """The same over `datasets` that are streamed: yields whole batches, lists of `Item`.
 
-    Each process and worker reads its own shard of every part and agrees with all others on the part of a step.
+    Each worker of each process reads its own share of every part, by `split_dataset_by_node`: whole files where they can be dealt
+    out evenly, else each its own rows. All agree on the part of a step.
 
     Args:
         entries: parts whose rows are `datasets.IterableDataset`s.
@@ -164,7 +199,7 @@ class StreamedMixture(IterableDataset):
         seed: of the draws.
         rank, world_size: this process among all.
         start: the first step, after a resume: earlier rows are passed over without being read.
-        buffer: rows in the shuffle buffer of each part; 0 keeps the stored order.
+        buffer: rows in the shuffle buffer of each part in each reader; 0 keeps the stored order.
     """
 
     def __init__(
@@ -175,26 +210,26 @@ class StreamedMixture(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
-        buffer: int = 1000,
+        buffer: int = SHUFFLE_BUFFER,
     ) -> None:
         self.entries, self.batch_size, self.seed = list(entries), batch_size, seed
         self.rank, self.world_size, self.start, self.buffer = rank, world_size, start, buffer
         self.shares = _shares(self.entries)
 
     def _rows(self, part: int, reader: int, readers: int) -> Iterator[dict[str, Any]]:
+        from datasets.distributed import split_dataset_by_node
+
         epoch = 0
         while True:
             rows = self.entries[part].rows
             if self.buffer:
                 rows = rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            seen = 0
-            place = 0
+            rows = split_dataset_by_node(rows, reader, readers)
+            seen = False
             for block in rows.iter(batch_size=64):  # unlike iteration, the same in every worker
                 for values in zip(*block.values(), strict=True):
-                    if place % readers == reader:
-                        seen += 1
-                        yield dict(zip(block, values, strict=True))
-                    place += 1
+                    seen = True
+                    yield dict(zip(block, values, strict=True))
             if not seen:
                 raise CTInstructError(f"'{self.entries[part].name}' has too few rows for {readers} readers.")
             epoch += 1
@@ -212,7 +247,7 @@ class StreamedMixture(IterableDataset):
             rows = [next(streams[part]) for _ in range(entry.batch_size or self.batch_size)]
             if step >= self.start:
                 first = (step * self.world_size + self.rank) * 10_000
-                yield [Item(row, entry.tasks, first + offset) for offset, row in enumerate(rows)]
+                yield [Item(row, entry.tasks, first + offset, entry.name) for offset, row in enumerate(rows)]
             step += workers
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ KEYS = (
     "turns",
     "choices_from_labels",
 )
-GRAINS = ("contrastive", "category", "segmentation")
+_NEEDS = {"contrastive": "texts", "category": "labels", "segmentation": "masks"}  # the column that a row needs
+GRAINS = tuple(_NEEDS)
+logger = logging.getLogger(__name__)
 
 
 def check_part(part: Any, kind: str, tasks: Sequence[str]) -> None:
@@ -103,8 +107,8 @@ def load_part(part: dict[str, Any], kind: str) -> MixtureEntry:
     if part.get("sources"):
         rows = rows.filter(lambda row: row["source"] in part["sources"])
     tasks = tuple(part.get("tasks") or (GRAINS if kind == "alignment" else ()))
-    if kind == "instructions" and tasks:
-        rows = rows.filter(lambda row: row["task"] in tasks)
+    if tasks:
+        rows = _with_what_tasks_need(rows, kind, tasks, part_name(part))
     for key in ("turns", "choices_from_labels"):
         if part.get(key) and kind == "instructions" and not hasattr(rows, "__len__"):
             raise CTInstructError(f"Part '{part_name(part)}' is streamed: {key} needs stored rows.")
@@ -115,6 +119,37 @@ def load_part(part: dict[str, Any], kind: str) -> MixtureEntry:
     if part.get("limit"):
         rows = rows[: part["limit"]] if isinstance(rows, list) else rows.take(part["limit"])
     return MixtureEntry(part_name(part), rows, tasks, float(part.get("weight", 1.0)), part.get("batch_size"))
+
+
+def _with_what_tasks_need(rows: Any, kind: str, tasks: Sequence[str], name: str) -> Any:
+    """The rows that can serve one of the tasks, with the number of the others in the log.
+
+    Raises:
+        CTInstructError: where none can, unless they are streamed.
+    """
+    if kind == "alignment":
+        columns, serves = list(_NEEDS.values()), partial(_serves, tasks)
+    else:
+        columns, serves = ["task"], partial(_is_of, tasks)
+    kept = rows.filter(serves, input_columns=columns)
+    if not hasattr(rows, "__len__"):
+        return kept
+    left_out = len(rows) - len(kept)
+    if not len(kept) and len(rows):
+        raise CTInstructError(f"Part '{name}': none of its {len(rows)} rows has what {' or '.join(tasks)} needs.")
+    if left_out:
+        logger.warning("Part '%s': %d of %d rows have nothing for %s and are left out.", name, left_out, len(rows), ", ".join(tasks))  # fmt: skip
+    return kept
+
+
+def _serves(tasks: Sequence[str], texts: list[str], labels: list[dict[str, Any]], masks: list[dict[str, Any]]) -> bool:
+    known = any(label["value"] >= 0 for label in labels)
+    there = {"contrastive": bool(texts), "category": known, "segmentation": bool(masks)}
+    return any(there[task] for task in tasks)
+
+
+def _is_of(tasks: Sequence[str], task: str) -> bool:
+    return task in tasks
 
 
 def join_turns(rows: Sequence[dict[str, Any]], turns: int, seed: int = 0) -> list[dict[str, Any]]:

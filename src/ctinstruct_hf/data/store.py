@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from ..errors import CTInstructError
 from ..files import whole_file
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
+from ..processing.volume import CTVolume, VolumeSource
 from .cases import ImageRef, MaskRef
 from .reading import open_labels, open_volume
 
@@ -41,11 +42,13 @@ class PatchStore:
         self.folder = None if folder is None else Path(folder)
         settings = {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
         self._settings = json.dumps(settings, sort_keys=True, default=str)
+        self._volumes: dict[str, CTVolume] = {}  # of the images that were read last
         self._last: dict[str, Prepared] = {}  # what was read last: an image's masks are asked for one after the other
 
     def image(self, image: ImageRef) -> Prepared:
         """pixel_values float16 [N, patch height, patch width], patch_grid int64 [1, 4], slice_mask bool [N]."""
-        return self._entry(self.key(image), lambda: self._prepare(image), ("pixel_values", "patch_grid", "slice_mask"))
+        prepared = self._entry(self.key(image), lambda: self._prepare(image))
+        return {name: prepared[name] for name in ("pixel_values", "patch_grid", "slice_mask")}
 
     def mask(self, image: ImageRef, mask: MaskRef) -> torch.Tensor:
         """One structure on the image's canvas: int8 [D, H, W], 1 inside, 0 outside, −1 padding."""
@@ -54,11 +57,20 @@ class PatchStore:
 
     def _labels(self, image: ImageRef, path: str) -> torch.Tensor:
         def prepare() -> Prepared:
-            volume = open_volume(image)
+            volume = self._geometry(image)
             labels = open_labels(path, volume) if path else np.zeros(volume.shape, np.int16)
             return {"labels": self.image_processor.labels_to_canvas(labels, volume)}
 
-        return self._entry(self.key(image, path or "none"), prepare, ("labels",))["labels"]
+        return self._entry(self.key(image, path or "none"), prepare)["labels"]
+
+    def _geometry(self, image: ImageRef) -> CTVolume:
+        """A volume without its HU, where labels are put on the canvas by its grid alone: its scan is opened once."""
+        key = self.key(image)
+        if key not in self._volumes:
+            prepared = self._entry(key, lambda: self._prepare(image))
+            volume = _without_hu(prepared) if "orientation" in prepared else open_volume(image)
+            self._volumes = {**dict(list(self._volumes.items())[-3:]), key: volume}
+        return self._volumes[key]
 
     def _prepare(self, image: ImageRef) -> Prepared:
         volume = open_volume(image)
@@ -66,27 +78,50 @@ class PatchStore:
         patches = rows.to(torch.float16)
         if not bool(torch.isfinite(patches).all()):
             raise CTInstructError(f"{image.path} has values that are NaN, infinite or far beyond HU once prepared.")
-        return {
+        prepared = {
             "pixel_values": patches,
             "patch_grid": torch.tensor([[*fit.grid, fit.patch[0]]]),
             "slice_mask": fit.slice_mask().flatten(),
         }
+        if self.image_processor.intensity == "zscore":  # cropped to what is not air: its labels need its HU
+            self._volumes = {self.key(image): volume}
+            return prepared
+        return {**prepared, **_grid_of(volume)}
 
     def key(self, image: ImageRef, *more: str) -> str:
         """What changes when the image, another file of it, or the settings do."""
         state = [self._settings, asdict(image), [file_state(path) for path in (image.path, *more)]]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _entry(self, key: str, prepare: Callable[[], Prepared], names: tuple[str, ...]) -> Prepared:
+    def _entry(self, key: str, prepare: Callable[[], Prepared]) -> Prepared:
         kept = self._last.pop(key, None)
-        if kept is None or not set(names) <= set(kept):
+        if kept is None:
             kept = self._read(key, prepare) if self.folder is not None else prepare()
         self._last = {**dict(list(self._last.items())[-3:]), key: kept}
-        return {name: kept[name] for name in names}
+        return kept
 
     def _read(self, key: str, prepare: Callable[[], Prepared]) -> Prepared:
         assert self.folder is not None
         return read_or_make(place_of(self.folder, key), prepare)
+
+
+def _grid_of(volume: CTVolume) -> Prepared:
+    """Where a volume lies, as tensors."""
+    return {
+        "shape": torch.tensor(volume.shape),
+        "affine": torch.from_numpy(volume.affine.astype(np.float64)),
+        "source_affine": torch.from_numpy(np.asarray(volume.source.affine, np.float64)),
+        "orientation": torch.from_numpy(np.asarray(volume.source.orientation, np.float64)),
+        "is_array": torch.tensor(volume.source.kind == "array"),
+    }
+
+
+def _without_hu(prepared: Prepared) -> CTVolume:
+    """The volume of `_grid_of`; its HU are 0 and take no memory."""
+    shape = tuple(prepared["shape"].tolist())
+    kind = "array" if bool(prepared["is_array"]) else "file"
+    source = VolumeSource(shape, prepared["source_affine"].numpy(), prepared["orientation"].numpy(), kind)
+    return CTVolume(np.broadcast_to(np.int16(0), shape), prepared["affine"].numpy(), source)
 
 
 def place_of(folder: Path, key: str) -> Path:

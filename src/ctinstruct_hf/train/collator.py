@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedSamples:
-    """Counts samples that could not be read, over all workers of a process.
+    """Counts the samples that could not be read, each once, over all workers of a process.
 
     Args:
         limit: more than this many end the training.
@@ -35,14 +37,19 @@ class SkippedSamples:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._count = multiprocessing.Value("l", 0)
+        self._seen = multiprocessing.Array("q", limit + 1, lock=False)
 
     @property
     def count(self) -> int:
         return int(self._count.value)
 
-    def add(self, name: str, error: Exception) -> None:
+    def add(self, name: str, error: Exception, part: str = "") -> None:
         """Raises CTInstructError when there are too many."""
+        key = int.from_bytes(hashlib.blake2b(f"{part}\n{name}".encode(), digest_size=8).digest(), "big", signed=True)
         with self._count.get_lock():
+            if key in self._seen[: self._count.value]:
+                return
+            self._seen[min(self._count.value, self.limit)] = key
             self._count.value += 1
         logger.warning("Sample '%s' is skipped: %s", name, error)
         if self.count > self.limit:
@@ -52,31 +59,49 @@ class SkippedSamples:
 
 
 class _Collator:
-    """What both stages share: samples that cannot be read are passed over, counted, and limited."""
+    """What both stages share: samples that cannot be read are replaced, counted, and limited."""
 
     kind = ""
 
     def __init__(self, store: PatchStore, tokenizer: Any, max_length: int, seed: int, max_skipped: int) -> None:
         self.store, self.tokenizer, self.max_length, self.seed = store, tokenizer, max_length, seed
         self.skipped = SkippedSamples(max_skipped)
-        self._last_good: Any = None
+        self._last_good: dict[tuple[str, Any], Item] = {}
 
     def read_all(self, items: Sequence[Item], read: Callable[[Any, np.random.Generator], Any]) -> list[Any]:
-        """What `read` makes of each sample that it can read; of the last good one where there is none in the batch."""
-        found: list[Any] = []
-        for item in items:
-            sample: Any = None
-            try:
-                sample = from_row(item.row, self.kind)
-                found.append(read(sample, generator_of(self.seed, item.draw)))
-                self._last_good = sample
-            except CTInstructError as error:
-                self.skipped.add(item.row.get("id", "?") if sample is None else sample.id, error)
-        if not found:
-            if self._last_good is None:
-                raise CTInstructError("No sample of a batch could be read, and none before it.")
-            found.append(read(self._last_good, generator_of(self.seed, items[0].draw)))
-        return found
+        """What `read` makes of each sample. One that it cannot read is replaced by another of the same part and task: by the
+        part's own rows, or by the last that could be read where they are streamed; a batch keeps its size and kind.
+        """
+        found = [(item, self._read_one(item, read)) for item in items]
+        values = []
+        for item, value in found:
+            if value is None:
+                value = next(
+                    (other for one in item.stand_ins(self.seed) if (other := self._read_one(one, read)) is not None),
+                    None,
+                )
+            if value is None and (last := self._last_good.get(self._kind(item))) is not None:
+                value = self._read_one(replace(last, draw=item.draw), read)
+            if value is None:
+                raise CTInstructError(
+                    f"No sample like '{item.row.get('id', '?')}', of the same part and task, can be read."
+                )
+            values.append(value)
+        return values
+
+    @staticmethod
+    def _kind(item: Item) -> tuple[str, Any]:
+        return item.part, item.row.get("task")
+
+    def _read_one(self, item: Item, read: Callable[[Any, np.random.Generator], Any]) -> Any:
+        """None where the sample cannot be read."""
+        try:
+            value = read(from_row(item.row, self.kind), generator_of(self.seed, item.draw))
+        except CTInstructError as error:
+            self.skipped.add(item.row.get("id", "?"), error, item.part)
+            return None
+        self._last_good[self._kind(item)] = item
+        return value
 
 
 def join_images(prepared: Sequence[Prepared]) -> dict[str, Any]:
@@ -95,7 +120,7 @@ class AlignmentCollator(_Collator):
         absent_share: how often a structure that is known to be absent is asked for.
         max_length: tokens of a text; longer ones are cut.
         seed: of what is drawn: one text an image, the structures.
-        max_skipped: unreadable samples that are passed over before training ends.
+        max_skipped: so many unreadable samples are replaced before training ends.
         balance_masks: every name counts alike in a batch, however many of its images have it; else every mask does.
         join_masks: masks of one name in a batch of small images are one mask over all of them, see `masks_loss`.
     """
@@ -409,6 +434,12 @@ class PreferenceCollator(InstructionCollator):
     answers. Preference is about words: masks and diagnoses take no part in it.
     """
 
+    def _read_one(self, item: Item, read: Callable[[Any, np.random.Generator], Any]) -> Any:
+        value = super()._read_one(item, read)
+        if value is None:  # another sample would not be the other answer to this question
+            raise CTInstructError("A pair of answers could not be read in full: both sides are needed.")
+        return value
+
     def __call__(self, items: Sequence[Item | dict[str, Any]]) -> dict[str, Any]:
         listed = [one.row if isinstance(one, Item) else dict(one) for one in items]
         chosen, rejected = [], []
@@ -420,7 +451,5 @@ class PreferenceCollator(InstructionCollator):
             chosen.append({**row, "masks": [], "labels": []})
             rejected.append({**row, "messages": [*row["messages"][:-1], answer], "masks": [], "labels": []})
         batch = super().__call__([*chosen, *rejected])
-        if len(batch["input_ids"]) != 2 * len(listed):
-            raise CTInstructError("A pair of answers could not be read in full: both sides are needed.")
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return batch

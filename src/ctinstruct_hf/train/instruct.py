@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data.mixture import MixtureEntry
+from ..data.mixture import MixtureEntry, skips_allowed
 from ..data.names import Names, structure_names
 from ..data.parts import load_part
 from ..data.samples import text_of
@@ -90,8 +90,8 @@ def instruct(
         small, settings.vision, base_of(model), store, entries, held_out, args, start is None, tell
     )
     collator = InstructionCollator(
-        store, processor, settings.max_tokens, settings.padding_side, data_seed(args), settings.max_skipped, tokens,
-        prompts, base_of(model).config.names_masks,
+        store, processor, settings.max_tokens, settings.padding_side, data_seed(args),
+        skips_allowed(settings.max_skipped, entries), tokens, prompts, base_of(model).config.names_masks,
     )  # fmt: skip
     exact = copy.copy(collator)  # held-out scans stay as they are
     if settings.augmentation:

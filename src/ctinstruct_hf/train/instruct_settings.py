@@ -51,7 +51,8 @@ class InstructSettings:
         augmentation: `true`, or a mapping: scans and masks are changed together, see `Augmentation`. Not in the paper.
         cache: folder of prepared patches, and of tokens.
         group_by_length: batches of texts of like length.
-        padding_side, max_length, max_skipped: see `InstructionCollator`; `max_tokens` is its max_length.
+        padding_side, max_length: see `InstructionCollator`; `max_tokens` is its max_length.
+        max_skipped: so many samples, or such a share of all rows, may be unreadable before training ends.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`.
         small_model: what is in neither the paper nor the release, see `SmallInstruction`.
@@ -76,7 +77,7 @@ class InstructSettings:
     group_by_length: bool = False
     padding_side: str = "right"
     max_tokens: int = 4096
-    max_skipped: int = 100
+    max_skipped: float = 100
     batch_norm: str = "frozen"
     learning_rates: dict[str, float] = field(default_factory=dict)
     small_model: SmallInstruction = field(default_factory=SmallInstruction)

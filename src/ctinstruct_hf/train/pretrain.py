@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data.mixture import MixtureEntry, first_rows
+from ..data.mixture import MixtureEntry, first_rows, skips_allowed
 from ..data.parts import GRAINS, check_part, load_part
 from ..data.store import TINY_PATCH, PatchStore
 from ..errors import CTInstructError
@@ -54,6 +54,7 @@ class PretrainSettings:
         cache: folder of prepared patches; none prepares them every time.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
         masks_per_image, absent_share: which structures a batch asks for, see `AlignmentCollator`.
+        max_skipped: so many samples, or such a share of all rows, may be unreadable before training ends.
         loss_weights: {contrastive, category, segmentation: factor}, 1 by default as in equation 5, and `cells`, 0 by
             default, of `small_models_ctinstruct.cell_loss`.
         learning_rates: {prefix of weights: rate} where it is not `learning_rate`; attention diverges at rates that
@@ -76,7 +77,7 @@ class PretrainSettings:
     masks_per_image: int = 6
     absent_share: float = 0.15
     max_text_length: int = 256
-    max_skipped: int = 100
+    max_skipped: float = 100
     batch_norm: str = "local"
     loss_weights: dict[str, float] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
@@ -240,7 +241,7 @@ def pretrain(
         settings.absent_share,
         settings.max_text_length,
         data_seed(args),
-        settings.max_skipped,
+        skips_allowed(settings.max_skipped, entries),
         small.balance_masks,
         small.join_masks,
     )
