@@ -52,11 +52,11 @@ def scans_with_masks(folder: Path) -> Iterator[Case | Problem]:
         )
     masks: dict[Path, dict[Path, str]] = {scan: {} for scan in scans}
     for path in sorted(set(files) - set(scans)):
-        found = _scan_of(path, scans)
-        if found is None:
+        owner = _scan_of(path, scans)
+        if owner is None:
             yield Problem(path.relative_to(folder).as_posix(), f"{path.name} belongs to no scan of {folder.name}")
         else:
-            masks[found[0]][path] = found[1]
+            masks[owner[0]][path] = owner[1]
     labelled = {path: _structures(path, name, folder) for group in masks.values() for path, name in group.items()}
     ours = distinct((name for values in labelled.values() for name in values), keep_plain=True)
     for scan, group in masks.items():
