@@ -1,4 +1,4 @@
-"""How sure a number is: mean ± standard deviation, bootstrap intervals, paired tests between two systems, groups."""
+"""Uncertainty of scores: mean ± standard deviation, bootstrap intervals, paired tests between two systems, groups."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class EncodedScans:
         return self.model.model.get_rope_index(input_ids, self.batch["patch_grid"])[0]
 
     def _prefix_length(self, input_ids: torch.Tensor) -> int:
-        """How many tokens of [1, L] reach to the end of the last image."""
+        """The number of tokens of [1, L] up to the end of the last image."""
         return int((input_ids[0] == self.model.config.vision_end_token_id).nonzero()[-1]) + 1
 
     def _prefix(self, input_ids: torch.Tensor, plain: bool) -> Any:

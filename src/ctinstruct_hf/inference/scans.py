@@ -166,7 +166,7 @@ def _is_volume(file: Path) -> bool:
     name = file.name.lower()
     if name.endswith(VOLUME_SUFFIXES):
         return True
-    if name.removesuffix(".gz").endswith((".hdr", ".img")):  # a pair: the header stands for both
+    if name.removesuffix(".gz").endswith((".hdr", ".img")):  # a pair, read by its header
         return ".hdr" in name and any(other.suffix == ".img" or ".img." in other.name for other in files_of(file))
     try:
         form, packed = format_of_contents(file)

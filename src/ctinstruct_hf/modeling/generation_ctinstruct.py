@@ -56,7 +56,7 @@ def with_names_of_generate(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class CTInstructGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns, with the answers' masks and disease logits."""
+    """Output of `generate(..., return_dict_in_generate=True)`: mask logits [D, H, W] and disease logits [tokens] added."""
 
     mask_logits: list[torch.Tensor] | None = None
     disease_logits: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""What is in neither the paper nor the release: options and losses with which a tiny model learns; off by default."""
+"""Options and losses for tiny models, in neither the paper nor the release; off by default."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def released_size(shape: Size, canvas: Size) -> Size:
 
 
 def axis_positions(source: int, target: int, corners: bool) -> torch.Tensor:
-    """Where the target's cells lie on the source's axis, in source cells: float64 [target]."""
+    """Positions of the target's cells on the source's axis, in source cells: float64 [target]."""
     cells = torch.arange(target, dtype=torch.float64)
     if corners:
         return cells * ((source - 1) / max(target - 1, 1))

@@ -20,7 +20,7 @@ from huggingface_hub.utils import httpx
 
 from .volume import MAX_BYTES, CTInstructError, CTVolume
 
-# (offset, first bytes) of a file -> the suffix by which `read_volume` knows its format
+# (offset, first bytes) of a file -> a suffix of its format
 _FORMATS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x1f\x8b", ".nii.gz"),
     (344, b"n+1\x00", ".nii"),
@@ -43,7 +43,7 @@ _TIMEOUT = 60.0  # seconds without an answer
 
 
 def content_of(image: Any) -> bytes | None:
-    """The bytes that `image` stands for: bytes, an open binary file, a URL, a data URL or base64; None for all else.
+    """The bytes of `image`: bytes, an open binary file, a URL, a data URL or base64; None for anything else.
 
     Raises:
         CTInstructError: for a URL that cannot be loaded, a scheme other than http and https, or text that is neither a path
@@ -109,7 +109,7 @@ def from_data_url(url: str) -> bytes:
 
 
 def load_url(url: str) -> bytes:
-    """What http or https gives, at most `MAX_BYTES`."""
+    """The content of an http or https URL, at most `MAX_BYTES`."""
     host = urlsplit(url).hostname or "?"
     content = bytearray()
     try:

@@ -177,7 +177,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def prepare(self, volume: CTVolume, **settings: Any) -> tuple[torch.Tensor, CanvasFit]:
-        """One volume's rows of `pixel_values`, and how it lies on its canvas."""
+        """A volume's rows of `pixel_values` [N, patch height, patch width], and its fit to the canvas."""
         settings = self._settings(settings)
         array = self.model_axes(volume, settings["axes"])
         fit = self.fit_of(volume, **settings)
@@ -210,7 +210,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         return volume.in_file_axes(volume.hu).transpose(2, 0, 1)
 
     def fit_of(self, volume: CTVolume, **settings: Any) -> CanvasFit:
-        """How a volume lies on its canvas; the same for the same volume and settings."""
+        """The fit of a volume to its canvas; it depends on the volume and the settings only."""
         settings = self._settings(settings)
         array = self.model_axes(volume, settings["axes"])
         patch = settings["patch_size"]
@@ -270,8 +270,7 @@ class CTInstructImageProcessor(BaseImageProcessor):
         return mask
 
     def volume_above(self, logits: torch.Tensor, volume: CTVolume, level: float, fit: CanvasFit | None = None) -> float:
-        """How many mL of the volume have a logit above `level`, from logits [D, H, W] on its canvas; `fit` is the
-        volume's, where it is known."""
+        """mL of the volume with a logit above `level`, from logits [D, H, W] on its canvas; `fit` is computed if None."""
         fit = fit or self.fit_of(volume)
         return int((logits_inside(logits, fit) > level).sum()) * fit.voxel_volume(volume.spacing)
 

@@ -1,4 +1,4 @@
-"""What the processor returns: a batch whose labels never hold an image or vision token."""
+"""The processor's batch, whose labels never hold an image or vision token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CTInstructBatch(BatchFeature):
     """A batch of `CTInstructProcessor`.
 
     `labels` that a collator adds (`batch["labels"] = batch["input_ids"].clone()`, as TRL's does) are −100 at the tokens of
-    `vision_token_ids`: nobody writes these, and a trainer may compute its loss without the model's `forward`.
+    `vision_token_ids`: these are never written, and a trainer may compute its loss without the model's `forward`.
     """
 
     vision_token_ids: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Scans and words in, a batch out; logits in, masks, probabilities and written answers out."""
+"""Scans and words to a batch; logits to masks, probabilities and answers for people."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class CTInstructProcessor(ProcessorMixin):
         groups = self.valid_processor_kwargs.__annotations__
         known = {name: set(groups[name].__annotations__) for name in ("images_kwargs", "text_kwargs")}
         flat = {*groups, *known["images_kwargs"], *known["text_kwargs"], "common_kwargs", "return_metadata"}
-        flat |= set(groups["videos_kwargs"].__annotations__)  # chat templates are called with them, whatever they hold
+        flat |= set(groups["videos_kwargs"].__annotations__)  # chat templates are always called with them
         unknown = set(options) - (flat - {"videos_kwargs", "audio_kwargs"})
         unknown |= {name for group, names in known.items() for name in set(options.get(group) or {}) - names}
         unknown |= set(options.get("common_kwargs") or {}) - flat
@@ -429,7 +429,7 @@ class CTInstructProcessor(ProcessorMixin):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _tidy(self, folder: Path) -> None:
-        """How the tokenizer was loaded is no part of it."""
+        """Remove from the saved settings how the tokenizer was loaded."""
         settings_file = folder / "tokenizer_config.json"
         if settings_file.exists():
             settings = json.loads(settings_file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A CT volume in Hounsfield units that knows the file it came from, and what every reader needs (`volume_reading`).
+"""A CT volume in Hounsfield units with the geometry of its file, and checks that the readers share (`volume_reading`).
 
 The axes of `CTVolume.hu` are always (depth toward the head, height toward the back, width toward the patient's left).
 """
@@ -28,14 +28,14 @@ except ImportError:  # in a saved folder, on a machine without the package
 AIR_HU = -1024
 # what a file may unpack to, unless the caller allows more
 MAX_BYTES = int(os.environ.get("CTINSTRUCT_MAX_BYTES", 4 * 2**30))
-# a packed file may unpack to so many times its size (CT packs to a half or a tenth), or to so much, whatever its size
+# a packed file may unpack to this multiple of its size (CT packs to a half or a tenth), or to these bytes if that is more
 PACKED_RATIO = 200
 PACKED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a reader may unpack, whether it leaves padding values as stored, and whether voxels are labels, not HU."""
+    """Bytes that a reader may unpack, whether padding values stay as stored, and whether voxels are labels, not HU."""
 
     bytes: int
     keep_padding: bool = False

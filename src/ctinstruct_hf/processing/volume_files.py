@@ -96,7 +96,7 @@ def read_exactly(stream: Any, size: int, name: str, head: bytes = b"") -> np.nda
 
 
 class Inflated(io.RawIOBase):
-    """A readable stream of what a gzip, zlib or bzip2 stream holds, a few MB at a time.
+    """A readable stream of the unpacked bytes of a gzip, zlib or bzip2 stream, a few MB at a time.
 
     Bytes after a packed stream are left unread unless a further stream of the same format follows; gzip files may have
     zeros or other bytes at their end.
@@ -135,17 +135,17 @@ class Inflated(io.RawIOBase):
 
 
 def open_gzip(stream: Any) -> io.BufferedReader:
-    """What a gzip stream holds."""
+    """The unpacked bytes of a gzip stream."""
     return io.BufferedReader(Inflated(stream, lambda: isal_zlib.decompressobj(wbits=31), b"\x1f\x8b"), 2**17)
 
 
 def open_zlib(stream: Any) -> io.BufferedReader:
-    """What a zlib stream holds."""
+    """The unpacked bytes of a zlib stream."""
     return io.BufferedReader(Inflated(stream, isal_zlib.decompressobj), 2**17)
 
 
 def open_bzip2(stream: Any) -> io.BufferedReader:
-    """What a bzip2 stream holds."""
+    """The unpacked bytes of a bzip2 stream."""
     import bz2
 
     return io.BufferedReader(Inflated(stream, bz2.BZ2Decompressor, b"BZh"), 2**17)

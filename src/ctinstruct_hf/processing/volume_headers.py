@@ -78,7 +78,7 @@ _PATIENT_TAGS = _tags("PatientID", "PatientName")
 
 @dataclass
 class Skipped:
-    """What is not read as a scan, and why.
+    """A file or series that is not read as a scan, and the reason.
 
     Attributes:
         name: a file's name, or the modality, number and description of a series.
@@ -98,7 +98,7 @@ class Skipped:
 
 @contextmanager
 def quiet_pydicom() -> Iterator[None]:
-    """Values are taken as they are: pydicom's warnings quote what they find, and that may be a patient's."""
+    """Without pydicom's validation: its warnings quote values, which may identify a patient."""
     before = pydicom.config.settings.reading_validation_mode
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     try:

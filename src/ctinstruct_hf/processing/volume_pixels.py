@@ -158,7 +158,7 @@ def significant(words: np.ndarray, image: Slice) -> np.ndarray:
 
 
 def padding_of(words: np.ndarray, stored: np.ndarray, image: Slice) -> np.ndarray | None:
-    """Where a slice is padded by its PixelPaddingValue, or the range up to PixelPaddingRangeLimit; None for nowhere."""
+    """bool [rows, columns]: pixels in the range PixelPaddingValue to PixelPaddingRangeLimit; None if there are none."""
     value, limit = (image.header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     if not isinstance(value, int):
         return None
@@ -187,7 +187,7 @@ def decode(path: Path, header: Any) -> np.ndarray:
         data.file_meta.TransferSyntaxUID = syntax
         if "PixelData" not in data:
             raise CTInstructError(f"{path.name} has no integer pixels (PixelData): expected CT in HU.")
-        if syntax == RLELossless:  # whole words, whatever their bits mean
+        if syntax == RLELossless:  # decoded as whole words; `significant` selects the bits
             data.BitsStored, data.HighBit = data.BitsAllocated, data.BitsAllocated - 1
             return data.pixel_array
         if syntax.is_encapsulated:

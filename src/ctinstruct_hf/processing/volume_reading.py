@@ -86,7 +86,7 @@ def _read(
             return _read_path(path, spacing, series, window, limit)
         except CTInstructError:
             raise
-        except Exception as error:  # what a broken file makes a library raise, whatever it is
+        except Exception as error:  # libraries raise many classes on broken files
             raise CTInstructError(
                 f"{path.name} cannot be read: {last_line(error)} ({type(error).__name__})."
             ) from error
@@ -130,7 +130,7 @@ def _read_path(
 
 
 def format_of(path: Path) -> str:
-    """nifti, itk, array, picture, zip or dicom (also a folder): by a file's first bytes, whatever its name.
+    """nifti, itk, array, picture, zip or dicom (also a folder), by a file's first bytes.
 
     The name's ending decides where the bytes do not, so that errors name the format a broken file is called by; in a pair
     the `.img` holds nothing but voxels.

@@ -18,7 +18,7 @@ Group = tuple[str, list[Slice]]  # (label, images)
 
 # a stack with fewer images than this share of the largest stack's is left out and named; with more, a choice is asked for
 FEW = 0.25
-# a gap of missing slices is bridged up to so many steps or so many mm, the larger of both
+# a gap of missing slices is bridged up to these steps or mm, whichever is larger
 GAP_STEPS, GAP_MM = 6, 15.0
 # relative difference of pixel spacings, difference of direction cosines (0.11 degrees)
 SAME_SPACING, SAME_DIRECTION = 1e-3, 2e-3

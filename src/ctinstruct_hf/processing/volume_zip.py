@@ -18,7 +18,7 @@ MOST_FILES = 20_000  # in a zip; a study with all its series has a few thousand
 
 @contextmanager
 def unpacked(path: Path, limit: Limits) -> Iterator[Path]:
-    """A folder with what a zip holds, which goes with the context; no name of the zip can lead out of it."""
+    """A temporary folder with the members of a zip, deleted with the context; no name of the zip can lead out of it."""
     folder = Path(tempfile.mkdtemp(prefix=f"ctinstruct-zip-{os.getpid()}-"))
     try:
         _unpack(path, folder, limit)

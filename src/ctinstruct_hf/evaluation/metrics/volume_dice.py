@@ -20,7 +20,7 @@ def score(scores: TaskScores, records: Sequence[Record], settings: Settings) -> 
     found: dict[str, dict[str, float]] = defaultdict(dict)
     per_structure: dict[str, list[float]] = defaultdict(list)
     for key, mask in masks_of(records, settings):
-        if "dice" in mask:  # computed elsewhere, by whatever rule
+        if "dice" in mask:  # computed elsewhere, by an unknown rule
             found["dice_as_given"][key] = float(mask["dice"])
             continue
         prediction, truth, spacing = read_mask_pair(mask, settings.folder)

@@ -104,7 +104,7 @@ def _below(folder: Path, depth: int = 3) -> Path | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weight files of a folder; its index of safetensors stands for all of them."""
+    """The weight files of a folder, or only its index of safetensors where there is one."""
     if (folder / INDEX).is_file():
         return [folder / INDEX]
     for patterns in _WEIGHTS:
