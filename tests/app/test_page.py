@@ -1,22 +1,19 @@
-"""The page in a real browser. CTINSTRUCT_SCREENSHOTS=folder keeps the pictures that the documents show."""
+"""The page in a real browser."""
 
+# ruff: noqa: F811
 from __future__ import annotations
 
-import io
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from app.pages import browser, canvas, keep, needs_browser, open_scan, page, scan, server, tab  # noqa: F401  # fixtures
 from app.test_server import Running
-from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from scans import as_nifti, asymmetric, dicom_series
 
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
@@ -25,67 +22,7 @@ from ctinstruct_hf.output.report import WINDOWS, picture
 from ctinstruct_hf.phantoms import make_phantom, phantom_of
 from ctinstruct_hf.processing.volume_reading import read_volume
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# WebGL 2 in software, as there may be no GPU
-BROWSER_OPTIONS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
-SCREENSHOTS = os.environ.get("CTINSTRUCT_SCREENSHOTS")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
-        yield one
-        one.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    one = Running(str(BUNDLED_MODEL), new_tokens=160, idle_job=5.0)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def page(browser: Any, server: Running) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1360, "height": 900}, accept_downloads=True)
-    context.route(lambda url: not url.startswith((server.address, "blob:", "data:")), lambda route: route.abort())
-    one = context.new_page()
-    one.faults = []
-    one.on("pageerror", lambda error: one.faults.append(str(error)))
-    one.on("requestfailed", lambda request: one.faults.append(f"{request.url}: {request.failure}") if "ABORTED" not in str(request.failure) else None)  # fmt: skip
-    one.goto(server.address)
-    expect(one.locator("body[data-ready]")).to_be_attached()
-    yield one
-    assert one.faults == []
-    context.close()
-
-
-@pytest.fixture
-def scan(tmp_path: Path) -> Path:
-    path = tmp_path / "chest.nii.gz"
-    volume = phantom_of("phantom:trunk:1000003").volume
-    nib.save(volume.to_source(volume.hu), path)
-    return path
-
-
-def keep(page: Page, name: str) -> None:
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
-
-
-def canvas(page: Page) -> np.ndarray:
-    """The pixels of the viewer as shown."""
-    page.mouse.move(5, 5)
-    page.wait_for_timeout(400)
-    image = Image.open(io.BytesIO(page.locator("#canvas").screenshot()))
-    return np.asarray(image.convert("RGB")).astype(int)
-
-
-def open_scan(page: Page, path: Path) -> None:
-    page.locator("#files").set_input_files(path)
-    expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)
+pytestmark = needs_browser
 
 
 def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, server: Running) -> None:
@@ -99,11 +36,13 @@ def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, se
     assert np.abs(canvas(page) - plain).mean() > 3
     page.locator("#window").select_option("soft tissue")
     # ask
+    tab(page, "ask")
     page.locator("#question").fill("Is there a pleural effusion?")
     page.keyboard.press("Enter")
     expect(page.locator("#chat .said")).not_to_have_text("…", timeout=60_000)
     assert page.locator("#chat .said").inner_text() != "No answer."
     # a mask
+    tab(page, "masks")
     page.get_by_label("right lung", exact=True).check()
     page.locator("#mark").click()
     expect(page.locator("#masks li")).to_have_count(1, timeout=60_000)
@@ -127,8 +66,10 @@ def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, se
     # a mask's pixels lie where the server says it is: the cross goes to its largest slice
     page.get_by_label("go to right lung").click()
     # probabilities and report
+    tab(page, "findings")
     page.locator("#diagnose").click()
     expect(page.locator("#bars meter").first).to_be_visible(timeout=60_000)
+    tab(page, "report")
     page.locator("#report").click()
     expect(page.locator("#text")).not_to_be_empty(timeout=60_000)
     # hover
@@ -140,13 +81,14 @@ def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, se
         page.mouse.move(box["x"] + box["width"] * 0.05 * x, box["y"] + box["height"] * 0.25)
         said.add(page.locator("#hover").inner_text())
     assert any("HU at" in text for text in said)
-    keep(page, "app")
     # take away
+    tab(page, "save")
     with page.expect_download() as download:
         page.locator("#get-findings").click()
     findings = json.loads(Path(download.value.path()).read_text())
     assert set(findings["segmentation"]) == {"right lung", "left lung", "heart", "liver"}
     assert findings["answers"][0]["question"] == "Is there a pleural effusion?"
+    tab(page, "masks")
     with page.expect_download() as download:
         page.get_by_label("download right lung as NIfTI").click()
     assert download.value.suggested_filename == "right_lung.nii.gz"
@@ -161,7 +103,8 @@ def test_a_scan_is_opened_asked_marked_and_taken_away(page: Page, scan: Path, se
         page.mouse.wheel(0, 120)
         page.wait_for_timeout(60)
     assert np.abs(canvas(page) - before).mean() > 1
-    page.locator("#other").click()
+    page.locator("#close").click()
+    page.get_by_role("button", name="Close", exact=True).click()
     expect(page.locator("#open")).to_be_visible()
     deadline = time.monotonic() + 10
     while study in server.engine.studies.values():
@@ -223,11 +166,10 @@ def test_one_of_several_series_is_chosen_from_a_list(page: Page, tmp_path: Path,
     for number, (depth, description) in enumerate(((6, "chest soft <b>"), (9, "chest lung")), start=1):
         dicom_series(tmp_path / description[6:10], asymmetric((depth, 32, 32)), SeriesInstanceUID=f"1.2.{number}", SeriesNumber=number, SeriesDescription=description)  # fmt: skip
     page.locator("#files").set_input_files(sorted(tmp_path.rglob("IM*")))
-    choices = page.locator("#series option")
+    choices = page.locator("#series button")
     expect(choices).to_have_count(2, timeout=30_000)
     expect(choices.first).to_contain_text("series 1, chest soft <b>, 6 slices")
-    page.locator("#series").select_option("1.2.2")
-    page.get_by_role("button", name="Open this series").click()
+    page.locator("#series button[data-uid='1.2.2']").click()
     expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)
     expect(page.locator("#facts")).to_contain_text("32 × 32 × 9 voxels")
     expect(page.locator("#choose")).to_be_hidden()
@@ -242,11 +184,12 @@ def test_masks_are_one_label_map_and_a_reload_brings_everything_back(page: Page,
     one.study.results.diagnosis["nodule"] = 0.25
     for name in ("right lung", "liver"):
         one.study.results.masks[name] = truth[name]
-        server.engine._keep_mask(one, name, truth[name])
+        one.keep_mask(name, truth[name])
     one.label_map.update(one.study.results.masks)
     page.locator("#view").select_option("0")
     plain = canvas(page)
     page.evaluate("drawMasks()")
+    tab(page, "masks")
     expect(page.locator("#masks li")).to_have_count(2)
     page.locator("#opacity").fill("1")
     filled = canvas(page)
@@ -307,6 +250,7 @@ def test_work_can_be_cancelled_and_text_is_never_markup(page: Page, scan: Path, 
     open_scan(page, evil)
     one = list(server.engine.studies.values())[-1]  # the page of the test before may still be saying goodbye
     with one.lock:  # the answer cannot come before the click
+        tab(page, "ask")
         page.locator("#question").fill("<img src=x onerror=\"document.title='owned'\">")
         page.keyboard.press("Enter")
         expect(page.locator("#cancel")).to_be_visible()
@@ -326,13 +270,13 @@ def test_it_is_usable_on_a_phone_and_by_keyboard(page: Page, scan: Path) -> None
             e => !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length))).length"""
     )
     assert unnamed == 0
+    tab(page, "ask")
     page.locator("#question").focus()
     page.keyboard.type("Where?")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Ask"
     page.keyboard.press("Enter")
     expect(page.locator("#chat .said")).not_to_have_text("…", timeout=60_000)
-    keep(page, "app-phone")
 
 
 def test_the_report_reads_on_a_phone_and_on_paper(browser: Any, tmp_path: Path) -> None:

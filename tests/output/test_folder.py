@@ -31,7 +31,7 @@ from ctinstruct_hf.output import folder as folder_module
 from ctinstruct_hf.output.colours import COLOURS
 from ctinstruct_hf.output.dicom_seg import save_dicom_seg
 from ctinstruct_hf.output.folder import file_name, file_names
-from ctinstruct_hf.output.measure import measure
+from ctinstruct_hf.output.measure import axial_diameters, measure
 from ctinstruct_hf.output.report import picture, plane_of
 
 SCHEMA = json.loads((Path(folder_module.__file__).parent / "findings.schema.json").read_text())
@@ -475,3 +475,34 @@ def test_pictures_hold_no_more_than_the_planes_they_show() -> None:
     packed.update(masks)
     assert pictures(patient.volume, packed, ["nodule"]) == pictures(patient.volume, masks, ["nodule"])
     assert most <= 2
+
+
+def test_the_page_draws_diameters_and_names_label_values_and_unknown_structures(tmp_path: Path, model) -> None:
+    study = Study.open(asymmetric((12, 40, 32)), model, spacing=(2, 1, 1))
+    masks = {name: np.zeros(study.volume.shape, bool) for name in ("brain", "lung nodule", "liver")}
+    masks["brain"][2:4, 4:9, 4:9] = masks["lung nodule"][6, 10:20, 10:14] = masks["liver"][9, 4:9, 4:9] = True
+    study.results.masks, study.results.unknown = masks, ["brain"]
+    study.save(tmp_path / "out", multi_label=True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    longest, across = axial_diameters(masks["lung nodule"], study.volume.spacing)
+    assert f"lung nodule, where it is largest: slice 7 of 12 from the feet, {longest:.0f} x {across:.0f} mm" in page
+    assert "brain (unknown to the model)" in page
+    values = json.loads((tmp_path / "out" / "masks" / "labels.json").read_text())["labels"]
+    assert {name: f'{name}</th><td class="number">{value}</td>' in page for name, value in values.items()} == {
+        "brain": False,  # its name is followed by the remark
+        "lung nodule": True,
+        "liver": True,
+    }
+    found = json.loads((tmp_path / "out" / "findings.json").read_text())["segmentation"]
+    assert {name: numbers["known"] for name, numbers in found.items()} == {
+        "brain": False,
+        "lung nodule": True,
+        "liver": True,
+    }
+    plain, drawn = (
+        np.asarray(picture(study.volume, [], 0, 6, "lung", lines)) for lines in ((), [((10, 10), (19, 10))])
+    )
+    rows, columns, _ = np.nonzero(plain != drawn)
+    scale = plain.shape[0] / 40
+    assert (rows.min(), rows.max()) == pytest.approx((10.5 * scale, 19.5 * scale), abs=3)
+    assert columns.mean() == pytest.approx(10.5 * scale, abs=3)

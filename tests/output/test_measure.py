@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctinstruct_hf import CTVolume, read_volume
-from ctinstruct_hf.output.measure import axial_diameters, components, measure_finding, organ_of
+from ctinstruct_hf.output.measure import axial_diameters, components, diameter_lines, measure_finding, organ_of
 
 SPACING = (5.0, 1.0, 0.5)
 
@@ -91,3 +91,20 @@ def test_an_empty_mask_measures_nothing() -> None:
     assert found["voxels"] == 0
     assert found["components"] == []
     assert {found[key] for key in ("diameter_mm", "side", "organ", "slice", "sd_hu", "place_mm")} == {None}
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 1.0, 1.0), (5.0, 0.8, 1.3)])
+def test_the_ends_of_the_drawn_diameters_are_as_far_apart_as_the_diameters(spacing: tuple[float, float, float]) -> None:
+    mask = np.zeros((5, 40, 40), bool)
+    z, y, x = np.ogrid[:5, :40, :40]
+    mask |= ((y - 20 + x - 18) / 14) ** 2 + ((y - x) / 6) ** 2 + ((z - 3) / 2) ** 2 < 1  # oblique, longest in slice 3
+    level, lines = diameter_lines(mask, spacing)
+    found = [float(np.linalg.norm(np.subtract(*line) * spacing[1:])) for line in lines]
+    assert level == 3
+    assert found == pytest.approx(axial_diameters(mask, spacing), rel=0.02)
+    (along, across) = (np.subtract(*line) * spacing[1:] for line in lines)
+    assert abs(along @ across) < 1e-6 * np.linalg.norm(along) * np.linalg.norm(across) + 1e-6
+    ends = np.round(np.array(lines).reshape(-1, 2)).astype(int)
+    assert all(
+        mask[level, max(0, r - 2) : r + 3, max(0, c - 2) : c + 3].any() for r, c in ends
+    )  # at the edge of the mask

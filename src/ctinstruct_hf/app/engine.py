@@ -13,15 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 from transformers import StoppingCriteriaList
 
+from ..data.templates import DISEASE_TOKEN
 from ..errors import CTInstructError
 from ..files import remove_left_over, temporary_folder
 from ..inference.consensus import DRAFTS
 from ..inference.models import load_model
 from ..inference.study import Study, mask_names
-from ..output.measure import key_place
 from .jobs import KINDS, Cancelled, Job, Watch
 from .limits import Busy, Limits
 from .masks import Full, PackedMasks
@@ -87,11 +86,12 @@ class Engine:
 
     # files and studies
 
-    def open_upload(self, name: str, series: str | None = None) -> str:
+    def open_upload(self, name: str, series: str | None = None, title: str | None = None) -> str:
         """Read the files of an upload, one scan or the slices of one, and remove them.
 
         Args:
             series: which CT series, where there are several; see `read_volume`.
+            title: what the scan is called, a folder's name for example; as its file by default.
 
         Raises:
             KeyError: for an upload that is not there.
@@ -104,25 +104,26 @@ class Engine:
                     raise CTInstructError("No file has arrived.")
                 source = upload.source()
                 allowed = min(self.limits.volume_bytes, max(2**28, _MOST_RATIO * upload.bytes))
-                return self.open_source(source, name, series=series, max_bytes=allowed)
+                return self.open_source(source, name, title, series=series, max_bytes=allowed)
             except Busy:
                 raise  # the files can be read later
             except CTInstructError as error:
-                choice = series_of(source, allowed) if upload.files else []
+                choice, skipped = series_of(source, allowed) if upload.files else ([], [])
                 if len(choice) > 1:
                     upload.idle = self.limits.idle_study  # somebody reads the list
-                    raise SeveralSeries(str(error), name, choice) from error
+                    raise SeveralSeries(str(error), name, choice, skipped) from error
                 self.uploads.drop(name)
                 raise
             except BaseException:
                 self.uploads.drop(name)
                 raise
 
-    def open_source(self, source: Any, upload: str | None = None, **reading: Any) -> str:
+    def open_source(self, source: Any, upload: str | None = None, title: str | None = None, **reading: Any) -> str:
         """Read a scan; returns the study's id.
 
         Args:
             upload: where its files come from; it ends, and the study takes over what DICOM SEG refers to.
+            title: see `open_upload`.
             reading: see `read_volume`.
 
         Raises:
@@ -139,6 +140,8 @@ class Engine:
             study.results.masks = PackedMasks(self.limits)  # type: ignore[assignment]
             folder.mkdir(mode=0o700)
             volume = study.volume
+            if title:
+                volume.source.name = safe_name(title)
             volume.to_source(volume.hu, folder / "scan.nii")
             one = OpenStudy(study, folder)
             if upload is not None:
@@ -253,6 +256,17 @@ class Engine:
         with self.changed:
             ahead = self.line.index(one) + bool(self.current) if one in self.line else 0
         return one.state(ahead)
+
+    def partial(self, job: Job) -> str:
+        """What of an answer in words is certain already."""
+        if job.finished.is_set() or not job.tokens:
+            return str((job.result or {}).get("answer", ""))
+        text = self.processor.tokenizer.decode(list(job.tokens)).partition(DISEASE_TOKEN)[0]
+        return self.processor.write_out(text).rstrip("\ufffd")
+
+    def running(self, study: str) -> str | None:
+        """The job that was asked last about a study and has not ended."""
+        return next((job.id for job in reversed(self.jobs.values()) if job.study == study and job.ended is None), None)
 
     def cancel(self, job: str) -> None:
         """Drop a job: at once where it waits, at the next token where it runs."""
@@ -370,7 +384,7 @@ class Engine:
                 except Full as error:
                     warnings = _notes([*warnings, str(error)])
                     continue
-                masks[name] = self._keep_mask(one, name, mask)
+                masks[name] = one.keep_mask(name, mask)
             results.append({"answer": str(answer), "masks": masks, "probabilities": answer.probabilities, "warnings": warnings})  # fmt: skip
         return results
 
@@ -381,7 +395,7 @@ class Engine:
         for name in names:
             step(f"marking {name}")
             try:
-                masks[name] = self._keep_mask(one, name, one.study.segment(name))
+                masks[name] = one.keep_mask(name, one.study.segment(name))
             except Full as error:
                 if not masks:
                     raise
@@ -403,25 +417,9 @@ class Engine:
         except Full as error:
             return {"findings": {}, "masks": {}, "report": study.results.report, "warnings": [*warnings, str(error)]}
         shown = {name: study.results.masks[name] for name, row in rows.items() if row["mask"] and row["mask"]["voxels"]}
-        masks = {name: self._keep_mask(one, name, mask) for name, mask in shown.items()}
+        masks = {name: one.keep_mask(name, mask) for name, mask in shown.items()}
         result = {"findings": rows, "masks": masks, "report": study.results.report, "warnings": warnings}
         return {**result, "fitness": fitness.to_json()}
-
-    def _keep_mask(self, one: OpenStudy, name: str, mask: Any) -> dict[str, Any]:
-        """Write a mask on the scan's own grid, for the viewer and to take away, and measure it."""
-        from ..output.folder import file_name, measure
-
-        file = f"{file_name(name)[:60]}.nii.gz"
-        number = 1
-        known = {value["file"] for key, value in one.masks.items() if key != name}
-        while file in known:
-            number += 1
-            file = f"{file_name(name)[:60]}_{number}.nii.gz"
-        (one.folder / "masks").mkdir(exist_ok=True)
-        image = one.study.volume.to_source(mask, one.folder / "masks" / file)
-        measured = measure(one.study.volume, mask)
-        one.masks[name] = {**measured, "file": file, "place_mm": _largest_slice(image)}
-        return one.masks[name]
 
     # what is left behind
 
@@ -448,17 +446,6 @@ class Engine:
             if name not in busy and now - one.touched > self.limits.idle_study:
                 self.close_study(name)
         self.uploads.sweep(now)
-
-
-def _largest_slice(image: Any) -> list[float] | None:
-    """The middle of a mask (nibabel image) in the axial slice where it is largest: RAS mm, None where it is empty."""
-    mask = np.asarray(image.dataobj) > 0
-    if not mask.any():
-        return None
-    along = int(np.abs(image.affine[2, :3]).argmax())
-    level, *middle = key_place(np.moveaxis(mask, along, 0))
-    middle.insert(along, level)
-    return [round(float(mm), 2) for mm in (image.affine @ [*middle, 1.0])[:3]]
 
 
 def _notes(notes: Iterable[str | None]) -> list[str]:

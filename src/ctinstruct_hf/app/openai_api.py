@@ -20,7 +20,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from ..data.templates import DISEASE_TOKEN
 from ..errors import CTInstructError
 from .engine import Engine
 from .jobs import Job
@@ -227,13 +226,7 @@ class _Answer:
 
     def partial(self) -> str:
         """What of the answer is certain already."""
-        if self.text_job is None or not self.text_job.tokens:
-            return ""
-        if self.text_job.finished.is_set():
-            return self.text()
-        processor = self.engine.processor
-        raw = processor.tokenizer.decode(list(self.text_job.tokens))
-        return processor.write_out(raw.partition(DISEASE_TOKEN)[0]).rstrip("\ufffd")
+        return "" if self.text_job is None else self.engine.partial(self.text_job)
 
     def usage(self) -> dict[str, int]:
         prompt, written = (0, 0) if self.text_job is None else (self.text_job.prompt_tokens, len(self.text_job.tokens))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,11 +27,13 @@ from .._version import __version__
 from ..errors import CTInstructError
 from ..inference.models import notes_on
 from .archive import Archive, add_archive
+from .asking import add_jobs
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
 from .keys import KeyGuard, api_error
 from .metrics import add_metrics
 from .openai_api import NoSuchModel, add_openai
 from .receiving import is_form, read_json, receive, refuse_unknown
+from .review_routes import add_review
 
 STATIC = Path(__file__).parent / "static"
 NOTICE = "Research use only. Not a diagnosis."
@@ -96,8 +98,9 @@ def create_app(
     if page:
         _add_page(app)
     _add_studies(app, engine, archive)
-    _add_jobs(app, engine)
+    add_jobs(app, engine)
     _add_downloads(app, engine)
+    add_review(app, engine)
     add_openai(app, engine, files)
     add_metrics(app, engine, log)
     return app
@@ -115,7 +118,12 @@ def _add_errors(app: FastAPI, engine: Engine) -> None:
         if request.url.path.startswith("/v1/"):
             engine.uploads.drop(error.upload)
             return _refusal(400, engine.sentence(error), None, request)
-        content = {"error": engine.sentence(error), "upload": error.upload, "series": error.series}
+        content = {
+            "error": engine.sentence(error),
+            "upload": error.upload,
+            "series": error.series,
+            "skipped": error.skipped,
+        }
         return JSONResponse(content, status_code=300, headers=_HEADERS)
 
     @app.exception_handler(CTInstructError)
@@ -273,7 +281,8 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
     async def open_study(request: Request, name: str | None = None, series: str | None = None) -> dict[str, Any]:
         """Open a study: JSON {"upload": id}, {"sample": seed} or {"pacs": StudyInstanceUID of the archive}, a file as the
         body with its name in the address, or a form with files. `series`, in the JSON, the address or the form, chooses
-        where there are several CT series: without it the answer is 300 with `upload` and the list `series`."""
+        where there are several CT series: without it the answer is 300 with `upload` and the list `series`. `title`, beside
+        `upload`, is what the scan is called."""
         if name is not None or is_form(request.headers):
             upload = await run_in_threadpool(engine.uploads.new)
             try:
@@ -284,8 +293,10 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
             wanted: dict[str, Any] = {"upload": upload, "series": series or fields.get("series")}
         else:
             wanted = {"series": series, **await read_json(request, engine.limits.idle_upload)}
-            refuse_unknown(wanted, ["upload", "sample", "series", *(["pacs"] if archive else [])])
-        chosen = wanted["series"]
+            refuse_unknown(wanted, ["upload", "title", "sample", "series", *(["pacs"] if archive else [])])
+        chosen, title = wanted["series"], wanted.get("title")
+        if title is not None and not isinstance(title, str):
+            raise CTInstructError("title must be a text.")
         if chosen is not None and (not isinstance(chosen, str) or chosen == "all"):
             raise CTInstructError("series must be a text that names one series.")
         if "sample" in wanted:
@@ -293,7 +304,7 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
         elif archive is not None and "pacs" in wanted:
             study = await opening(archive.open, wanted["pacs"], chosen)
         elif isinstance(wanted.get("upload"), str):
-            study = await opening(engine.open_upload, wanted["upload"], chosen)
+            study = await opening(engine.open_upload, wanted["upload"], chosen, title)
         else:
             raise CTInstructError(
                 "Give an upload or a sample, or a file with its name in the address: ?name=scan.nii.gz."
@@ -321,34 +332,6 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
         return _File(engine.find(study).folder / "scan.nii", "application/octet-stream")
 
 
-def _add_jobs(app: FastAPI, engine: Engine) -> None:
-    @app.post("/api/studies/{study}/jobs", status_code=202)
-    async def submit(study: str, request: Request, wait: bool = False) -> Response:
-        """Ask: {"kind": "ask", "question"}, {"kind": "report"}, {"kind": "segment", "structures"}, {"kind": "diagnose",
-        "diseases"} or {"kind": "findings"}. With `wait` the answer comes at once, and a client that leaves cancels it."""
-        words = await read_json(request, engine.limits.idle_upload)
-        job = engine.submit(study, words.get("kind"), words)  # type: ignore[arg-type]
-        if not wait:
-            return JSONResponse(engine.state(job.id), status_code=202)
-        while not job.finished.is_set():
-            if await request.is_disconnected():
-                engine.cancel(job.id)
-                return Response(status_code=499)
-            engine.state(job.id)  # somebody waits
-            await asyncio.sleep(0.05)
-        return JSONResponse(engine.state(job.id), status_code=200)
-
-    @app.get("/api/jobs/{job}")
-    async def state(job: str) -> dict[str, Any]:
-        """How far a job is; its result, once done. A job that nobody asks about for a while is dropped."""
-        return engine.state(job)
-
-    @app.delete("/api/jobs/{job}", status_code=202)
-    async def cancel(job: str) -> dict[str, Any]:
-        engine.cancel(job)
-        return engine.state(job)
-
-
 def _add_downloads(app: FastAPI, engine: Engine) -> None:
     saving = _InTurn(4, engine.limits.waiting)
 
@@ -367,8 +350,9 @@ def _add_downloads(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/api/studies/{study}/results")
     async def so_far(study: str) -> dict[str, Any]:
-        """Everything that came out so far: `report`, `answers`, `diagnosis`, `masks`, `findings` and `fitness`."""
-        return engine.find(study).results()
+        """Everything that came out so far: `report`, `answers`, `diagnosis`, `masks`, `findings`, `fitness`, what a reader
+        corrected (`sentences`, `labels`), and the `job` that has not ended."""
+        return {**engine.find(study).results(), "job": engine.running(study)}
 
     @app.get("/api/studies/{study}/results/{file}", response_class=Response)
     async def results(study: str, file: str) -> _File:
@@ -412,7 +396,6 @@ def describe_study(one: OpenStudy) -> dict[str, Any]:
 def describe_model(engine: Engine) -> dict[str, Any]:
     """What the page needs to know before a study is open."""
     from ..data.names import read_table
-    from ..output.colours import COLOURS
     from ..output.report import WINDOWS
 
     config = engine.model.config
@@ -426,10 +409,18 @@ def describe_model(engine: Engine) -> dict[str, Any]:
         "structures": [name for name in names if name not in diseases and name != "body"],
         "findings": [name for name in names if name in diseases],
         "windows": {name: list(levels) for name, levels in WINDOWS.items()},
-        "colours": list(COLOURS),
+        "questions": _questions(diseases),
         "upload_bytes": engine.limits.upload_bytes,
+        "studies": engine.limits.studies,
         "version": __version__,
     }
+
+
+def _questions(findings: Iterable[str]) -> list[str]:
+    """Questions that the model was taught, to choose from."""
+    from ..data.templates import CAPTION, PRESENCE, WHICH, with_article
+
+    return [CAPTION[3], *(PRESENCE[0].format(article=with_article(name)) for name in findings), WHICH[0]]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -291,6 +291,7 @@ class Study(EncodedScans):
             if kept.get(name.casefold(), name) != name:
                 del self.results.masks[name]
         self.results.masks.update({name: masks[name] for name in kept.values()})
+        self.results.unknown += [one.given for one in found if not one.known and one.given not in self.results.unknown]
         return masks[names] if isinstance(names, str) else masks
 
     @torch.inference_mode()

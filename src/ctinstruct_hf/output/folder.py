@@ -22,7 +22,7 @@ from .writers import WRITERS as _WRITERS
 from .writers import Job, check_output, file_name, file_names
 
 # of findings.json, described by findings.schema.json beside this file; a new key raises the second number
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 
 def save_results(
@@ -62,7 +62,10 @@ def save_results(
     job = Job(results, volume, origin, asked)
     results.notes, results.failures = [], {}
     with whole_folder(folder) as draft:
-        segmentation = {name: measure(volume, mask) for name, mask in results.masks.items()}
+        segmentation = {
+            name: {**measure(volume, mask), "known": name not in results.unknown}
+            for name, mask in results.masks.items()
+        }
         job.measurements = findings_of(results, segmentation)
         for output_type in output_types:
             write, place = _WRITERS[output_type]

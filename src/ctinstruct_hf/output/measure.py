@@ -138,6 +138,32 @@ def axial_diameters(mask: np.ndarray, spacing: tuple[float, float, float]) -> tu
 
     Both reach from edge to edge of the outermost voxels: a row of n voxels is n voxels long.
     """
+    return _longest(mask, spacing)[2:]
+
+
+def diameter_lines(
+    mask: np.ndarray, spacing: tuple[float, float, float]
+) -> tuple[int, list[list[tuple[float, float]]]]:
+    """Where the diameters of `measure_finding` lie: the axial slice (depth), and the longest diameter of the largest
+    component and its perpendicular, each as two ends (height, width) in voxels. The mask is not empty."""
+    (depth, height, width), part = components(mask, spacing)[0]
+    level, angle, *_ = _longest(part, spacing)
+    rows, columns = np.nonzero(part[level])
+    _, dy, dx = spacing
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # its rows: along and across
+    turned = turn @ [columns * dx, rows * dy]
+    half = np.abs(turn * [dx, dy]).max(axis=1) / 2  # of a voxel
+    low, high = turned.min(axis=1) - half, turned.max(axis=1) + half
+    lines = []
+    for axis in range(2):
+        beside = turned[1 - axis][[turned[axis].argmin(), turned[axis].argmax()]].mean()
+        ends = [[end, beside] if axis == 0 else [beside, end] for end in (low[axis], high[axis])]
+        lines.append([(float(y / dy + height), float(x / dx + width)) for x, y in (turn.T @ end for end in ends)])
+    return level + depth, lines
+
+
+def _longest(mask: np.ndarray, spacing: tuple[float, float, float]) -> tuple[int, float, float, float]:
+    """Slice, angle from the rows (radians), length and perpendicular of the longest axial diameter."""
     depths, rows = np.nonzero(mask.any(axis=2))
     _, dy, dx = spacing
     first = mask.argmax(axis=2)[depths, rows] * dx
@@ -149,7 +175,8 @@ def axial_diameters(mask: np.ndarray, spacing: tuple[float, float, float]) -> tu
     extents = np.maximum.reduceat(np.maximum(*ends), starts) - np.minimum.reduceat(np.minimum(*ends), starts)
     extents += np.maximum(abs(dx * across), abs(dy * along))
     level, angle = np.unravel_index(extents.argmax(), extents.shape)
-    return float(extents[level, angle]), float(extents[level, (angle + 90) % 180])
+    across_it = float(extents[level, (angle + 90) % 180])
+    return int(depths[starts[level]]), float(_ANGLES[angle]), float(extents[level, angle]), across_it
 
 
 def organ_of(mask: np.ndarray, organs: Mapping[str, np.ndarray]) -> str | None:
@@ -181,7 +208,7 @@ def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
 
 def key_place(mask: np.ndarray) -> tuple[int, int, int]:
     """(depth, height, width): the middle of a mask in the slice where it is largest."""
-    level = int(mask.sum(axis=(1, 2)).argmax())
+    level = int(np.argmax([np.count_nonzero(plane) for plane in mask]))
     rows, columns = np.nonzero(mask[level])
     return level, int(rows.mean()), int(columns.mean())
 
@@ -210,6 +237,7 @@ __all__ = [
     "box_of",
     "components",
     "cut_off",
+    "diameter_lines",
     "in_patient",
     "key_place",
     "measure",

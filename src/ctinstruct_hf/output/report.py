@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import re
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .._version import __version__
 from ..processing.volume import CTVolume
 from .colours import css, rgb
-from .measure import key_place
+from .measure import diameter_lines, key_place
 from .results import Origin, Results
 
 WINDOWS = {
@@ -91,13 +92,19 @@ def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dic
     if findings["diagnosis"]:
         parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
     if findings["segmentation"]:
-        parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"])]
+        parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"], _labels(path.parent))]
     parts += ["<h2>Pictures</h2>", pictures(volume, results.masks, origin.diseases, rows)]
     parts.append(
         f"</main><footer>Made by ctinstruct-hf {__version__}. Head or front is up. Left in a picture is the patient's right, "
         "in sagittal pictures the patient's front.</footer></body></html>"
     )
     path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _labels(folder: Path) -> dict[str, int]:
+    """The values of the structures in the label map of a folder of results; {} without one."""
+    sidecar = folder / "masks" / "labels.json"
+    return json.loads(sidecar.read_text(encoding="utf-8"))["labels"] if sidecar.is_file() else {}
 
 
 def escape(text: Any) -> str:
@@ -222,18 +229,21 @@ def bars(probabilities: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def structure_table(segmentation: dict[str, dict[str, Any]]) -> str:
-    """Volume and mean HU of every structure, and where the scan cuts it off."""
+def structure_table(segmentation: dict[str, dict[str, Any]], labels: dict[str, int]) -> str:
+    """Volume and mean HU of every structure, where the scan cuts it off, and its value in a label map if there is one."""
     lines = []
     for index, (name, numbers) in enumerate(segmentation.items()):
+        label = f'<td class="number">{labels.get(name, "–")}</td>' if labels else ""
+        unknown = "" if numbers["known"] else " (unknown to the model)"
         mean = "–" if numbers["mean_hu"] is None else f"{numbers['mean_hu']:.0f}"
         file = f'<a href="{escape(numbers["file"])}">{escape(numbers["file"])}</a>' if numbers["file"] else ""
         lines.append(
-            f'<tr><th scope="row">{swatch(index)}{escape(name)}</th><td class="number">{numbers["volume_ml"]:.1f}</td>'
+            f'<tr><th scope="row">{swatch(index)}{escape(name)}{unknown}</th>{label}<td class="number">{numbers["volume_ml"]:.1f}</td>'
             f'<td class="number">{mean}</td><td class="number">{numbers["voxels"]}</td>'
             f"<td>{', '.join(numbers['cut_off'])}</td><td>{file}</td></tr>"
         )
-    head = '<tr><th scope="col">Structure</th><th scope="col" class="number">Volume (ml)</th><th scope="col" class="number">Mean HU</th><th scope="col" class="number">Voxels</th><th scope="col">Cut off at</th><th scope="col">File</th></tr>'
+    label_head = '<th scope="col" class="number">Label</th>' if labels else ""
+    head = f'<tr><th scope="col">Structure</th>{label_head}<th scope="col" class="number">Volume (ml)</th><th scope="col" class="number">Mean HU</th><th scope="col" class="number">Voxels</th><th scope="col">Cut off at</th><th scope="col">File</th></tr>'
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -246,6 +256,9 @@ def pictures(
     # masks are looked at one after the other, and only their shown planes are kept: they may be packed, and many
     places = {name: key_place(mask) for name, mask in masks.items() if mask.any()}
     marked = [name for name in findings if name in places]
+    # a finding is shown where it is longest, with the diameters that the table gives
+    diameters = {name: diameter_lines(masks[name], volume.spacing) for name in marked}
+    places |= {name: (level, *places[name][1:]) for name, (level, _) in diameters.items()}
     centre = (depth // 2, height // 2, width // 2)
     where = "the middle of the scan"
     if marked:
@@ -261,11 +274,14 @@ def pictures(
         figures.append(_figure(volume, shown, axis, centre[axis], "soft tissue", title))
     figures.append(_figure(volume, shown, 0, centre[0], "lung", f"{plane_of(volume, 0)} through {where}"))
     for name in [*marked, *(name for name in places if name not in marked)]:
-        best = places[name][0]
+        best, lines = places[name][0], diameters.get(name, (0, []))[1]
         inside = float(volume.hu[best][planes[name].take(best, axis=0)].mean())
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
         caption = f"{name}, where it is largest" + (f": slice {best + 1} of {depth} from the feet" if depth > 1 else "")
-        figures.append(_figure(volume, shown, 0, best, window, caption, anchor(name), name in rows))
+        if lines:
+            longest, across = (np.linalg.norm(np.subtract(*line) * volume.spacing[1:]) for line in lines)
+            caption += f", {longest:.0f} x {across:.0f} mm"
+        figures.append(_figure(volume, shown, 0, best, window, caption, anchor(name), name in rows, lines))
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
@@ -305,6 +321,7 @@ def _figure(
     caption: str,
     link: str = "",
     in_table: bool = False,
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> str:
     """One picture with its legend; what is outlined is said in words too."""
     seen = [(number, name) for number, (name, mask) in enumerate(masks) if np.take(mask, index, axis=axis).any()]
@@ -314,7 +331,7 @@ def _figure(
     if in_table:
         legend += f'<a href="#finding-{link}">in the table</a>'
     mark = f"picture-{link}" if link else None
-    return figure(picture(volume, masks, axis, index, window), f"{words}{outlined}", words, legend, mark)
+    return figure(picture(volume, masks, axis, index, window, lines), f"{words}{outlined}", words, legend, mark)
 
 
 def swatch(number: int) -> str:
@@ -323,7 +340,7 @@ def swatch(number: int) -> str:
 
 def figure(image: Image.Image, description: str, caption: str, legend: str = "", place: str | None = None) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=4)
+    image.save(buffer, "PNG", compress_level=1)
     mark = "" if place is None else f' id="{place}"'
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
@@ -332,9 +349,16 @@ def figure(image: Image.Image, description: str, caption: str, legend: str = "",
     )
 
 
-def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, index: int, window: str) -> Image.Image:
+def picture(
+    volume: CTVolume,
+    masks: list[tuple[str, np.ndarray]],
+    axis: int,
+    index: int,
+    window: str,
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
+) -> Image.Image:
     """One slice in a window with the outlines of masks, in the scan's aspect in mm; head or front up, the patient's right, in
-    sagittal slices the front, on the left."""
+    sagittal slices the front, on the left. `lines` are drawn over it, as pairs of (row, column) in voxels."""
     low, high = WINDOWS[window]
     plane = np.take(volume.hu, index, axis=axis).astype(np.float32)
     spacing = [mm for place, mm in enumerate(volume.spacing) if place != axis]
@@ -348,18 +372,34 @@ def picture(volume: CTVolume, masks: list[tuple[str, np.ndarray]], axis: int, in
     ).copy()
     for number, (_, mask) in enumerate(masks):
         part = np.take(mask, index, axis=axis)
-        if not part.any():
-            continue
-        large = (
-            np.asarray(
-                Image.fromarray((part[::-1] if flip else part).astype(np.uint8) * 255).resize(
-                    size, Image.Resampling.BILINEAR
-                )
-            )
-            > 127
-        )
-        image[outline(large)] = rgb(number)
-    return Image.fromarray(image)
+        if part.any():
+            _draw_outline(image, part[::-1] if flip else part, rgb(number))
+    drawn = Image.fromarray(image)
+    across = np.array(image.shape[:2]) / grey.shape
+    for line in lines:
+        ends = (np.array(line) + 0.5) * across  # of (row, column); the middle of a voxel is its place
+        if flip:
+            ends[:, 0] = image.shape[0] - ends[:, 0]
+        ImageDraw.Draw(drawn).line([(float(x), float(y)) for y, x in ends], fill="white", width=2)
+    return drawn
+
+
+def _draw_outline(image: np.ndarray, part: np.ndarray, colour: tuple[int, int, int]) -> None:
+    """Draw the outline of a mask's plane into a picture [rows, columns, 3] of it; only where the mask is."""
+    target, source = [], []
+    for axis in range(2):
+        ratio = part.shape[axis] / image.shape[axis]
+        inside = np.flatnonzero(part.any(axis=1 - axis))
+        first = max(0, int(inside[0] / ratio) - 2)
+        last = min(image.shape[axis], int((inside[-1] + 1) / ratio) + 3)
+        target.append(slice(first, last))
+        source.append((first * ratio, last * ratio))
+    (top, bottom), (left, right) = source
+    size = (target[1].stop - target[1].start, target[0].stop - target[0].start)
+    large = Image.fromarray(part.astype(np.uint8) * 255).resize(
+        size, Image.Resampling.BILINEAR, (left, top, right, bottom)
+    )
+    image[target[0], target[1]][outline(np.asarray(large) > 127)] = colour
 
 
 def outline(mask: np.ndarray) -> np.ndarray:

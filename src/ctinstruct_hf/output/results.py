@@ -16,6 +16,7 @@ class Results:
     Attributes:
         report, answers, diagnosis: text, (question, answer), {disease: probability}.
         masks: {structure: bool (depth, height, width)} on the volume's grid.
+        unknown: names of masks that the model was never taught.
         findings: {finding: a row of `Study.findings`}.
         fitness: whether the scan is like those that the model was calibrated on, see `Study.fitness`; None: not looked at.
         notes: what `save_results` had to say the last time.
@@ -26,6 +27,7 @@ class Results:
     answers: list[tuple[str, str]] = field(default_factory=list)
     diagnosis: dict[str, float] = field(default_factory=dict)
     masks: dict[str, np.ndarray] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
     fitness: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)

@@ -39,7 +39,7 @@ async function listArchived(study, row) {
     const item = make("li");
     const button = make("button", `Open ${words}`, { type: "button" });
     button.addEventListener("click", () =>
-      fromArchive("Fetching the series …", () => openUpload({ pacs: study, series: one.uid })),
+      opened("Fetching the series …", () => openUpload({ pacs: study, series: one.uid })),
     );
     item.append(button);
     list.append(item);

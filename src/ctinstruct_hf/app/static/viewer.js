@@ -1,4 +1,4 @@
-// The viewer: slices by NiiVue, their position and window, and all masks as one label map over them.
+// The viewer: slices by NiiVue, their position and window.
 "use strict";
 
 const PLANES = ["axial", "coronal", "sagittal"]; // NiiVue's slice types 0, 1 and 2; 3 shows all of them
@@ -17,32 +17,59 @@ async function draw(url) {
       multiplanarShowRender: niivue.SHOW_RENDER ? niivue.SHOW_RENDER.NEVER : 0,
       dragAndDropEnabled: false,
       isColorbar: false,
-      maxDrawUndoBitmaps: 1,
+      showAllOrientationMarkers: true,
+      fontColor: [0.9, 0.9, 0.9, 1],
+      fontMinPx: 15,
+      multiplanarPadPixels: 24,
+      heroSliceType: 0,
+      dragMode: niivue.DRAG_MODE.windowing, // by the right button
       logLevel: "error",
     });
     await page.viewer.attachToCanvas($("canvas"));
     page.viewer.onLocationChange = showPosition;
+    page.viewer.onIntensityChange = showWindow;
+    const drawScene = page.viewer.drawScene.bind(page.viewer);
+    page.viewer.drawScene = () => {
+      drawScene();
+      if (page.viewer.volumes.length) drawMeasurements();
+    };
     $("canvas").addEventListener("mousemove", hover);
     $("canvas").addEventListener("keydown", press, true);
   }
   const viewer = page.viewer;
   if (viewer.drawBitmap) viewer.closeDrawing();
-  await viewer.loadVolumes([{ url, name: "scan.nii", colormap: "gray" }]);
+  const [low, high] = page.model.windows[$("window").value] || page.model.windows["soft tissue"];
+  await viewer.loadVolumes([{ url, name: "scan.nii", colormap: "gray", cal_min: low, cal_max: high }]);
   viewer.scene.crosshairPos = [0.5, 0.5, 0.5];
   setView();
-  setWindow();
+  showWindow();
 }
 
 function setView() {
-  page.viewer.setSliceType(Number($("view").value));
+  page.viewer.opts.heroImageFraction = $("view").value === "4" ? 0.62 : 0; // the axial plane large, the others beside
+  page.viewer.setSliceType(Math.min(3, Number($("view").value)));
   showPosition();
 }
 
 function setWindow() {
+  const levels = page.model.windows[$("window").value];
+  if (levels) applyWindow(...levels);
+}
+
+function applyWindow(low, high) {
   const volume = page.viewer && page.viewer.volumes[0];
-  if (!volume) return;
-  [volume.cal_min, volume.cal_max] = page.model.windows[$("window").value];
+  if (!volume || !(low < high)) return;
+  [volume.cal_min, volume.cal_max] = [low, high];
   page.viewer.updateGLVolume();
+  showWindow();
+}
+
+function showWindow() {
+  // Level and width as they are, and the preset that they belong to.
+  const { cal_min: low, cal_max: high } = page.viewer.volumes[0];
+  [$("level").value, $("width").value] = [Math.round((low + high) / 2), Math.round(high - low)];
+  const preset = Object.entries(page.model.windows).find(([, levels]) => levels[0] === low && levels[1] === high);
+  $("window").value = preset ? preset[0] : "";
 }
 
 // --- the position
@@ -126,104 +153,18 @@ function preset(event) {
   return true;
 }
 
-// --- the masks
-
-async function drawMasks() {
-  // All masks of the study, as the server has them now.
-  const base = `api/studies/${page.study.study}`;
-  const { masks } = await call("GET", `${base}/results`);
-  const shown = new Map([...page.masks].map(([name, mask]) => [name, mask.shown]));
-  page.masks = new Map(
-    Object.entries(masks).map(([name, told]) => {
-      return [name, { told, shown: shown.get(name) ?? true, url: `${base}/masks/${encodeURIComponent(told.file)}` }];
-    }),
-  );
-  listMasks();
-  const answer = await fetch(`${base}/labels.nii`);
-  if (!answer.ok) throw new Error("The masks did not arrive.");
-  const viewer = page.viewer;
-  if (!viewer.drawBitmap) viewer.createEmptyDrawing();
-  viewer.drawBitmap = labelsOf(await answer.arrayBuffer(), viewer.volumes[0]);
-  viewer.refreshDrawing(false);
-  paintMasks();
-}
-
-function labelsOf(file, scan) {
-  // The voxels of an uncompressed NIfTI on the scan's grid as bytes in the viewer's order. NiiVue's own reading of a
-  // drawing looks for percentiles and keeps a copy to undo, which takes longer than everything here.
-  const header = new DataView(file);
-  const [start, bits] = [header.getFloat32(108, true), header.getInt16(72, true)];
-  const stored = bits === 8 ? new Uint8Array(file, start) : Uint8Array.from(new Uint16Array(file.slice(start)), slot);
-  const [, width, height, depth] = scan.dimsRAS;
-  const [right, front, up] = scan.img2RASstep;
-  const first = scan.img2RASstart[0] + scan.img2RASstart[1] + scan.img2RASstart[2];
-  const labels = new Uint8Array(width * height * depth);
-  let index = 0;
-  for (let k = 0; k < depth; k++) {
-    for (let j = 0; j < height; j++) {
-      let at = first + k * up + j * front;
-      for (let i = 0; i < width; i++, at += right) labels[index++] = stored[at];
-    }
-  }
-  return labels;
-}
-
-const slot = (number) => (number ? ((number - 1) % 255) + 1 : 0);
-
-function paintMasks() {
-  // Colours, opacity and outlines, without touching the voxels.
-  const viewer = page.viewer;
-  const lut = new Uint8ClampedArray(256 * 4);
-  for (const { told, shown } of page.masks.values()) {
-    const rgb = [1, 3, 5].map((start) => parseInt(told.colour.slice(start, start + 2), 16));
-    lut.set([...rgb, shown ? 255 : 0], 4 * slot(told.number));
-  }
-  viewer.drawLut = { lut, labels: Array.from({ length: 256 }, () => "") };
-  const opacity = Number($("opacity").value);
-  const outlines = $("outlines").checked;
-  viewer.drawRimOpacity = outlines ? opacity : -1;
-  viewer.drawOpacity = outlines ? Math.min(opacity, 0.01) : opacity; // at 0 the rim would not be drawn either
-  viewer.refreshColormaps();
-  viewer.drawScene();
-}
-
-function listMasks() {
-  const rows = [...page.masks].map(([name, mask]) => {
-    const row = make("li");
-    const box = make("input", undefined, { type: "checkbox", "aria-label": `show ${name}` });
-    box.checked = mask.shown;
-    box.addEventListener("change", () => {
-      mask.shown = box.checked;
-      paintMasks();
-    });
-    const size = mask.told.voxels ? `${mask.told.volume_ml.toFixed(1)} ml, ${Math.round(mask.told.mean_hu)} HU` : "nothing found";
-    const go = make("button", "Go to", { type: "button", "aria-label": `go to ${name}` });
-    go.disabled = !mask.told.voxels;
-    go.addEventListener("click", () => goTo(mask));
-    row.append(
-      box,
-      make("span", undefined, { class: "swatch", style: `background:${mask.told.colour}` }),
-      make("span", `${name}: ${size}`, { class: "grow" }),
-      go,
-      make("a", "NIfTI", { href: mask.url, download: mask.told.file, "aria-label": `download ${name} as NIfTI` }),
-    );
-    return row;
-  });
-  $("masks").replaceChildren(...rows);
-  $("seg-item").hidden = !(page.study.dicom && rows.length);
-}
-
-function goTo(mask) {
-  page.viewer.scene.crosshairPos = page.viewer.mm2frac(mask.told.place_mm);
-  page.viewer.drawScene();
-  showPosition();
-}
-
 function startViewer() {
+  for (const name of Object.keys(page.model.windows)) $("window").append(make("option", name, { value: name }));
+  $("window").append(make("option", "own", { value: "" }));
+  $("window").value = "soft tissue";
   $("view").addEventListener("change", setView);
   $("window").addEventListener("change", setWindow);
-  $("opacity").addEventListener("input", paintMasks);
-  $("outlines").addEventListener("change", paintMasks);
+  for (const id of ["level", "width"]) {
+    $(id).addEventListener("change", () => {
+      const [level, width] = [Number($("level").value), Number($("width").value)];
+      applyWindow(level - width / 2, level + width / 2);
+    });
+  }
   $("slice").addEventListener("input", () => goToSlice(Number($("slice").value) - 1));
   $("slice").addEventListener("keydown", preset);
 }
