@@ -20,8 +20,11 @@ from app.test_server import Running
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 from scans import asymmetric, dicom_series
+from typer.testing import CliRunner
 
-from ctinstruct_hf.data.prepared import import_jsonl, load_rows
+from ctinstruct_hf import Study, cli
+from ctinstruct_hf.data.importing import import_own
+from ctinstruct_hf.data.prepared import load_rows
 from ctinstruct_hf.phantoms import phantom_of
 
 pytestmark = needs_browser
@@ -117,7 +120,8 @@ def test_everything_is_corrected_and_taken_away_as_rows_to_train_on(
     (tmp_path / "taken").mkdir()
     with zipfile.ZipFile(io.BytesIO(downloaded(page, "#get-corrections"))) as packed:
         packed.extractall(tmp_path / "taken")
-    assert import_jsonl(tmp_path / "taken" / "corrections.jsonl", tmp_path / "data") == 3
+    summary = import_own(tmp_path / "taken" / "corrections.jsonl", tmp_path / "data")
+    assert summary["rows"] == {"instructions": {"train": 3}}
     rows = {row["task"]: row for row in load_rows(tmp_path / "data", "instructions", "train")}
     assert rows["report"]["messages"][1]["content"][0]["text"] == expected
     assert rows["diagnosis"]["labels"] == [{"name": name, "value": 1}]
@@ -126,6 +130,18 @@ def test_everything_is_corrected_and_taken_away_as_rows_to_train_on(
     stored = np.asarray(nib.load(mask["path"]).dataobj)
     assert stored.shape == nib.load(rows["segmentation"]["images"][0]["path"]).shape
     assert int(stored.sum()) == int(edited.sum())
+    # ten steps of tuning, and the tuned model answers
+    recipe = {
+        **{"output_dir": str(tmp_path / "run"), "cache": str(tmp_path / "cache"), "model": "bundled"},
+        **{"freeze": ["vision_tower", "bridger"], "mixture": [{"name": "mine", "dataset": str(tmp_path / "data")}]},
+        **{"max_steps": 10, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-3},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+    ended = CliRunner().invoke(cli.app, ["instruct", str(tmp_path / "mine.yaml")])
+    assert ended.exit_code == 0, ended.output
+    tuned = Study.open(tmp_path / "taken" / "scan.nii", str(tmp_path / "run" / "model"), device="cpu")
+    assert tuned.segment("liver").any()
+    assert tuned.report(max_new_tokens=8)
     # a reload finds all of it
     page.reload()
     expect(page.locator("#canvas[data-ready]")).to_be_visible(timeout=30_000)

@@ -86,12 +86,11 @@ class Engine:
 
     # files and studies
 
-    def open_upload(self, name: str, series: str | None = None, title: str | None = None) -> str:
+    def open_upload(self, name: str, series: str | None = None) -> str:
         """Read the files of an upload, one scan or the slices of one, and remove them.
 
         Args:
             series: which CT series, where there are several; see `read_volume`.
-            title: what the scan is called, a folder's name for example; as its file by default.
 
         Raises:
             KeyError: for an upload that is not there.
@@ -104,7 +103,7 @@ class Engine:
                     raise CTInstructError("No file has arrived.")
                 source = upload.source()
                 allowed = min(self.limits.volume_bytes, max(2**28, _MOST_RATIO * upload.bytes))
-                return self.open_source(source, name, title, series=series, max_bytes=allowed)
+                return self.open_source(source, name, upload.title, series=series, max_bytes=allowed)
             except Busy:
                 raise  # the files can be read later
             except CTInstructError as error:
@@ -123,7 +122,7 @@ class Engine:
 
         Args:
             upload: where its files come from; it ends, and the study takes over what DICOM SEG refers to.
-            title: see `open_upload`.
+            title: what the scan is called; as its file by default.
             reading: see `read_volume`.
 
         Raises:

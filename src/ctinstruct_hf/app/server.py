@@ -261,9 +261,9 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
         return {**describe_model(engine), "pacs": archive is not None}
 
     @app.post("/api/uploads", status_code=201)
-    async def new_upload() -> dict[str, str]:
-        """A place for the files of one study."""
-        return {"upload": await run_in_threadpool(engine.uploads.new)}
+    async def new_upload(title: str | None = None) -> dict[str, str]:
+        """A place for the files of one study; `title` is what it is called, its folder's name for example."""
+        return {"upload": await run_in_threadpool(engine.uploads.new, title)}
 
     @app.put("/api/uploads/{upload}", status_code=201)
     async def put_file(upload: str, request: Request, name: str | None = None) -> dict[str, Any]:
@@ -281,8 +281,7 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
     async def open_study(request: Request, name: str | None = None, series: str | None = None) -> dict[str, Any]:
         """Open a study: JSON {"upload": id}, {"sample": seed} or {"pacs": StudyInstanceUID of the archive}, a file as the
         body with its name in the address, or a form with files. `series`, in the JSON, the address or the form, chooses
-        where there are several CT series: without it the answer is 300 with `upload` and the list `series`. `title`, beside
-        `upload`, is what the scan is called."""
+        where there are several CT series: without it the answer is 300 with `upload` and the list `series`."""
         if name is not None or is_form(request.headers):
             upload = await run_in_threadpool(engine.uploads.new)
             try:
@@ -293,10 +292,8 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
             wanted: dict[str, Any] = {"upload": upload, "series": series or fields.get("series")}
         else:
             wanted = {"series": series, **await read_json(request, engine.limits.idle_upload)}
-            refuse_unknown(wanted, ["upload", "title", "sample", "series", *(["pacs"] if archive else [])])
-        chosen, title = wanted["series"], wanted.get("title")
-        if title is not None and not isinstance(title, str):
-            raise CTInstructError("title must be a text.")
+            refuse_unknown(wanted, ["upload", "sample", "series", *(["pacs"] if archive else [])])
+        chosen = wanted["series"]
         if chosen is not None and (not isinstance(chosen, str) or chosen == "all"):
             raise CTInstructError("series must be a text that names one series.")
         if "sample" in wanted:
@@ -304,7 +301,7 @@ def _add_studies(app: FastAPI, engine: Engine, archive: Archive | None) -> None:
         elif archive is not None and "pacs" in wanted:
             study = await opening(archive.open, wanted["pacs"], chosen)
         elif isinstance(wanted.get("upload"), str):
-            study = await opening(engine.open_upload, wanted["upload"], chosen, title)
+            study = await opening(engine.open_upload, wanted["upload"], chosen)
         else:
             raise CTInstructError(
                 "Give an upload or a sample, or a file with its name in the address: ?name=scan.nii.gz."

@@ -33,12 +33,14 @@ class Upload:
         bytes: received so far, files in transfer included.
         users: requests that write to it or read from it at the moment.
         idle: seconds after which it is removed when nobody uses it.
+        title: what its scan is called, beside the name of its file.
         reading: its scan is being read.
         dropped: removed meanwhile.
     """
 
     folder: Path
     idle: float
+    title: str | None = None
     files: list[str] = field(default_factory=list)
     bytes: int = 0
     users: int = 0
@@ -110,7 +112,7 @@ class Uploads:
         self.open: dict[str, Upload] = {}
         self.lock = threading.Lock()
 
-    def new(self) -> str:
+    def new(self, title: str | None = None) -> str:
         """The name of a new one; where there are too many, the slowest is removed.
 
         Raises:
@@ -130,7 +132,7 @@ class Uploads:
             name = secrets.token_urlsafe(16)
             folder = self.root / f"upload-{secrets.token_hex(8)}"
             folder.mkdir(mode=0o700)
-            self.open[name] = Upload(folder, self.limits.idle_upload)
+            self.open[name] = Upload(folder, self.limits.idle_upload, title)
         return name
 
     @contextmanager

@@ -68,7 +68,7 @@ function wordsFor({ tool, points, plane }) {
   return count ? `${mean.toFixed(0)} ± ${sd.toFixed(0)} HU, ${(2 * radius).toFixed(1)} mm across` : "no voxel";
 }
 
-function press2(event) {
+function addPoint(event) {
   const found = pointAt(event);
   if (!found || event.button) return;
   event.preventDefault();
@@ -84,7 +84,7 @@ function press2(event) {
   drawMeasurements();
 }
 
-function move(event) {
+function stretch(event) {
   hover(event);
   if (!begun) return;
   const found = pointAt(event);
@@ -140,8 +140,8 @@ function startMeasuring() {
     overlay.classList.toggle("active", $("tool").value !== "");
     drawMeasurements();
   });
-  overlay.addEventListener("pointerdown", press2);
-  overlay.addEventListener("pointermove", move);
+  overlay.addEventListener("pointerdown", addPoint);
+  overlay.addEventListener("pointermove", stretch);
   overlay.addEventListener("wheel", (event) => {
     event.preventDefault();
     const [, index] = slices();

@@ -31,7 +31,7 @@ async function openFiles(files, title) {
   const total = list.reduce((sum, file) => sum + file.size, 0);
   await opened(`Sending ${megabytes(total)} …`, async () => {
     if (total > page.model.upload_bytes) throw new Error("These files are larger than the server takes.");
-    const { upload } = await call("POST", "api/uploads");
+    const { upload } = await call("POST", folder ? `api/uploads?title=${encodeURIComponent(folder)}` : "api/uploads");
     const sent = list.map(() => 0);
     const waiting = list.map((file, index) => [file, index]);
     const next = async () => {
@@ -47,7 +47,7 @@ async function openFiles(files, title) {
       }
     };
     await Promise.all(Array.from({ length: SENDING }, next));
-    await openUpload(folder ? { upload, title: folder } : { upload });
+    await openUpload({ upload });
   });
 }
 
