@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const page = { model: null, study: null, upload: null, viewer: null, job: null, masks: new Map() };
+const page = { model: null, study: null, viewer: null, job: null, editing: null, masks: new Map(), labels: {} };
 
 async function call(method, path, body) {
   const options = { method };

@@ -29,7 +29,9 @@ async function follow(job, written) {
   try {
     state = await new Promise((done, fail) => {
       const events = new EventSource(`api/jobs/${job}/events`); // it goes on in a hidden tab
+      let broken = 0;
       events.addEventListener("message", (event) => {
+        broken = 0;
         const now = JSON.parse(event.data);
         step = now.ahead ? `${now.ahead} before this` : now.step;
         clock();
@@ -40,6 +42,10 @@ async function follow(job, written) {
       });
       events.addEventListener("error", () => {
         if (events.readyState === EventSource.CLOSED) fail(new Error("The server does not know this question any more."));
+        else if (++broken > 5) {
+          events.close();
+          fail(new Error("The server does not answer: is ctinstruct app still running?"));
+        }
       });
     });
   } finally {

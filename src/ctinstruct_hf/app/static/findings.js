@@ -29,7 +29,6 @@ async function compare() {
 }
 
 function showFindings({ findings, fitness }) {
-  page.findings = findings;
   if (fitness) $("fitness").textContent = `This scan is ${fitness.state === "unknown" ? "not compared: the model has no calibration" : fitness.state}. ${fitness.unusual.join("; ")}`;
   drawTable(findings);
 }
@@ -90,7 +89,7 @@ function verdict(name) {
   // What the reader says of a finding.
   const select = make("select", undefined, { "aria-label": `${name}, by the reader` });
   for (const [value, words] of [["", "–"], ["true", "present"], ["false", "absent"]]) select.append(make("option", words, { value }));
-  select.value = String((page.labels || {})[name] ?? "");
+  select.value = String(page.labels[name] ?? "");
   select.addEventListener("change", async () => {
     try {
       const labels = { [name]: select.value ? select.value === "true" : null };
