@@ -279,7 +279,7 @@ def pictures(
         window = "lung" if inside < -300 else "bone" if inside > 180 else "soft tissue"
         caption = f"{name}, where it is largest" + (f": slice {best + 1} of {depth} from the feet" if depth > 1 else "")
         if lines:
-            longest, across = (np.linalg.norm(np.subtract(*line) * volume.spacing[1:]) for line in lines)
+            longest, across = (np.linalg.norm(np.subtract(start, end) * volume.spacing[1:]) for start, end in lines)
             caption += f", {longest:.0f} x {across:.0f} mm"
         figures.append(_figure(volume, shown, 0, best, window, caption, anchor(name), name in rows, lines))
     return f'<div class="pictures">{"".join(figures)}</div>'
