@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,24 @@ def test_a_group_a_finding_with_its_numbers_codes_segment_and_slices(tmp_path: P
     assert side.CodeMeaning == "Right"
     scheme = report.CodingSchemeIdentificationSequence[0]
     assert (scheme.CodingSchemeDesignator, "rivate" in scheme.CodingSchemeName) == ("99CTINSTRUCT", True)
+
+
+def test_dcmqi_reads_the_groups_with_their_numbers_and_segments(tmp_path: Path) -> None:
+    reader = shutil.which("tid1500reader") or Path(sys.executable).with_name("tid1500reader")
+    if not Path(reader).exists():
+        pytest.skip("dcmqi is not installed: pip install dcmqi")
+    _, results = written(tmp_path)
+    command = [reader, "--inputDICOM", tmp_path / "sr" / "measurements.dcm", "--outputMetadata", tmp_path / "read.json"]
+    subprocess.run(command, check=True, capture_output=True)
+    read = json.loads((tmp_path / "read.json").read_text())
+    groups = {group["TrackingIdentifier"]: group for group in read["Measurements"]}
+    assert [group.get("ReferencedSegment") for group in groups.values()] == [1, 2, 3, 4, None, None]
+    assert list(groups)[:4] == list(results.masks)
+    items = {item["quantity"]["CodeMeaning"]: item for item in groups["lung nodule"]["measurementItems"]}
+    assert {name: (float(item["value"]), item["units"]["CodeValue"]) for name, item in items.items()} == numbers(
+        content(hd.sr.srread(tmp_path / "sr" / "measurements.dcm"), "Measurement Group")[1]
+    )
+    assert read["observerContext"]["DeviceObserverSerialNumber"] == "ab" * 32
 
 
 def test_a_table_of_findings_gives_size_probability_and_agreement_to_the_mask_of_that_name() -> None:
