@@ -147,6 +147,28 @@ def test_a_changed_file_or_setting_is_prepared_anew(tmp_path: Path) -> None:
     assert not torch.equal(PatchStore(other, tmp_path / "cache").image(image)["pixel_values"], after)
 
 
+def test_the_oldest_files_make_room_where_the_cache_has_a_limit(tmp_path: Path) -> None:
+    images = []
+    for number in range(6):
+        nifti(tmp_path / f"{number}.nii.gz", stored=100 * number)
+        images.append(ImageRef(str(tmp_path / f"{number}.nii.gz")))
+    processor = CTInstructImageProcessor(patch_size=PATCH)
+    PatchStore(processor, tmp_path / "one").image(images[0])
+    (one,) = (tmp_path / "one").rglob("*.safetensors")
+    limit = 3.5 * one.stat().st_size / 1e9
+    store = PatchStore(processor, tmp_path / "cache", limit)
+    for image in images:
+        prepared = store.image(image)
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors")) <= limit * 1e9
+    kept = {path.stem for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert kept == {store.key(image) for image in images[-3:]}
+    assert torch.equal(PatchStore(processor, tmp_path / "cache", limit).image(images[-1])["pixel_values"], prepared["pixel_values"])  # fmt: skip
+    again = PatchStore(processor, tmp_path / "cache", limit).image(images[0])["pixel_values"]
+    assert torch.equal(again, PatchStore(processor).image(images[0])["pixel_values"])
+    with pytest.raises(CTInstructError, match="cache_limit is 0: give a number of GB above 0"):
+        PatchStore(processor, tmp_path / "cache", 0)
+
+
 class Words:
     """A tokenizer in the smallest."""
 

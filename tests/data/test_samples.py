@@ -17,11 +17,12 @@ import pytest
 from datasets_on_disk import nifti, nnunet, totalsegmentator
 from typer.testing import CliRunner
 
-from ctinstruct_hf import CTInstructError
+from ctinstruct_hf import CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.data import templates
 from ctinstruct_hf.data.cases import Case, ImageRef, Label, MaskRef, Question
 from ctinstruct_hf.data.check import check
+from ctinstruct_hf.data.estimate import estimate
 from ctinstruct_hf.data.instructions import to_alignment, to_instructions
 from ctinstruct_hf.data.prepare import PrepareOptions, prepare
 from ctinstruct_hf.data.prepared import describe, export_jsonl, import_jsonl, iterate, load_rows, write_rows
@@ -34,6 +35,7 @@ from ctinstruct_hf.data.samples import (
     to_row,
     write_jsonl,
 )
+from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.phantoms.dataset import cases
 
 
@@ -213,6 +215,33 @@ def test_the_command_line_prepares_checks_and_exports(tmp_path: Path) -> None:
     assert "ct_rate" in run(app, ["data", "sources"]).output
     with pytest.raises(CTInstructError, match="finished data set"):
         prepare("totalsegmentator", tmp_path / "raw", tmp_path / "set")
+
+
+def test_size_and_time_are_estimated_from_a_few_cases_and_nothing_is_written(tmp_path: Path) -> None:
+    nnunet(tmp_path / "raw", 12)
+    (tmp_path / "raw" / "imagesTr" / "c11_0000.nii.gz").unlink()
+    processor = CTInstructImageProcessor(patch_size={"depth": 8, "height": 32, "width": 32})
+    found = estimate("nnunet", tmp_path / "raw", PrepareOptions(), 1, image_processor=processor)
+    assert (found.cases, found.unusable, found.tried, found.failed) == (11, 1, 5, 0)
+    whole = prepare("nnunet", tmp_path / "raw", tmp_path / "set", workers=1)
+    assert sum(whole["rows"]["alignment"].values()) == 11
+    store = PatchStore(processor, tmp_path / "cache")
+    for _, _, _, row in iterate(tmp_path / "set", ["alignment"]):
+        sample = from_row(row, "alignment")
+        store.image(sample.image)
+        store.mask(sample.image, next(mask for mask in sample.masks if mask.path))
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert found.cache_bytes == pytest.approx(size, rel=0.05)
+    assert found.seconds > 0 < found.cache_seconds
+    done = CliRunner().invoke(app, ["data", "prepare", "nnunet", "-i", str(tmp_path / "raw"), "-o", str(tmp_path / "no"), "--estimate", "--limit", "1"])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "1 cases, 1 tried; 1 more have no files or no labels" in done.output
+    assert "cache of patches, filled by the first epoch, at the paper's patch size: " in done.output
+    assert not (tmp_path / "no").exists()
+    for path in (tmp_path / "raw" / "imagesTr").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(CTInstructError, match="has no usable case of nnunet among 5 that were tried"):
+        estimate("nnunet", tmp_path / "raw", PrepareOptions())
 
 
 PREPARE = """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import CTInstructError
 from .shared import DryRunOption, show_steps
+
+if TYPE_CHECKING:
+    from ..data.prepare import PrepareOptions
 
 data_app = typer.Typer(help="Prepare, check, import and export training data.", no_args_is_help=True)
 
@@ -28,6 +31,9 @@ def prepare(
     check_volumes: Annotated[bool, typer.Option("--check-volumes", help="Read every image in full.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many cases.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say, from a few cases, how large it gets and how long it takes.")
+    ] = False,
 ) -> None:
     """Turn a downloaded data set into rows for both stages."""
     from rich.console import Console
@@ -37,6 +43,9 @@ def prepare(
     from ..data.prepare import prepare as run
 
     options = PrepareOptions(seed, segmentations, check_volumes)
+    if estimate:
+        _print_estimate(source, folder, options, workers, limit)
+        return
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(source, total=None)
 
@@ -47,6 +56,34 @@ def prepare(
     _print_rows(summary["rows"])
     if summary["problems"]:
         typer.echo(f"{summary['problems']} cases could not be used: see {output / 'problems.jsonl'}")
+
+
+def _print_estimate(source: str, folder: Path, options: PrepareOptions, workers: int | None, limit: int | None) -> None:
+    from rich.console import Console
+
+    from ..data.estimate import estimate
+
+    with Console(stderr=True).status("trying a few cases"):
+        found = estimate(source, folder, options, workers, limit)
+    typer.echo(
+        f"{found.cases} cases, {found.tried} tried"
+        + (f", {found.failed} of these cannot be used" if found.failed else "")
+        + (f"; {found.unusable} more have no files or no labels" if found.unusable else "")
+    )
+    typer.echo(f"rows: {_size(found.rows_bytes)}, {_duration(found.seconds)}")
+    typer.echo(
+        f"cache of patches, filled by the first epoch, at the paper's patch size: {_size(found.cache_bytes)}, "
+        f"{_duration(found.cache_seconds)}"
+    )
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.1f} s"
 
 
 @data_app.command()

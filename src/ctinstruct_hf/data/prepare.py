@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -120,11 +120,20 @@ def prepare(
     Raises:
         CTInstructError: for an unknown source, or a folder of another layout.
     """
+    return prepare_cases(source, found_in(source, folder), target, options, workers, limit, progress)
+
+
+def found_in(source: str, folder: Path) -> Iterator[Found]:
+    """What a source lists of a downloaded folder.
+
+    Raises:
+        CTInstructError: for an unknown source, and where there is no such folder.
+    """
     if source not in SOURCES:
         raise CTInstructError(f"There is no source '{source}': use one of {', '.join(SOURCES)}.")
     if source not in MADE and not folder.exists():
         raise CTInstructError(f"{folder} does not exist.")
-    return prepare_cases(source, SOURCES[source](folder), target, options, workers, limit, progress)
+    return SOURCES[source](folder)
 
 
 def prepare_cases(

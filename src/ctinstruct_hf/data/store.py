@@ -35,11 +35,22 @@ class PatchStore:
     Args:
         image_processor: how volumes become patches; part of every file's key.
         folder: where files are kept; None prepares every time.
+        limit: GB (10^9 bytes) that all files of the folder may take: where a new one passes them, the oldest are removed, down
+            to nine tenths. Several readers may pass it for a while by a sixteenth of what is free, each.
+
+    Raises:
+        CTInstructError: for a limit that is no positive number.
     """
 
-    def __init__(self, image_processor: CTInstructImageProcessor, folder: Path | str | None = None) -> None:
+    def __init__(
+        self, image_processor: CTInstructImageProcessor, folder: Path | str | None = None, limit: float | None = None
+    ) -> None:
+        if limit is not None and not limit > 0:
+            raise CTInstructError(f"cache_limit is {limit}: give a number of GB above 0, or none.")
         self.image_processor = image_processor
         self.folder = None if folder is None else Path(folder)
+        self.limit = limit
+        self._room = 0.0  # bytes that may be written before the folder is looked through
         settings = {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
         self._settings = json.dumps(settings, sort_keys=True, default=str)
         self._volumes: dict[str, CTVolume] = {}  # of the images that were read last
@@ -102,7 +113,38 @@ class PatchStore:
 
     def _read(self, key: str, prepare: Callable[[], Prepared]) -> Prepared:
         assert self.folder is not None
-        return read_or_make(place_of(self.folder, key), prepare)
+        path = place_of(self.folder, key)
+        new = not path.exists()
+        found = read_or_make(path, prepare)
+        if new:
+            self._make_room(path)
+        return found
+
+    def _make_room(self, written: Path) -> None:
+        """Keep the folder within its limit, once a file is there."""
+        if self.limit is None or self.folder is None:
+            return
+        self._room -= _stat(written)[1]
+        if self._room > 0:
+            return
+        files = {path: _stat(path) for path in self.folder.glob("*/*.safetensors")}
+        total, most = sum(size for _, size in files.values()), self.limit * 1e9
+        if total > most:
+            for path in sorted(set(files) - {written}, key=files.__getitem__):
+                path.unlink(missing_ok=True)  # who has it open reads on
+                total -= files[path][1]
+                if total <= 0.9 * most:
+                    break
+        self._room = (most - total) / 16
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """(time of writing, bytes) of a file; (0, 0) of one that another process has removed."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def _grid_of(volume: CTVolume) -> Prepared:
@@ -131,12 +173,16 @@ def place_of(folder: Path, key: str) -> Path:
 
 def read_or_make(path: Path, prepare: Callable[[], Prepared]) -> Prepared:
     """The tensors of a file, made where it is not there yet."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    while True:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        except FileNotFoundError:  # removed in between by a process whose cache is full
+            continue
 
 
 def _relabelled(labels: torch.Tensor, values: Iterable[int]) -> torch.Tensor:

@@ -78,7 +78,7 @@ def instruct(
         model, processor = build_model(settings, args.bf16)
     known = structure_names(base_of(model), processor)
     goes_on = settings.model is not None or base_of(model).config.structures is not None
-    store = PatchStore(processor.image_processor, settings.cache)
+    store = PatchStore(processor.image_processor, settings.cache, settings.cache_limit)
     with args.main_process_first(desc="data"):
         entries = [load_part(part, "instructions") for part in settings.mixture]
         held_out = [load_part(part, "instructions") for part in settings.evaluation_parts]

@@ -50,6 +50,7 @@ class InstructSettings:
         early_stopping_patience: evaluations without a better `metric_for_best_model` before training ends.
         augmentation: `true`, or a mapping: scans and masks are changed together, see `Augmentation`. Not in the paper.
         cache: folder of prepared patches, and of tokens.
+        cache_limit: GB that it may take; the oldest files make room.
         group_by_length: batches of texts of like length.
         padding_side, max_length: see `InstructionCollator`; `max_tokens` is its max_length.
         max_skipped: so many samples, or such a share of all rows, may be unreadable before training ends.
@@ -74,6 +75,7 @@ class InstructSettings:
     early_stopping_patience: int | None = None
     augmentation: dict[str, Any] | bool | None = None
     cache: str | None = None
+    cache_limit: float | None = None
     group_by_length: bool = False
     padding_side: str = "right"
     max_tokens: int = 4096

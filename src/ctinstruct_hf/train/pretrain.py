@@ -52,6 +52,7 @@ class PretrainSettings:
         mixture: parts {dataset, tasks, weight …}, see `data.parts`.
         evaluation: one such part, with `masks` (how many scans are segmented) and `pool` (of retrieval).
         cache: folder of prepared patches; none prepares them every time.
+        cache_limit: GB that it may take; the oldest files make room.
         batch_norm: `local`, `synchronised` over processes, or `frozen`.
         masks_per_image, absent_share: which structures a batch asks for, see `AlignmentCollator`.
         max_skipped: so many samples, or such a share of all rows, may be unreadable before training ends.
@@ -74,6 +75,7 @@ class PretrainSettings:
     mixture: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     cache: str | None = None
+    cache_limit: float | None = None
     masks_per_image: int = 6
     absent_share: float = 0.15
     max_text_length: int = 256
@@ -230,7 +232,7 @@ def pretrain(
             **settings.image_processor,
         }
     )
-    store = PatchStore(processor, settings.cache)
+    store = PatchStore(processor, settings.cache, settings.cache_limit)
     with args.main_process_first(desc="data"):  # the first makes what the others find
         entries = [load_part(part, "alignment") for part in settings.mixture]
         held_out = None if settings.evaluation is None else load_part(settings.evaluation_part, "alignment").rows

@@ -41,7 +41,7 @@ def preview(recipe: dict[str, Any], count: int, show: Callable[[str], None]) -> 
     """
     settings, args = parse_recipe({**recipe, "trainer": "transformers"}, InstructSettings)
     processor, names_masks = build_processor(settings)
-    store = PatchStore(processor.image_processor, settings.cache)
+    store = PatchStore(processor.image_processor, settings.cache, settings.cache_limit)
     mixture = Mixture([load_part(part, "instructions") for part in settings.mixture])
     augmentation = Augmentation.of(settings.augmentation) if settings.augmentation else None
     collator = InstructionCollator(
