@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -336,3 +337,13 @@ def test_nothing_is_sent_where_there_is_no_object(tmp_path: Path) -> None:
 
     with pytest.raises(CTInstructError, match="Nothing was sent"):
         send(result_files(tmp_path), parse_address("dicomweb+http://127.0.0.1/x"))
+
+
+def test_an_object_that_the_server_did_not_store_is_counted_with_the_reason(images: list[Path]) -> None:
+    failed = {"00081155": {"vr": "UI", "Value": ["1.2.3"]}, "00081197": {"vr": "US", "Value": [0x0110]}}
+    answer = json.dumps({"00081198": {"vr": "SQ", "Value": [failed]}}).encode()
+    with (
+        answering(answer, "application/dicom+json", 202) as (url, _),
+        pytest.raises(CTInstructError, match=r"did not store 1 of 2 objects \(reason 0110\)"),
+    ):
+        dicomweb.store(images, parse_address(f"dicomweb+{url}"))
