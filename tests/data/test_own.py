@@ -108,6 +108,16 @@ def test_masks_of_a_table_and_several_questions_about_a_scan(tmp_path: Path) -> 
     assert {one.task for one in instructions} == {"report", "segmentation", "diagnosis", "question"}
 
 
+def test_a_mask_that_another_row_names_is_not_known_to_be_absent(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        nifti(tmp_path / f"{name}.nii.gz")
+    nifti(tmp_path / "m.nii.gz", (1,))
+    rows = [{"path": "a.nii.gz", "masks": {"liver": "m.nii.gz"}}, {"path": "b.nii.gz", "masks": {"spleen": "m.nii.gz", "cyst": ""}}]  # fmt: skip
+    Dataset.from_list(rows).to_parquet(tmp_path / "mine.parquet")  # which writes null for what a row lacks
+    alignment, _, _ = imported(tmp_path / "mine.parquet", tmp_path / "set")
+    assert [[mask.name for mask in sample.masks] for sample in alignment] == [["liver"], ["spleen", "cyst"]]
+
+
 def asked(question: Any, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -322,7 +332,7 @@ def test_a_mask_of_no_scan_is_listed_and_values_without_names_are_refused(tmp_pa
 
 
 def without(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return path
 
 
@@ -340,6 +350,7 @@ def without(path: Path, text: str) -> Path:
     ("a.jsonl", '{"path": "a.nii.gz", "masks": [1]}\n', "a.jsonl, line 1 has masks that are not"),
     ("a.parquet", "none", "a.parquet cannot be read as Parquet"),
     ("a.txt", "none", "a.txt"),
+    ("a.csv", "path,report\na.nii.gz,\udce4rztin\n", "a.csv cannot be read as a table in UTF-8"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(tmp_path: Path, name: str, text: str, told: str) -> None:
     nifti(tmp_path / "a.nii.gz")
@@ -370,6 +381,8 @@ def test_the_command_line_imports_and_what_it_exports_comes_in_again(tmp_path: P
     done = run(app, ["data", "import", "-i", str(tmp_path / "mine"), "-o", str(tmp_path / "set")])
     assert done.exit_code == 0, done.output
     assert "alignment: train 2" in done.output
+    twice = run(app, ["data", "import", "-i", str(tmp_path / "set"), "-o", str(tmp_path / "no")])
+    assert "is a prepared data set already" in str(twice.exception or twice.output)
     rows = export_jsonl(tmp_path / "set", tmp_path / "out.jsonl")
     again = run(app, ["data", "import", "-i", str(tmp_path / "out.jsonl"), "-o", str(tmp_path / "again"), "--root", str(tmp_path)])  # fmt: skip
     assert f"{rows} rows in" in again.output

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CTInstructError
 from .prepare import prepare_cases
 from .prepared import import_jsonl
+from .samples import KINDS
 from .sources.own import cases
 
 
@@ -37,6 +38,8 @@ def import_own(
     """
     if not path.exists():
         raise CTInstructError(f"{path} does not exist.")
+    if path.is_dir() and (path / "dataset.json").is_file() and any((path / name).is_dir() for name in KINDS):
+        raise CTInstructError(f"{path} is a prepared data set already: use it as it is.")
     if _holds_samples(path):
         import_jsonl(path, target, kind, root)
         rows = json.loads((target / "dataset.json").read_text(encoding="utf-8"))["rows"]
@@ -51,7 +54,7 @@ def _holds_samples(path: Path) -> bool:
     """Whether a file is JSONL of `samples.KINDS`, which name their source in every row."""
     if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".json") or not path.is_file():
         return False
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), "")
     try:
         row = json.loads(first)

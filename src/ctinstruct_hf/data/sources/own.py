@@ -238,10 +238,16 @@ def _given_labels(given: Any, where: str) -> list[tuple[str, int]]:
 
 
 def _given_masks(given: Any, where: str) -> list[dict[str, Any]]:
-    """Masks as {name: file}, {name: {path, values}} or a list of {name, path, values}; no file: known to be absent."""
+    """Masks as {name: file}, {name: {path, values}} or a list of {name, path, values}. "" for a file says that the structure is
+    known to be absent; null says nothing, as where a set of `datasets` has the name in another row.
+    """
     found = _unpacked(given, where, "masks")
     if isinstance(found, dict):
-        found = [{"name": name, **(one if isinstance(one, dict) else {"path": one})} for name, one in found.items()]
+        found = [
+            {"name": name, **(one if isinstance(one, dict) else {"path": one})}
+            for name, one in found.items()
+            if one is not None
+        ]
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(one, dict) and one.get("name") for one in found):

@@ -27,6 +27,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         CTInstructError: for a file of another kind, and for a line that is broken, with its number.
     """
+    try:
+        yield from _rows_of(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CTInstructError(f"{path.name} cannot be read as a table in UTF-8: {first_line(error)}.") from error
+
+
+def _rows_of(path: Path) -> Iterator[tuple[str, Row]]:
     ending = path.suffix.lower()
     if path.is_dir():
         yield from _of_folder(path)
