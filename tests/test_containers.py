@@ -109,9 +109,9 @@ def test_values_and_lists_of_the_file_are_those_of_the_command_line(tmp_path: Pa
     predict = command.commands["predict"]
     file = tmp_path / "options.yaml"
     file.write_text(
-        "predict: {input: [a, b], output: c, segment: [liver, heart], report: true, output_type: nrrd, ask: Is it}"
+        "predict: {input: [a, b], output: c, segment: [liver, heart], report: true, output_type: nrrd, ask: }"
     )
-    given = ["-i", "a", "-i", "b", "-o", "c", "--segment", "liver,heart", "--report", "-ot", "nrrd", "--ask", "Is it"]
+    given = ["-i", "a", "-i", "b", "-o", "c", "--segment", "liver,heart", "--report", "-ot", "nrrd"]
     read = read_configuration(file, command)["predict"]
     found = predict.make_context("predict", [], default_map=read).params
     assert found == predict.make_context("predict", given).params

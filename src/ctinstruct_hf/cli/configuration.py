@@ -41,7 +41,7 @@ def _defaults(file: str, verb: str, found: Any, command: Any) -> dict[str, Any]:
     for name, value in named.items():
         if isinstance(value, dict):
             raise CTInstructError(f"{file}: {verb} has {name}: expected a value or a list of values.")
-    return {options[name].name: _value(options[name], value) for name, value in named.items()}
+    return {options[name].name: _value(options[name], value) for name, value in named.items() if value is not None}
 
 
 def _value(option: Any, value: Any) -> Any:
