@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -145,6 +146,31 @@ def test_a_changed_file_or_setting_is_prepared_anew(tmp_path: Path) -> None:
     assert not torch.equal(before, after)
     other = CTInstructImageProcessor(patch_size=PATCH, hu_window=(-160, 240))
     assert not torch.equal(PatchStore(other, tmp_path / "cache").image(image)["pixel_values"], after)
+
+
+def test_all_label_files_of_an_image_share_one_map_in_the_cache(tmp_path: Path) -> None:
+    nifti(tmp_path / "scan.nii.gz")
+    rng = np.random.default_rng(3)
+    masks = [MaskRef(f"m{number}", str(tmp_path / f"m{number}.nii.gz")) for number in range(9)]
+    for number, mask in enumerate(masks):  # overlapping; the last has so many labels that a map cannot tell all apart
+        labels = rng.integers(0, 2 if number < 8 else 128, (12, 10, 4)).astype(np.uint8)
+        labels[6:] = 0 if number < 8 else labels[6:]
+        if 1 < number < 8:
+            labels[number - 1 :] = 0
+        nib.save(nib.Nifti1Image(labels, np.diag([1.0, 1.0, 2.0, 1.0])), mask.path)
+    masks += [MaskRef("some", masks[8].path, [3, 77]), MaskRef("gone")]
+    image = ImageRef(str(tmp_path / "scan.nii.gz"))
+    processor = CTInstructImageProcessor(patch_size=PATCH)
+    plain = [PatchStore(processor).mask(image, mask) for mask in masks]
+    for order in (range(11), reversed(range(11)), [3, 8, 10]):
+        stores = [PatchStore(processor, tmp_path / "cache"), PatchStore(processor, tmp_path / "cache")]  # two processes
+        for number in order:
+            assert torch.equal(stores[number % 2].mask(image, masks[number]), plain[number])
+    assert (
+        len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
+    )  # patches, a map, the file that it has no room for
+    nib.save(nib.Nifti1Image(np.ones((12, 10, 4), np.uint8), np.diag([1.0, 1.0, 2.0, 1.0])), masks[0].path)
+    assert (PatchStore(processor, tmp_path / "cache").mask(image, masks[0]) != 0).all()
 
 
 def test_the_oldest_files_make_room_where_the_cache_has_a_limit(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..files import whole_file
 from ..processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ..processing.volume import CTVolume, VolumeSource
 from .cases import ImageRef, MaskRef
+from .label_maps import has_labels, labels_in, with_labels
 from .reading import open_labels, open_volume
 
 Prepared = dict[str, torch.Tensor]
@@ -67,12 +68,30 @@ class PatchStore:
         return _relabelled(labels, (mask.values or range(1, 128)) if mask.path else ())
 
     def _labels(self, image: ImageRef, path: str) -> torch.Tensor:
+        """A label file on the image's canvas: int8 [D, H, W], −1 = padding. On disk all label files of an image share one map."""
+
         def prepare() -> Prepared:
             volume = self._geometry(image)
             labels = open_labels(path, volume) if path else np.zeros(volume.shape, np.int16)
             return {"labels": self.image_processor.labels_to_canvas(labels, volume)}
 
-        return self._entry(self.key(image, path or "none"), prepare)["labels"]
+        alone = self.key(image, path or "none")
+        if self.folder is None:
+            return self._entry(alone, prepare)["labels"]
+        key = self.key(image, "label map")
+        place = place_of(self.folder, key)
+        shared = self._last.pop(key, None)
+        if (shared is None or not has_labels(shared, alone)) and place.exists():  # another process may have added it
+            shared = read_or_make(place, prepare)
+        if shared is None or not has_labels(shared, alone):
+            added = with_labels(shared, prepare()["labels"], alone)
+            if added is None:  # more than a map can tell apart
+                return self._entry(alone, prepare)["labels"]
+            shared = added
+            write_prepared(place, shared)
+            self._make_room(place)
+        self._keep(key, shared)
+        return labels_in(shared, alone)
 
     def _geometry(self, image: ImageRef) -> CTVolume:
         """A volume without its HU, where labels are put on the canvas by its grid alone: its scan is opened once."""
@@ -108,8 +127,11 @@ class PatchStore:
         kept = self._last.pop(key, None)
         if kept is None:
             kept = self._read(key, prepare) if self.folder is not None else prepare()
-        self._last = {**dict(list(self._last.items())[-3:]), key: kept}
+        self._keep(key, kept)
         return kept
+
+    def _keep(self, key: str, kept: Prepared) -> None:
+        self._last = {**dict(list(self._last.items())[-3:]), key: kept}
 
     def _read(self, key: str, prepare: Callable[[], Prepared]) -> Prepared:
         assert self.folder is not None
@@ -175,14 +197,19 @@ def read_or_make(path: Path, prepare: Callable[[], Prepared]) -> Prepared:
     """The tensors of a file, made where it is not there yet."""
     while True:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in prepare().items()}, temporary)
+            write_prepared(path, prepare())
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         except FileNotFoundError:  # removed in between by a process whose cache is full
             continue
+
+
+def write_prepared(path: Path, tensors: Prepared) -> None:
+    """A file of tensors, whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def _relabelled(labels: torch.Tensor, values: Iterable[int]) -> torch.Tensor:
