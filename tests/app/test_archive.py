@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app.test_page import BROWSER_OPTIONS, CHROMIUM
+from app.pages import BROWSER_OPTIONS, CHROMIUM
 from app.test_server import Running
 from orthanc import MISSING, Orthanc, free_port, is_installed
 from scans import asymmetric, dicom_series

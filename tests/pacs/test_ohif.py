@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app.test_page import BROWSER_OPTIONS, CHROMIUM
+from app.pages import BROWSER_OPTIONS, CHROMIUM
 from orthanc import MISSING, Orthanc, is_installed
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
