@@ -70,8 +70,8 @@ _USES = {
     ),
     "Qwen2-VL": (
         "a plain Qwen2-VL, which knows no CT",
-        "train stage two with ctinstruct instruct instruct-paper, or bring the authors' weights, which go on from it, into this "
-        "format with ctinstruct convert released",
+        "its text part can be the language model of stage two: ctinstruct instruct --set language_model={folder} --vision STAGE_ONE; "
+        "or bring the authors' weights, which go on from it, into this format with ctinstruct convert released",
     ),
     "adapter": (
         "an adapter of {detail}, not a whole model",
@@ -280,11 +280,15 @@ def identify(folder: Path) -> tuple[str, str]:
         return "release", ""
     if model_type is None:
         return "other", "nameless (its config.json has no model_type)"
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     if model_type == "qwen2_vl":
         return "Qwen2-VL", ""
-    writes = isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    writes = isinstance(model_type, str) and model_type in known
     return "language model" if writes else "other", str(model_type)[:40]
 
 

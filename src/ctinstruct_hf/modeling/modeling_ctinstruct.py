@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .answers_ctinstruct import SPECIAL_TOKENS
 from .configuration_ctinstruct import CTInstructConfig, CTInstructError, CTInstructSegmentationConfig
 from .generation_ctinstruct import CACHE_NAME, CTInstructGenerationMixin, with_names_of_generate
+from .language_model_ctinstruct import language_parts, load_language_model
 from .losses_ctinstruct import label_loss, masks_loss
 from .positions_ctinstruct import TokenPositions, to_token_order
 from .quantization_ctinstruct import QuantizesItsLanguageModel
@@ -273,16 +274,17 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
         Args:
             vision: a stage-one model or its folder (tower and segmentation decoder are taken), or a
                 `CTInstructVisionModel` or its folder (the decoder starts fresh).
-            language_model: any causal language model of Transformers, or its folder or name.
+            language_model: any causal language model of Transformers, or a vision-language model, of which the text part is
+                taken; or its folder or name.
             tokenizer: its tokenizer. Missing special tokens are added to it, and the embeddings grow to hold them.
                 Without it the token ids must be given in `overrides`.
             overrides: fields of `CTInstructConfig`.
 
         Raises:
-            ValueError: where token ids lie outside the language model's vocabulary.
+            ValueError: where token ids lie outside the language model's vocabulary, or its text part is no causal model.
         """
         if isinstance(language_model, str):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model, use_safetensors=True)
+            language_model = load_language_model(language_model)
         if isinstance(vision, str):
             known = AutoConfig.from_pretrained(vision).model_type
             loader = AutoModel if known == "ctinstruct_vision" else AutoModelForPreTraining
@@ -296,6 +298,7 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
             overrides = {**ids, **overrides}
             if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
                 language_model.resize_token_embeddings(len(tokenizer))
+        words = language_parts(language_model)
         segmentation = (
             decoder.config
             if decoder is not None
@@ -304,10 +307,11 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
         config = CTInstructConfig(
             vision_config=tower.config,
             segmentation_config=overrides.pop("segmentation_config", segmentation),
-            text_config=language_model.config.get_text_config(decoder=True),
+            text_config=words.config,
+            tie_word_embeddings=words.config.tie_word_embeddings,
             **overrides,
         )
-        vocabulary = language_model.get_input_embeddings().num_embeddings
+        vocabulary = words.head.out_features
         outside = [name for name in SPECIAL_TOKENS if getattr(config, name) >= vocabulary]
         if outside:
             raise CTInstructError(
@@ -316,15 +320,15 @@ class CTInstructForConditionalGeneration(CTInstructPreTrainedModel, CTInstructGe
         with torch.device("meta"):  # nothing of the parts' size is made twice
             model = cls(config)
         model.model.vision_tower = tower
-        model.model.language_model = language_model.base_model
-        model.lm_head = language_model.get_output_embeddings()
+        model.model.language_model = words.body
+        model.lm_head = words.head
         fresh = [model.model.bridger, model.segmentation_query, model.disease_head]
         if decoder is not None:
             model.segmentation_decoder = decoder
         else:
             fresh.append(model.segmentation_decoder)
         for module in fresh:
-            module.to_empty(device=language_model.device).to(language_model.dtype)
+            module.to_empty(device=words.body.device).to(words.body.dtype)
             module.apply(model._init_weights)
         model.tie_weights()
         return model.eval()

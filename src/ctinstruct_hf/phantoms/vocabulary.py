@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -54,8 +55,8 @@ def corpus(count: int = 3000) -> Iterator[str]:
         yield templates.weigh_choices(FINDINGS, [value == 1 for value in labels.values()], [])
 
 
-def train_tokenizer(vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
-    """The tokenizer of the `tiny` preset; the same every time."""
+@functools.cache
+def _trained(vocabulary_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -69,8 +70,13 @@ def train_tokenizer(vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return tokenizer
+
+
+def train_tokenizer(vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
+    """The tokenizer of the `tiny` preset; the same every time."""
+    return PreTrainedTokenizerFast(  # it copies
+        tokenizer_object=_trained(vocabulary_size),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],

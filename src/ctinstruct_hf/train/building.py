@@ -18,6 +18,8 @@ from .instruct_settings import PARTS, InstructSettings
 from .language_models import load_language_model, load_tokenizer
 from .trainer import base_of
 
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each turn in the processor's chat template
+
 
 def build_model(settings: InstructSettings, bf16: bool = False) -> tuple[Any, CTInstructProcessor]:
     """The model of a recipe and its processor; frozen parts are frozen, adapters are on.
@@ -39,15 +41,16 @@ def build_model(settings: InstructSettings, bf16: bool = False) -> tuple[Any, CT
         folder = resolve_model(settings.model).folder
         check_weights(folder)
         model = read_network(folder, **loading)
+        added: list[str] = []
     else:
-        model, processor = _from_parts(settings, loading)
+        model, processor, added = _from_parts(settings, loading)
     set_batch_norm(model, settings.batch_norm)
     for name in settings.freeze:
         set_batch_norm(model.get_submodule(PARTS[name]).requires_grad_(False), "frozen")
     if "language_model" in settings.freeze:
         model.lm_head.requires_grad_(False)  # its own weight, where it is not tied to the embeddings
     if settings.lora is not None:
-        model = _with_adapters(model, processor, settings)
+        model = _with_adapters(model, processor, settings, added)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kept = loading["dtype"] != torch.float32 and ("language_model." in name or "lm_head." in name)
         if tensor.is_floating_point() and (tensor.requires_grad or not kept):
@@ -64,21 +67,23 @@ def build_processor(settings: InstructSettings) -> tuple[CTInstructProcessor, bo
     if settings.model is not None:
         folder = resolve_model(settings.model).folder
         return load_processor(settings.model, None), CTInstructConfig.from_pretrained(folder).names_masks
-    return _processor_of(settings, load_tokenizer(settings.language_model)), bool(
-        settings.config.get("names_masks", False)
-    )
+    processor, _ = _processor_of(settings, load_tokenizer(settings.language_model))
+    return processor, bool(settings.config.get("names_masks", False))
 
 
-def _processor_of(settings: InstructSettings, tokenizer: Any) -> CTInstructProcessor:
-    missing = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
+def _processor_of(settings: InstructSettings, tokenizer: Any) -> tuple[CTInstructProcessor, list[str]]:
+    """The processor around a language model's tokenizer, and the tokens that the tokenizer lacked."""
+    missing = [token for token in (*SPECIAL_TOKENS.values(), *TURN_TOKENS) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or TURN_TOKENS[1]
+    tokenizer.eos_token = TURN_TOKENS[1]  # what answers end with; trainers write it into the model
     if getattr(tokenizer, "chat_template", None) is not None:
         tokenizer.chat_template = None  # the processor's own writes images
     try:
         image_processor = CTInstructImageProcessor.from_pretrained(str(settings.vision))
     except (OSError, ValueError, TypeError) as error:
         raise CTInstructError(f"vision: {settings.vision} has no image processor: {first_line(error)}") from error
-    return CTInstructProcessor(image_processor, tokenizer, disease_lists=_disease_lists(settings))
+    return CTInstructProcessor(image_processor, tokenizer, disease_lists=_disease_lists(settings)), missing
 
 
 def _disease_lists(settings: InstructSettings) -> dict[str, list[str]]:
@@ -86,10 +91,10 @@ def _disease_lists(settings: InstructSettings) -> dict[str, list[str]]:
     return dict(sorted({**known, **settings.disease_lists}.items()))
 
 
-def _from_parts(settings: InstructSettings, loading: dict[str, Any]) -> tuple[Any, CTInstructProcessor]:
+def _from_parts(settings: InstructSettings, loading: dict[str, Any]) -> tuple[Any, CTInstructProcessor, list[str]]:
     assert settings.vision is not None
     language_model, tokenizer = load_language_model(settings.language_model, **loading)
-    processor = _processor_of(settings, tokenizer)
+    processor, added = _processor_of(settings, tokenizer)
     try:
         model = CTInstructForConditionalGeneration.from_parts(
             settings.vision, language_model, tokenizer, disease_lists=_disease_lists(settings), **settings.config
@@ -98,23 +103,19 @@ def _from_parts(settings: InstructSettings, loading: dict[str, Any]) -> tuple[An
         raise
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CTInstructError(f"The parts of the recipe do not fit: {first_line(error)}") from error
-    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    known = ends is not None and ends != tokenizer.unk_token_id
-    model.generation_config.eos_token_id = ends if known else tokenizer.eos_token_id
-    model.generation_config.pad_token_id = (
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    )
-    return model, processor
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, processor, added
 
 
-def _with_adapters(model: Any, processor: CTInstructProcessor, settings: InstructSettings) -> Any:
+def _with_adapters(model: Any, processor: CTInstructProcessor, settings: InstructSettings, added: list[str]) -> Any:
     """LoRA on the language model. Bridger and heads start fresh and are trained whole, and so are the rows of the new
     tokens in the embeddings and, where it is not tied to them, in the head: adapters do not reach them, and what is not trained
     stays noise."""
     from peft import LoraConfig, get_peft_model
 
     tied = model.config.get_text_config().tie_word_embeddings
-    new = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()]
+    new = processor.tokenizer.convert_tokens_to_ids(list(dict.fromkeys([*SPECIAL_TOKENS.values(), *added])))
     whole = [place for name, place in PARTS.items() if name not in ("language_model", *settings.freeze)]
     targets = settings.lora.get("target_modules", ["q_proj", "v_proj"])  # type: ignore[union-attr]
     if not isinstance(targets, str):

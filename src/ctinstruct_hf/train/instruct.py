@@ -102,10 +102,6 @@ def instruct(
         trainer: Any = sft_trainer(model, args, mixture, collator, entries, eval_dataset=looked_at)
     else:
         trainer = InstructionTrainer(model, args, mixture, collator, eval_dataset=looked_at)
-    if settings.lora is not None and trainer.is_fsdp_enabled:
-        raise CTInstructError(
-            "lora does not go with FSDP, which shards the embeddings of an adapted model twice: use DDP."
-        )
     trainer.learning_rates = check_rates(settings.learning_rates, base_of(model))
     trainer.add_callback(LossSchedule(small.positive_voxels, {}))
     trainer.add_callback(Outlook(tell))

