@@ -31,10 +31,11 @@ def launch(recipe: dict[str, Any], folder: Path, sharded: bool) -> None:
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *several, __file__, str(folder / "recipe.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("sharded: True" in done.stdout) == sharded
+    assert "trained: {torch.float32}" in done.stdout, done.stdout[-3000:]
 
 
 def train_both_ways(recipe: dict[str, Any], folder: Path, check: Callable[[Path, Path], None]) -> None:
@@ -76,6 +77,9 @@ def _tell_of_shards() -> None:
 
         shards = [weight for weight in trainer.model.parameters() if isinstance(weight, DTensor)]
         held = sum(weight.to_local().numel() for weight in shards)
+        groups = [group["params"] for group in trainer.optimizer.param_groups]
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        print("trained:", {weight.dtype for group in [*groups, trained] for weight in group}, flush=True)
         print("sharded:", bool(shards) and held < 0.6 * sum(weight.numel() for weight in shards), flush=True)
         return whole_model(trainer, everywhere)
 

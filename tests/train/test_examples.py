@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ctinstruct_hf import Study
 from ctinstruct_hf.inference.folders import BUNDLED_MODEL
+from ctinstruct_hf.train.policy import findings_f1
 
 QUICK: dict[str, Any] = {"use_cpu": True, "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1, "disable_tqdm": True, "seed": 0,
                          "save_strategy": "no"}  # fmt: skip
@@ -104,3 +105,22 @@ def test_dpo_prefers_the_better_answer(small_scan: Path, tmp_path: Path) -> None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=0.01)
     assert losses[-1] < losses[0]
+
+
+def test_grpo_writes_reports_and_rewards_what_they_find(small_scan: Path, tmp_path: Path) -> None:
+    rows = written(tmp_path / "rows.jsonl", [{"images": [str(small_scan)], "report": "Pleural effusion is seen."}] * 2)
+    settings = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 8, "max_steps": 2}
+    trainer = example("grpo").train(rows, str(tmp_path / "out"), **{**QUICK, **settings})
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert len(rewards) == 2
+    assert all(0 <= reward <= 1 for reward in rewards)
+    assert len(trainer.processing_class.scans.features) == 1  # encoded once
+    assert Study.open(str(small_scan), model=str(tmp_path / "out")).report(max_new_tokens=4) is not None
+
+
+def test_the_reward_is_f1_of_the_findings_that_both_reports_name() -> None:
+    truth = "There is a pleural effusion. Emphysema is seen. No lung nodule."
+    answers = ["Pleural effusion and emphysema are present.", "There is a pleural effusion.", "Cardiomegaly is seen.", "A pleural effusion and cardiomegaly."]  # fmt: skip
+    assert findings_f1(answers, [truth] * 4) == pytest.approx([1, 2 / 3, 0, 0.5])
+    spoken = [[{"role": "assistant", "content": "The lungs are clear."}]]
+    assert findings_f1(spoken, ["No abnormality was found."]) == [1.0]

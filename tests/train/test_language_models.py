@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsdp_on_cpu
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +18,8 @@ from ctinstruct_hf.train.building import build_model
 from ctinstruct_hf.train.instruct import InstructSettings, instruct
 from ctinstruct_hf.train.language_models import load_language_model
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe
-from tests.train.test_instruct import cache, recipe, stage_one  # noqa: F401
+from tests.train.test_instruct import cache, check_equal, recipe, stage_one  # noqa: F401
+from tests.train.test_pretrain import losses
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -84,6 +86,7 @@ def test_the_text_part_of_a_vision_language_model_speaks_alone(
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(input_ids=ids).logits[..., : asked.logits.shape[-1]], asked.logits)
     assert model.config.tie_word_embeddings == FAMILIES[name][3] == (model.lm_head.weight is model.get_input_embeddings().weight)  # fmt: skip
+    assert model._no_split_modules <= {type(part).__name__ for part in model.modules()}
     assert model.config.uses_three_axis_rope == name.startswith("Qwen")
     model.save_pretrained(tmp_path / "model")
     again = CTInstructForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -172,3 +175,41 @@ def test_what_is_no_causal_model_is_refused_before_the_first_step(
 def test_both_recipes_of_the_paper_begin_with_the_language_model_that_it_names() -> None:
     for name in ("paper", "paper-lora-1gpu"):
         assert read_recipe(name, [], INSTRUCT)["language_model"] == "Qwen/Qwen2-VL-7B-Instruct"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Llava"])
+def test_adapters_train_under_fsdp_as_under_ddp_save_and_resume(
+    name: str, recipe: dict[str, Any], families: Any, tmp_path: Path
+) -> None:
+    """Each process holds half of the weights, of adapters and of new tokens' rows among them, with a tied head and one of its own."""
+    recipe |= {
+        "optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.01, "max_grad_norm": 0.0, "max_steps": 2,
+        "save_steps": 1, "lr_scheduler_type": "constant", "freeze": ["vision_tower"], "lora": {"r": 4, "lora_dropout": 0.0},
+        "language_model": str(families(name)),
+    }  # fmt: skip
+
+    def check(ddp: Path, fsdp: Path) -> None:
+        check_equal(ddp, fsdp)
+        for one, two in zip(losses(ddp), losses(fsdp), strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
+
+    fsdp_on_cpu.train_both_ways(recipe, tmp_path, check)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_what_two_processes_train_is_float32_where_bfloat16_computes(
+    sharded: bool, lora: dict[str, Any] | None, recipe: dict[str, Any], families: Any, tmp_path: Path
+) -> None:
+    """The language model's file holds bfloat16; `fsdp_on_cpu.launch` looks at the dtypes that the trainer has prepared. The best
+    checkpoint is loaded at the end, as the recipe of the paper has it."""
+    recipe |= {"language_model": str(families("Qwen2-VL")), "lora": lora, "bf16": True, "max_steps": 1, "save_steps": 1}
+    recipe |= {
+        "evaluation": {"phantoms": {"kind": "slice", "seeds": [50, 51]}, "batches": 2}, "eval_strategy": "steps",
+        "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False,
+    }  # fmt: skip
+    fsdp_on_cpu.launch(recipe, tmp_path / "run", sharded)

@@ -30,7 +30,7 @@ from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
 from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
-from ctinstruct_hf.train.recipe import parse_recipe, read_recipe, recipe_names
+from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
 from ctinstruct_hf.train.small_models.settings import SmallPretraining
 from ctinstruct_hf.train.tables import COLUMNS, ROWS, recipe_of_row, run_table
 from ctinstruct_hf.train.text_encoders import find_text_encoder, load_text_encoder
@@ -131,6 +131,7 @@ def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp
     written = EventAccumulator(str(events[0].parent)).Reload().Tags()
     assert "evaluation/masks" in written["images"]
     assert {"train/segmentation_loss", "train/contrastive_loss", "eval/dice"} <= set(written["scalars"])
+    assert {"train/samples_per_second", "train/waiting_for_data"} <= set(written["scalars"])
 
 
 def test_batch_norms_stand_still_from_a_share_of_the_steps_on(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -145,12 +146,23 @@ def test_batch_norms_stand_still_from_a_share_of_the_steps_on(recipe: dict[str, 
     assert moves == [True, False, False]
 
 
-def test_losses_count_as_the_recipe_says(recipe: dict[str, Any]) -> None:
+def test_losses_count_as_the_recipe_says_in_one_pass_of_the_tower(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[Any] = []  # the tower of each; the momentum copy of a queue is another
+    forward = CTInstructVisionModel.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        passes.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CTInstructVisionModel, "forward", counted)
     recipe |= {"mixture": [{"phantoms": {"kind": "slice", "seeds": [0, 4]}}], "max_steps": 1, "save_steps": 1}
     pretrain({**recipe, "loss_weights": {"contrastive": 0.5, "category": 3, "cells": 2}})
     (step,) = losses(Path(recipe["output_dir"]))
     weighted = 0.5 * step["contrastive_loss"] + 3 * step["category_loss"] + step["segmentation_loss"]
     assert step["loss"] == pytest.approx(weighted + 2 * step["cell_loss"], rel=1e-4)
+    assert len({id(tower) for tower in passes}) == len(passes) == 2
 
 
 def test_hard_names_count_from_a_step_on(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,6 +533,19 @@ def test_bundled_recipes_are_whole(name: str, tmp_path: Path, monkeypatch: pytes
     _, args = parse_recipe(settings, PretrainSettings)
     if args.bf16 and not torch.accelerator.is_available():
         assert args.use_cpu  # else only a GPU's bfloat16 is meant
+
+
+def test_both_stages_of_the_paper_have_a_curve_and_keep_the_best_step() -> None:
+    for recipe in (read_recipe("paper"), read_recipe("paper", [], INSTRUCT)):
+        assert recipe["eval_strategy"] == "steps"
+        assert recipe["save_steps"] % recipe["eval_steps"] == 0
+        assert recipe["load_best_model_at_end"]
+        assert recipe["evaluation"]
+        assert recipe["max_steps"] > recipe["eval_steps"]
+    stage_one = read_recipe("paper")
+    assert stage_one["max_text_length"] == 512
+    (ct_rate,) = [part for part in stage_one["mixture"] if part["dataset"] == "data/ct_rate"]
+    assert ct_rate["tasks"] == ["contrastive", "category"]
 
 
 def test_every_row_of_the_ablations_is_a_recipe() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError, CTInstructForConditionalGeneration, Study
 from ctinstruct_hf.cli import app
+from ctinstruct_hf.cli.train import show_end
 from ctinstruct_hf.data.mixture import Mixture, MixtureBatches, MixtureEntry
 from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.prepared import write_rows
@@ -19,7 +22,7 @@ from ctinstruct_hf.hub.publish import make_plan
 from ctinstruct_hf.inference.folders import BUNDLED_MODEL
 from ctinstruct_hf.inference.models import load_model, load_processor, resolve_model
 from ctinstruct_hf.train.instruct import InstructSettings, build_model, instruct
-from ctinstruct_hf.train.outlook import Outlook, duration
+from ctinstruct_hf.train.outlook import Outlook, Pace, duration
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe
 
 QUICK: dict[str, Any] = {
@@ -121,6 +124,25 @@ def test_the_outlook_says_the_time_after_three_steps() -> None:
     assert [duration(seconds) for seconds in (40, 700, 4000)] == ["40 s", "12 min", "1 h 7 min"]
 
 
+def test_the_pace_counts_samples_and_the_share_of_waiting() -> None:
+    pace = Pace()
+    time.sleep(0.02)
+    pace.note(0.01, [{"labels": torch.zeros(3, 5)}, {"patch_grid": torch.ones(2, 4)}])
+    counted = pace.since_last(processes=2)
+    assert counted["samples_per_second"] == pytest.approx(10 * counted["waiting_for_data"] / 0.01, rel=0.01)
+    assert 0 < counted["waiting_for_data"] <= 0.5
+    assert pace.since_last(processes=2)["samples_per_second"] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_main_process_prints_results(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    show_end({"eval_dice": 0.5}, {"output_dir": "runs/mine"})
+    assert capsys.readouterr().out == ("" if rank else "eval_dice 0.5000\nThe model is in runs/mine/model.\n")
+
+
 def test_a_set_without_held_out_rows_is_scored_on_its_own(recipe: dict[str, Any], tmp_path: Path) -> None:
     rows = list(open_rows("phantoms:slice:0-1", "instructions", "train"))
     for name, splits in (("one", ["train"]), ("more", ["train", "validation"])):
@@ -211,9 +233,18 @@ def test_adapters_alone_load_with_their_model_and_new_rows_move_in_embeddings_an
         make_plan(folder, "card")
 
 
-def test_adapters_of_the_bundled_model_name_it_and_can_be_published(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe |= {"lora": {"r": 2}, "save": "adapter", "max_steps": 1, "freeze": ["vision_tower", "segmentation_decoder"]}
+def test_adapters_of_the_bundled_model_name_it_and_can_be_published(
+    recipe: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe |= {
+        "disable_tqdm": False,
+        "lora": {"r": 2},
+        "save": "adapter",
+        "max_steps": 1,
+        "freeze": ["vision_tower", "segmentation_decoder"],
+    }
     instruct(recipe)
+    assert re.search(r"samples_per_second=[\d.]+, waiting_for_data=0?\.?\d+", capfd.readouterr().err)  # in the bar
     folder = tmp_path / "run" / "model"
     files = dict(make_plan(folder, "card").files)
     assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "processor_config.json"} <= set(files)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +52,14 @@ def pretrain(
         from ..train.tables import recipe_of_row
 
         settings = recipe_of_row(settings, row)
-    for name, value in run(settings, resume, restart).items():
+    show_end(run(settings, resume, restart), settings)
+
+
+def show_end(metrics: dict[str, float], settings: dict[str, Any]) -> None:
+    """Scores and the model's folder, by the main process of those that a launcher has started."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for name, value in metrics.items():
         typer.echo(f"{name} {value:.4f}")
     typer.echo(f"The model is in {Path(settings['output_dir']) / 'model'}.")
 
@@ -93,6 +101,4 @@ def instruct(
         return
     console = Console(stderr=True)
     metrics = run(settings, resume, restart, tell=lambda step: console.print(step, highlight=False, markup=False))
-    for name, value in metrics.items():
-        typer.echo(f"{name} {value:.4f}")
-    typer.echo(f"The model is in {Path(settings['output_dir']) / 'model'}.")
+    show_end(metrics, settings)

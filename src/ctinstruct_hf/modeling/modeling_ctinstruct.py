@@ -79,6 +79,11 @@ class CTInstructPreTrainedModel(QuantizesItsLanguageModel, SavesItsCode, CountsB
     accepts_loss_kwargs = False  # every loss is a mean over the batch: Trainer divides it by the accumulation steps
     _skip_keys_device_placement = ["past_key_values", "cache", "vision_features", "mm_encoder_outputs"]
 
+    def post_init(self) -> None:
+        super().post_init()
+        there = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & there  # FSDP refuses a block that is not there
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)

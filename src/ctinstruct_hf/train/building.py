@@ -130,6 +130,13 @@ def _with_adapters(model: Any, processor: CTInstructProcessor, settings: Instruc
         adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise CTInstructError(f"lora does not fit: {str(error).strip().splitlines()[0]}") from error
+    for part in adapted.modules():
+        if (
+            getattr(part, "tied_adapter", None) is not None
+        ):  # the head's rows are the embeddings': sharding takes them once
+            part.__dict__ |= {
+                name: part._modules.pop(name) for name in ("trainable_tokens_delta", "trainable_tokens_original")
+            }
     if settings.model is not None:  # by its name, not where its files happen to be
         path = Path(settings.model)
         adapted.peft_config["default"].base_model_name_or_path = (

@@ -46,7 +46,7 @@ def instruct(
         recipe: from `read_recipe`.
         resume: a checkpoint to go on from, instead of the last whole one in `output_dir`.
         restart: begin anew; what is in `output_dir` of an earlier run is removed.
-        tell: called with a sentence on progress.
+        tell: called with a sentence on progress, in the main process.
 
     Returns:
         The losses and scores on the held-out batches; empty without an evaluation. The model, adapters merged or, with `save:
@@ -62,6 +62,8 @@ def instruct(
 
         arguments = SFTConfig
     settings, args = parse_recipe(recipe, InstructSettings, arguments, **defaults_here(recipe))
+    if args.process_index:
+        tell = lambda step: None  # noqa: E731
     small = settings.small_model
     folder = Path(args.output_dir)
     start = place_to_start(folder, recipe, resume, restart, args.should_save)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,28 @@ def memory(device: torch.device) -> str:
     return f"{most / 2**30:.1f} GB of memory"
 
 
+class Pace:
+    """Samples a second of all processes, and the share of the time that this one spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._began, self._waited, self._samples = time.monotonic(), 0.0, 0
+
+    def note(self, waited: float, batches: Sequence[dict[str, Any]]) -> None:
+        """The batches of a step, and the seconds that they were waited for."""
+        self._waited += waited
+        self._samples += sum(len(batch["labels"] if "labels" in batch else batch["patch_grid"]) for batch in batches)
+
+    def since_last(self, processes: int) -> dict[str, float]:
+        """`samples_per_second` and `waiting_for_data` since this was last asked for."""
+        passed = max(time.monotonic() - self._began, 1e-9)
+        pace = {
+            "samples_per_second": round(self._samples * processes / passed, 3),
+            "waiting_for_data": round(self._waited / passed, 3),
+        }
+        self.__init__()  # type: ignore[misc]
+        return pace
+
+
 class Curves(TrainerCallback):
     """Draws `curves.png` of a run after each evaluation and at its end: losses, and the metrics of held-out rows, by step."""
 
@@ -147,4 +169,4 @@ def _is_speed(name: str) -> bool:
     return name.endswith(("_runtime", "_per_second"))
 
 
-__all__ = ["Curves", "Outlook", "draw_curves", "what_is_trained"]
+__all__ = ["Curves", "Outlook", "Pace", "draw_curves", "what_is_trained"]

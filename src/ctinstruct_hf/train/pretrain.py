@@ -206,7 +206,7 @@ def pretrain(
         recipe: from `read_recipe`.
         resume: a checkpoint to go on from, instead of the last whole one in `output_dir`.
         restart: begin anew; what is in `output_dir` of an earlier run is removed.
-        tell: called with a sentence on progress.
+        tell: called with a sentence on progress, in the main process.
 
     Returns:
         The scores of the trained model on the held-out rows; also in `output_dir/scores.json`. The model is in
@@ -218,6 +218,8 @@ def pretrain(
     settings, args = parse_recipe(
         recipe, PretrainSettings, report_to="tensorboard", logging_steps=10, save_total_limit=2
     )
+    if args.process_index:
+        tell = lambda step: None  # noqa: E731
     small = settings.small_model
     folder = Path(args.output_dir)
     start = place_to_start(folder, recipe, resume, restart, args.should_save)

@@ -29,20 +29,18 @@ def built_whole(args: Any) -> Iterator[None]:
 
 
 def ready_to_shard(trainer: Any) -> None:
-    """What FSDP has to know of a model before accelerate shards it: the blocks that it has, of those that its class names; what is
-    frozen in stage one stays whole on every process, since each reads only texts that it has not read before, one more or less
-    than the others, and momentum copies are written to within a forward pass; and that embeddings and head with adapters, which
-    share the rows of new tokens, go with the rest of the model, where accelerate would shard each apart."""
+    """What FSDP has to know of a model before accelerate shards it. What is frozen in stage one stays whole on every process: each
+    reads only texts that it has not read before, one more or less than the others, and momentum copies are written to within a
+    forward pass. Embeddings and head with adapters, which share the rows of new tokens, are sharded with the rest of the model,
+    where accelerate would shard each of them apart."""
     model = trainer.model
-    names = set(model._no_split_modules or ())
     encoder = getattr(model, "text_encoder", None)
     if encoder is not None:
         parts = [part for part in model.children() if not any(one.requires_grad for one in part.parameters())]
         trainer.accelerator.state.fsdp_plugin.ignored_modules = parts
-        names -= set(encoder._no_split_modules or ())
+        model._no_split_modules = sorted(set(model._no_split_modules) - set(encoder._no_split_modules or ()))
     if hasattr(model, "get_base_model"):
         model.get_input_embeddings = model.get_output_embeddings = lambda: None
-    model._no_split_modules = sorted(names & {type(one).__name__ for one in model.modules()})
 
 
 class FreshOptimizerState(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..data.mixture import Mixture, MixtureBatches, MixtureEntry, StreamedMixtur
 from ..errors import CTInstructError
 from .bad_numbers import BadSteps, check_weights
 from .checkpoints import mark_complete
+from .outlook import Pace
 from .sharded import FreshOptimizerState, ready_to_shard
 
 LOSSES = (
@@ -91,6 +93,7 @@ class MixtureLoop:
         self.mixture = mixture
         self.learning_rates: dict[str, float] = {}
         self._parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.pace = Pace()
         self.bad_steps = BadSteps()
         self.add_callback(self.bad_steps)
         kind, config = type(self.model), self.model.config
@@ -106,6 +109,12 @@ class MixtureLoop:
         if self.bad_steps.ended is not None:
             raise CTInstructError(self.bad_steps.ended)
         return result
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.pace.note(time.monotonic() - began, batches)
+        return batches, items
 
     def get_train_dataloader(self: Any) -> DataLoader:
         args = self.args
@@ -171,6 +180,11 @@ class MixtureLoop:
                 logs["skipped_samples"] = float(skipped.count)
             if self.bad_steps.count:
                 logs["skipped_steps"] = float(self.bad_steps.count)
+            pace = self.pace.since_last(self.args.world_size)
+            logs |= pace
+            for bar in (getattr(callback, "training_bar", None) for callback in self.callback_handler.callbacks):
+                if bar is not None:
+                    bar.set_postfix(pace)
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
