@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from ctinstruct_hf import Study
+from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.inference.folders import BUNDLED_MODEL
 from ctinstruct_hf.train.policy import findings_f1
 
@@ -116,6 +117,21 @@ def test_grpo_writes_reports_and_rewards_what_they_find(small_scan: Path, tmp_pa
     assert all(0 <= reward <= 1 for reward in rewards)
     assert len(trainer.processing_class.scans.features) == 1  # encoded once
     assert Study.open(str(small_scan), model=str(tmp_path / "out")).report(max_new_tokens=4) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_reward_of_reports_rises_on_a_phantom(tmp_path: Path) -> None:
+    """Reports of the bundled model are sampled loosely; what they find of the scan's findings becomes more."""
+    (row,) = [
+        row for row in open_rows("phantoms:trunk:900100-900101", "instructions", "train") if row["task"] == "report"
+    ]
+    report = row["messages"][-1]["content"][0]["text"]
+    rows = written(tmp_path / "rows.jsonl", [{"images": [row["images"][0]["path"]], "report": report}])
+    settings = {"max_steps": 20, "max_completion_length": 160, "temperature": 1.3}
+    trainer = example("grpo").train(rows, str(tmp_path / "out"), **{**QUICK, **settings})
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1  # 0.62 and 0.98 where it was written
 
 
 def test_the_reward_is_f1_of_the_findings_that_both_reports_name() -> None:

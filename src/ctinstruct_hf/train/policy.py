@@ -68,8 +68,9 @@ def number_scans(model: Any, processor: CTInstructProcessor) -> NumbersScans:
         model: a `CTInstructForConditionalGeneration`; its tower is frozen.
         processor: of the model.
     """
+    template: Any = processor.chat_template
     numbering = NumbersScans(
-        processor.image_processor, processor.tokenizer, processor.chat_template, disease_lists=processor.disease_lists
+        processor.image_processor, processor.tokenizer, template, disease_lists=processor.disease_lists
     )
     numbering.scans = EncodedScans(model)
     return numbering
