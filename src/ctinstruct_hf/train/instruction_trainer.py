@@ -52,7 +52,7 @@ class _Instructs(MixtureLoop):
         batches = [(part, items) for part, each in self.held_out for items in each]
         for part, items in batches[self.args.process_index :: self.args.world_size]:
             batch = send_to_device(self.held_out_collator(items), self.args.device)
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
                 outputs = model(**batch)
             found += measure(part, outputs, batch)
         model.train()
