@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctinstruct_hf import CTVolume, read_volume
-from ctinstruct_hf.output.measure import axial_diameters, components, diameter_lines, measure_finding, organ_of
+from ctinstruct_hf.output.measure import axial_diameters, components, diameter_lines, measure_finding, organs_of
 
 SPACING = (5.0, 1.0, 0.5)
 
@@ -81,9 +81,38 @@ def test_an_organ_is_touched_where_the_finding_lies_in_none_and_walls_count_last
     liver, muscle, far = np.zeros_like(mask), np.ones_like(mask), np.zeros_like(mask)
     liver[4, 5, 5] = True
     far[0] = True
-    assert organ_of(mask, {"muscle": muscle, "liver": liver, "heart": far}) == "liver"
-    assert organ_of(mask, {"muscle": muscle, "heart": far}) == "muscle"
-    assert organ_of(mask, {"heart": far}) is None
+    volume = read_volume(np.zeros(mask.shape, np.int16), spacing=(5, 5, 5))
+
+    def organ_of(organs: dict[str, np.ndarray]) -> str | None:
+        organ: str | None = measure_finding(volume, mask, organs)["organ"]
+        return organ
+
+    assert organ_of({"muscle": muscle, "liver": liver, "heart": far}) == "liver"
+    assert organ_of({"muscle": muscle, "heart": far}) == "muscle"
+    assert organ_of({"heart": far}) is None
+
+
+@pytest.mark.parametrize(("away", "organ"), [(4, "liver"), (8, None)])
+def test_what_is_within_5_mm_of_a_finding_touches_it(away: int, organ: str | None) -> None:
+    liver = np.zeros((20, 60, 120), bool)
+    liver[:, 26 + away :] = True  # rows of 1 mm; the finding ends at row 25
+    assert measure_finding(scan(), ball((8, 20, 60), 5.4), {"liver": liver})["organ"] == organ
+
+
+def test_each_part_of_a_finding_has_its_organ_and_the_finding_that_of_the_largest() -> None:
+    organs = {"left lung": np.zeros((20, 60, 120), bool), "right lung": np.zeros((20, 60, 120), bool)}
+    organs["left lung"][..., 60:], organs["right lung"][..., :60] = True, True
+    found = measure_finding(scan(), ball((8, 20, 90), 7) | ball((8, 20, 30), 9), organs)
+    assert [one["organ"] for one in found["components"]] == ["right lung", "left lung"]
+    assert found["organ"] == "right lung"
+
+
+def test_organs_on_a_coarser_grid_and_padding_that_is_no_part() -> None:
+    organs = {"heart": np.zeros((10, 30, 60), bool)}
+    organs["heart"][:, :, 30:] = True
+    found = measure_finding(scan(), ball((8, 20, 90), 9), organs, lambda labels: labels[::2, ::2, ::2])
+    assert found["organ"] == "heart"
+    assert organs_of(np.array([-1, -1, 0, 2]), {"heart": np.ones(4, bool)}) == [None, "heart"]
 
 
 def test_an_empty_mask_measures_nothing() -> None:

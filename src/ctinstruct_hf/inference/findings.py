@@ -14,7 +14,7 @@ import torch
 from ..data.statements import ReportReader, Statement
 from ..data.templates import PRESENCE, with_article
 from ..errors import CTInstructError
-from ..output.measure import WALLS, measure_finding, organ_of
+from ..output.measure import WALLS, measure_finding
 from ..processing.any_resolution import logits_inside
 from .agreement import agreement
 from .calibration import calibration_of
@@ -159,28 +159,31 @@ def finding_masks(study: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]
     image_processor, volume = study.processor.image_processor, study.volume
     fit = image_processor.fit_of(volume)
     painted: dict[str, np.ndarray] = {}
-    inside: dict[str, np.ndarray] = {}  # on the canvas, where organs are compared
     surety: dict[str, float] = {}
-    listed = [*findings, *hosts]
+    organs: dict[str, np.ndarray] = {}  # on the canvas
+    listed = list(dict.fromkeys([*findings, *hosts]))
     for start in range(0, len(listed), 2 * _TOGETHER):
         part = listed[start : start + 2 * _TOGETHER]
-        for name, logits in zip(part, study.mask_logits(part, together=True), strict=True):
-            cropped = logits_inside(logits, fit)
-            inside[name] = (cropped > 0).cpu().numpy()
+        logits = study.mask_logits(part, together=True)
+        cropped = logits_inside(logits, fit)
+        inside = cropped > 0
+        for number, name in enumerate(part):
             if name in findings:
-                painted[name] = image_processor.mask_from_canvas(logits, volume, name=name)
-                surety[name] = float(cropped[cropped > 0].float().sigmoid().mean()) if inside[name].any() else 0.0
-    organs = {name: inside[name] for name in hosts}
+                painted[name] = image_processor.mask_from_canvas(logits[number], volume, name=name)
+                if painted[name].any():
+                    surety[name] = float(cropped[number][inside[number]].float().sigmoid().mean())
+            if name in hosts:
+                organs[name] = inside[number].cpu().numpy()
+
+    def to_organs(labels: np.ndarray) -> np.ndarray:
+        return logits_inside(image_processor.labels_to_canvas(labels, volume), fit).numpy()
+
     rows = {}
     for name, several in wanted.items():
         mask = np.logical_or.reduce([painted[known] for known in several])
-        measured = measure_finding(volume, mask)
-        there = [known for known in several if painted[known].any()]
-        measured["organ"] = (
-            organ_of(np.logical_or.reduce([inside[known] for known in there]), organs) if there else None
-        )
-        measured["mean_probability"] = round(float(np.mean([surety[known] for known in there])), 4) if there else None
-        rows[name] = measured
+        there = [surety[known] for known in several if known in surety]
+        rows[name] = measure_finding(volume, mask, organs, to_organs)
+        rows[name]["mean_probability"] = round(float(np.mean(there)), 4) if there else None
         if there:
             study.results.masks[name] = mask
     return rows

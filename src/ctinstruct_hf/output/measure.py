@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import nibabel as nib
@@ -15,10 +15,12 @@ from ..processing.volume import CTVolume
 SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
 _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 _ANGLES = np.radians(np.arange(180))
-# of a finding: what is nearer to each other than twice this is one component; a component of less than this share of the
-# largest, about half of its diameter, is a speck, which is not counted
+# of a finding: what is nearer to each other than twice this is one component, and what is nearer to a component than this,
+# along each axis, touches it; a component of less than this share of the largest, about half of its diameter, is a speck,
+# which is not counted
 JOIN_MM, SPECK = 5.0, 1 / 8
-# around everything: where a finding lies that lies in no organ
+_MOST = 127  # components whose organ is looked for; a label map of the canvas holds no more
+# around everything: where a finding lies that touches no organ
 WALLS = ("muscle", "subcutaneous fat")
 _ONE_SIDE = 0.8  # share of a finding on one side of the patient from which on it lies there
 
@@ -60,20 +62,25 @@ def measure(volume: CTVolume, mask: np.ndarray) -> dict[str, Any]:
 
 
 def measure_finding(
-    volume: CTVolume, mask: np.ndarray, organs: Mapping[str, np.ndarray] | None = None
+    volume: CTVolume,
+    mask: np.ndarray,
+    organs: Mapping[str, np.ndarray] | None = None,
+    to_organs: Callable[[np.ndarray], np.ndarray] = lambda labels: labels,
 ) -> dict[str, Any]:
     """Everything that `measure` gives of a mask, and what a report says of a finding.
 
     Args:
         volume: the scan.
         mask: bool (depth, height, width) on its grid.
-        organs: {name: bool (depth, height, width)} among which the organ that the finding lies in or touches is looked for.
+        organs: {name: bool mask} among which the organ that a component lies in or touches is looked for.
+        to_organs: brings a label map of the scan to the grid of `organs`, where that is another.
 
     Returns:
         `measure`'s, and "sd_hu"; "diameter_mm" and "perpendicular_mm", the longest axial diameter of the largest component
         and its perpendicular in the same slice; "slice" (from 1 at the feet) and "place_mm" (RAS), the middle of the mask
-        where it is largest; "side" (left, right or both); "organ"; "components", the largest first, each with its
-        "volume_ml", "diameter_mm", "perpendicular_mm", "side", "place_mm" and "centre_mm". None where the mask is empty.
+        where it is largest; "side" (left, right or both); "organ" of the largest component; "components", the largest first,
+        each with its "volume_ml", "diameter_mm", "perpendicular_mm", "side", "organ", "place_mm" and "centre_mm". None where
+        the mask is empty.
     """
     mask = np.asarray(mask, dtype=bool)
     found = measure(volume, mask)
@@ -82,7 +89,11 @@ def measure_finding(
         return {**found, **empty, "components": []}
     middle = _midline(volume)
     listed = []
-    for start, part in components(mask, volume.spacing):
+    around = np.zeros(mask.shape, np.uint8)  # the number of the component that a voxel belongs to or is near
+    for number, (start, part) in enumerate(components(mask, volume.spacing), start=1):
+        if organs and number <= _MOST:
+            box, near = _surroundings(start, part, _reach(volume.spacing), mask.shape)
+            around[box][near] = number
         diameter, perpendicular = axial_diameters(part, volume.spacing)
         voxel = [first + index for first, index in zip(start, key_place(part), strict=True)]
         listed.append(
@@ -91,12 +102,16 @@ def measure_finding(
                 "diameter_mm": round(diameter, 1),
                 "perpendicular_mm": round(perpendicular, 1),
                 "side": _side(part.sum(axis=(0, 1)), start[2], middle),
+                "organ": None,
                 "place_mm": in_patient(volume, voxel),
                 "centre_mm": in_patient(
                     volume, [f + float(i.mean()) for f, i in zip(start, part.nonzero(), strict=True)]
                 ),
             }
         )
+    if organs:
+        for one, organ in zip(listed, organs_of(to_organs(around), organs), strict=False):
+            one["organ"] = organ
     key = key_place(mask)
     return {
         **found,
@@ -106,7 +121,7 @@ def measure_finding(
         "slice": key[0] + 1,
         "place_mm": in_patient(volume, key),
         "side": _side(mask.sum(axis=(0, 1)), 0, middle),
-        "organ": organ_of(mask, organs or {}),
+        "organ": listed[0]["organ"],
         "components": listed,
     }
 
@@ -114,7 +129,7 @@ def measure_finding(
 def components(mask: np.ndarray, spacing: tuple[float, float, float]) -> list[tuple[tuple[int, int, int], np.ndarray]]:
     """The parts of a mask (depth, height, width), the largest first and without specks: each as the first voxel of its box
     and bool of the box. Parts that lie within `2 * JOIN_MM` of each other are one."""
-    reach = [max(1, round(JOIN_MM / mm)) for mm in spacing]
+    reach = _reach(spacing)
     box = box_of(mask)
     image = SimpleITK.GetImageFromArray(np.pad(mask[box], [(r, r) for r in reach]).astype(np.uint8))
     joined = SimpleITK.ConnectedComponent(SimpleITK.BinaryDilate(image, reach[::-1], SimpleITK.sitkBall), True)
@@ -179,25 +194,47 @@ def _longest(mask: np.ndarray, spacing: tuple[float, float, float]) -> tuple[int
     return int(depths[starts[level]]), float(_ANGLES[angle]), float(extents[level, angle]), across_it
 
 
-def organ_of(mask: np.ndarray, organs: Mapping[str, np.ndarray]) -> str | None:
-    """The organ that most of a finding's voxels, and of the voxels that touch it, belong to; one of `WALLS` only where it
-    lies in no other.
+def organs_of(around: np.ndarray, organs: Mapping[str, np.ndarray]) -> list[str | None]:
+    """The organ that most of the voxels in and around each component belong to; one of `WALLS` only where there is no other.
 
     Args:
-        mask: bool (depth, height, width).
-        organs: {name: bool of the same shape}.
+        around: numbers of components from 1 on, 0 elsewhere, on the grid of the organs.
+        organs: {name: bool mask}.
+
+    Returns:
+        one for each number up to the highest; None for a component without an organ near it.
     """
-    if not organs or not mask.any():
-        return None
-    box = box_of(mask, margin=1)
-    image = SimpleITK.GetImageFromArray(mask[box].astype(np.uint8))
-    near = SimpleITK.GetArrayViewFromImage(SimpleITK.BinaryDilate(image, [1, 1, 1], SimpleITK.sitkBox)) > 0
-    shared = {name: int((organ[box] & near).sum()) for name, organ in organs.items()}
-    for wall in (False, True):
-        found = {name: count for name, count in shared.items() if (name in WALLS) is wall and count}
-        if found:
-            return max(found, key=lambda name: found[name])
-    return None
+    voxels = np.flatnonzero(around > 0)  # padding of a canvas is -1
+    numbers = around.ravel()[voxels]
+    highest = int(numbers.max(initial=0))
+    shared = {
+        name: np.bincount(numbers[organ.ravel()[voxels]], minlength=highest + 1) for name, organ in organs.items()
+    }
+    names: list[str | None] = []
+    for number in range(1, highest + 1):
+        near = [name for name in organs if shared[name][number]]
+        organs_near = [name for name in near if name not in WALLS]
+        names.append(max(organs_near or near, key=lambda name: shared[name][number], default=None))
+    return names
+
+
+def _reach(spacing: Sequence[float]) -> list[int]:
+    """`JOIN_MM` in voxels (depth, height, width)."""
+    return [max(1, round(JOIN_MM / mm)) for mm in spacing]
+
+
+def _surroundings(
+    start: Sequence[int], part: np.ndarray, reach: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], np.ndarray]:
+    """A component and what lies within its reach along each axis: the box on the grid, and bool of the box."""
+    image = SimpleITK.GetImageFromArray(np.pad(part, [(r, r) for r in reach]).astype(np.uint8))
+    near = SimpleITK.GetArrayViewFromImage(SimpleITK.BinaryDilate(image, list(reach[::-1]), SimpleITK.sitkBox)) > 0
+    low = [first - r for first, r in zip(start, reach, strict=True)]
+    box = tuple(
+        slice(max(first, 0), min(first + length, size))
+        for first, length, size in zip(low, near.shape, shape, strict=True)
+    )
+    return box, near[tuple(slice(b.start - first, b.stop - first) for b, first in zip(box, low, strict=True))]
 
 
 def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
@@ -242,6 +279,6 @@ __all__ = [
     "key_place",
     "measure",
     "measure_finding",
-    "organ_of",
+    "organs_of",
     "stored",
 ]

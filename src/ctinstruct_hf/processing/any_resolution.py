@@ -276,14 +276,17 @@ def labels_on_canvas(labels: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
 
 
 def logits_inside(logits: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
-    """The part of the canvas [D, H, W] that is the volume and not padding, a view."""
-    return logits[tuple(slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))]
+    """The part of the canvas [..., D, H, W] that is the volume and not padding, a view."""
+    inside = (slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
+    return logits[(..., *inside)]
 
 
 def mask_from_canvas(logits: torch.Tensor, fit: CanvasFit, threshold: float = 0.0) -> torch.Tensor:
     """Canvas logits [D, H, W] back on the volume's grid, linear, above the threshold: bool (depth, height, width)."""
     inside = logits_inside(logits, fit).float()
     mask = torch.zeros(fit.volume, dtype=torch.bool)
+    if not bool((inside > threshold).any()):
+        return mask
     start, size = fit.start, fit.size
     box = mask[start[0] : start[0] + size[0], start[1] : start[1] + size[1], start[2] : start[2] + size[2]]
     for first, slices in resized_slices(inside, size, fit.corners):
