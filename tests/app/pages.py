@@ -67,7 +67,8 @@ def scan(tmp_path: Path) -> Path:
 
 def keep(page: Page, name: str) -> None:
     if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+        image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        image.quantize(256).save(Path(SCREENSHOTS) / f"{name}.png", optimize=True)
 
 
 def canvas(page: Page) -> np.ndarray:

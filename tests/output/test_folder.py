@@ -487,6 +487,7 @@ def test_the_page_draws_diameters_and_names_label_values_and_unknown_structures(
     longest, across = axial_diameters(masks["lung nodule"], study.volume.spacing)
     assert f"lung nodule, where it is largest: slice 7 of 12 from the feet, {longest:.0f} x {across:.0f} mm" in page
     assert "brain (unknown to the model)" in page
+    assert page.index("<h2>Pictures</h2>") < page.index("<h2>Structures</h2>")
     values = json.loads((tmp_path / "out" / "masks" / "labels.json").read_text())["labels"]
     assert {name: f'{name}</th><td class="number">{value}</td>' in page for name, value in values.items()} == {
         "brain": False,  # its name is followed by the remark

@@ -77,6 +77,7 @@ def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dic
     pictured = {name for name, numbers in findings["segmentation"].items() if numbers["voxels"]}
     if rows:
         parts += ["<h2>Findings and agreement</h2>", findings_table(rows, pictured)]
+    parts += ["<h2>Pictures</h2>", pictures(volume, results.masks, origin.diseases, rows)]
     if findings["asked"]:
         parts += ["<h2>What was asked</h2>", asked(findings["asked"])]
     if findings["report"] is not None:
@@ -93,7 +94,6 @@ def write_page(results: Results, volume: CTVolume, origin: Origin, findings: dic
         parts += ["<h2>Probabilities</h2>", bars(findings["diagnosis"])]
     if findings["segmentation"]:
         parts += ["<h2>Structures</h2>", structure_table(findings["segmentation"], _labels(path.parent))]
-    parts += ["<h2>Pictures</h2>", pictures(volume, results.masks, origin.diseases, rows)]
     parts.append(
         f"</main><footer>Made by ctinstruct-hf {__version__}. Head or front is up. Left in a picture is the patient's right, "
         "in sagittal pictures the patient's front.</footer></body></html>"

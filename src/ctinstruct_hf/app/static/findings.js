@@ -61,7 +61,7 @@ function drawTable(rows) {
   const fine = ["consistent", "unchecked"];
   const table = make("table");
   const head = make("tr");
-  for (const word of ["Finding", "Says", "Mask", "Reader"]) head.append(make("th", word, { scope: "col" }));
+  for (const word of ["Finding, reader", "Model", "Mask"]) head.append(make("th", word, { scope: "col" }));
   table.append(head);
   const wrong = (row) => !fine.includes(row.agreement);
   const sorted = Object.entries(rows).sort((one, other) => wrong(other[1]) - wrong(one[1]) || other[1].probability - one[1].probability);
@@ -71,15 +71,15 @@ function drawTable(rows) {
     const title = make("th", undefined, { scope: "row" });
     const link = make("span", name);
     lead(link, name, "sentence");
-    title.append(link);
+    const named = make("div", undefined, { class: "named" });
+    named.append(link, verdict(name));
+    title.append(named);
     const says = make("td");
     const probability = row.probability === null ? "–" : row.probability.toFixed(2);
     says.append(make("div", `probability ${probability}; report: ${row.report}; asked: ${row.answer || "–"}`));
     says.append(make("strong", [(wrong(row) ? "contradiction: " : "") + row.agreement, ...row.remarks].join("; ")));
     const mask = !row.mask ? "–" : row.mask.voxels ? `${row.mask.volume_ml.toFixed(1)} ml, ${Math.round(row.mask.diameter_mm)} × ${Math.round(row.mask.perpendicular_mm)} mm${row.mask.organ ? `, ${row.mask.organ}` : ""}` : "empty";
-    const reader = make("td");
-    reader.append(verdict(name));
-    line.append(title, says, make("td", mask), reader);
+    line.append(title, says, make("td", mask));
     table.append(line);
   }
   $("table").replaceChildren(table);

@@ -20,7 +20,6 @@ async function draw(url) {
       showAllOrientationMarkers: true,
       fontColor: [0.9, 0.9, 0.9, 1],
       fontMinPx: 15,
-      multiplanarPadPixels: 24,
       heroSliceType: 0,
       dragMode: niivue.DRAG_MODE.windowing, // by the right button
       logLevel: "error",
@@ -46,7 +45,9 @@ async function draw(url) {
 }
 
 function setView() {
-  page.viewer.opts.heroImageFraction = $("view").value === "4" ? 0.62 : 0; // the axial plane large, the others beside
+  const large = $("view").value === "4"; // the axial plane, the others beside it
+  page.viewer.opts.heroImageFraction = large ? 0.62 : 0;
+  page.viewer.opts.multiplanarPadPixels = large ? 0 : 24; // for the letters of the sides
   page.viewer.setSliceType(Math.min(3, Number($("view").value)));
   showPosition();
 }
