@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import mimetypes
-import os
 import threading
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app.pages import BROWSER_OPTIONS, CHROMIUM
+from app.pages import BROWSER_OPTIONS, CHROMIUM, SCREENSHOTS, needs_browser
 from orthanc import MISSING, Orthanc, is_installed
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -29,12 +28,11 @@ from ctinstruct_hf.pacs import dicomweb
 from ctinstruct_hf.pacs.addresses import parse_address
 from ctinstruct_hf.phantoms import phantom_of
 
-SCREENSHOTS = os.environ.get("CTINSTRUCT_SCREENSHOTS")
 VIEWERS = sorted((Path.home() / ".cache" / "ctinstruct_hf" / "ohif").glob("*/index.html"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not is_installed(), reason=MISSING),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+    needs_browser,
     pytest.mark.skipif(not VIEWERS, reason="OHIF is not installed: scripts/install_ohif.sh"),
 ]
 SOURCE = {
