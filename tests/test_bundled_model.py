@@ -16,6 +16,7 @@ from ctinstruct_hf.evaluation.run import RunOptions, run_model
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.evaluation.text import precision_recall_f1
 from ctinstruct_hf.inference.agreement import agreement
+from ctinstruct_hf.inference.calibration import calibration_of
 from ctinstruct_hf.inference.findings import collect_evidence
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, load_model
 from ctinstruct_hf.phantoms import FINDINGS, phantom_of
@@ -156,3 +157,13 @@ def test_the_agreed_draft_contradicts_less_and_mentions_as_much() -> None:
     scores = [precision_recall_f1(np.array(mentions)[:, number], np.array(truth), FINDINGS)["f1"] for number in (0, 1)]
     assert contradictions[1] <= 0.45 * contradictions[0]  # of 48 scans: 12 where the greedy reports have 32
     assert scores[1] >= scores[0]
+
+
+@pytest.mark.parametrize("disease", FINDINGS)
+def test_probabilities_of_the_bundled_model_are_calibrated(disease: str) -> None:
+    """On the phantoms of `calibration.json`; scaling is kept only where it helps."""
+    found = calibration_of(load_model(None, "cpu")[0]).of(disease)
+    assert found.scans >= 200
+    assert found.ece_before is not None
+    assert found.ece_after is not None
+    assert found.ece_after <= found.ece_before <= 0.08

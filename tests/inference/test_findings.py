@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from ctinstruct_hf import CTInstructError, Study
 from ctinstruct_hf.data.statements import Statement
@@ -73,6 +74,13 @@ def test_masks_are_measured_and_become_masks_of_the_study(study: Study) -> None:
     assert mask["voxels"] == int(study.results.masks["kidney stone"].sum())
     assert (study.segment("kidney stone") == study.results.masks["kidney stone"]).mean() > 0.9999
     assert "emphysema" not in study.results.masks  # empty
+
+
+def test_a_study_that_was_asked_nothing_before_gives_several_masks_at_once(study: Study) -> None:
+    fresh = Study(study.volume, study.model, study.processor)
+    fresh.__dict__["features"], fresh.__dict__["batch"] = study.features, study.batch
+    together, alone = (one.mask_logits(["liver", "spleen"], one is fresh) for one in (fresh, study))
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-3)
 
 
 def test_the_folder_holds_the_table_and_fits_its_schema(saved: Path, study: Study) -> None:

@@ -126,7 +126,7 @@ class EncodedScans:
 
         With `answer_positions="sequential"` an answer with special tokens reads the image at `plain` positions.
         """
-        read = input_ids[:, : self._prefix_length(input_ids)]
+        read = input_ids[:1, : self._prefix_length(input_ids)]  # the same in all rows
         key = (plain, tuple(read[0].tolist()))
         if key not in self._prefixes:
             outputs = self.model.model(
