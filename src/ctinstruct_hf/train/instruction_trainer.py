@@ -45,18 +45,22 @@ class _Instructs(MixtureLoop):
 
     @torch.no_grad()
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
-        """Each loss, Dice, AUC and F1 on the held-out batches, shared out over the processes."""
+        """Each loss, Dice, AUC and F1 on the held-out batches, shared out over the processes; all take all of them where weights are
+        sharded, since batches of other tasks would ask for other weights."""
         model = self.model
         model.eval()
         found: list[Any] = []
         batches = [(part, items) for part, each in self.held_out for items in each]
-        for part, items in batches[self.args.process_index :: self.args.world_size]:
+        shared_out = self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if shared_out:
+            batches = batches[self.args.process_index :: self.args.world_size]
+        for part, items in batches:
             batch = send_to_device(self.held_out_collator(items), self.args.device)
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 outputs = model(**batch)
             found += measure(part, outputs, batch)
         model.train()
-        metrics = metrics_of(gather_object(found) if self.args.world_size > 1 else found, metric_key_prefix)
+        metrics = metrics_of(gather_object(found) if shared_out else found, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
