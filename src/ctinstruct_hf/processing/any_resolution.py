@@ -277,8 +277,8 @@ def labels_on_canvas(labels: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
 
 def logits_inside(logits: torch.Tensor, fit: CanvasFit) -> torch.Tensor:
     """The part of the canvas [..., D, H, W] that is the volume and not padding, a view."""
-    inside = (slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
-    return logits[(..., *inside)]
+    depth, height, width = (slice(first, first + length) for first, length in zip(fit.offset, fit.resized, strict=True))
+    return logits[..., depth, height, width]
 
 
 def mask_from_canvas(logits: torch.Tensor, fit: CanvasFit, threshold: float = 0.0) -> torch.Tensor:
