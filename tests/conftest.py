@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -22,27 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "conformance"), str(ROOT / "tests")]
-
-SHARED = Path(os.environ.get("CTINSTRUCT_SHARED", ROOT.parent / "shared"))
-
-
-def shared(path: str) -> Path:
-    """A file of the shared data, or a skip that says why."""
-    place = SHARED / path
-    if not place.exists():
-        pytest.skip(f"the shared data is not here ({path})")
-    return place
-
-
-def script(name: str) -> Any:
-    """A file of `scripts` as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path[:0] = [str(ROOT / "conformance"), str(ROOT / "tests" / "helpers")]
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +45,40 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT with dropout and a tokenizer, as a folder."""
+    from transformers import BertConfig, BertModel
+
+    from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("text_encoder")
+    tokenizer = train_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small stage-one model with random weights, as `ctinstruct pretrain` leaves it."""
+    from trainings import SMALL
+
+    from ctinstruct_hf import CTInstructConfig, CTInstructForPretraining, CTInstructImageProcessor
+    from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
+    from ctinstruct_hf.train.checkpoints import save_trained
+
+    config = CTInstructConfig.preset("tiny")
+    config.vision_config.stage_depths = [1, 1, 1, 1]
+    config.text_encoder_config.vocab_size = 3000
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("stage_one") / "model"
+    save_trained(folder, CTInstructForPretraining(config), train_tokenizer(), CTInstructImageProcessor(**SMALL))
     return folder
 
 

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import script
-
-from tests.evaluation.test_text import has_wordnet
+from repository import script
+from wordnets import has_wordnet
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from repository import script, shared
+from wordnets import needs_wordnet
 
 from ctinstruct_hf import Study
 from ctinstruct_hf.data.statements import ReportReader
@@ -20,8 +22,6 @@ from ctinstruct_hf.inference.calibration import calibration_of
 from ctinstruct_hf.inference.findings import collect_evidence
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, load_model
 from ctinstruct_hf.phantoms import FINDINGS, phantom_of
-from tests.conftest import script, shared
-from tests.evaluation.test_text import needs_wordnet
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import shared
+from repository import shared
 
 # imports what the scripts share once; each script then runs in a process of its own
 RUN = """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from conftest import ROOT
+from repository import ROOT
 from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError

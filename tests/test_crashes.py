@@ -20,15 +20,14 @@ import nibabel as nib
 import pytest
 import yaml
 from datasets_on_disk import nnunet
+from repository import shared
 from safetensors import safe_open
+from trainings import QUICK, SMALL, losses
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.files import whole_file, whole_folder, why_unwritable
 from ctinstruct_hf.train.checkpoints import MARK
-from tests.conftest import shared
 from tests.hub.stand_in import running
-from tests.train.test_instruct import SMALL, stage_one  # noqa: F401
-from tests.train.test_pretrain import QUICK, losses, text_encoder  # noqa: F401
 
 CHANGING = (".log", ".html", "README.md", "run.json", "training_args.bin", "results.csv")  # hold times, places, or logs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -45,3 +46,9 @@ def test_an_import_upward_or_in_a_circle_is_found(tmp_path: Path, file: str, lin
     with (tmp_path / "src" / "ctinstruct_hf" / file).open("a", encoding="utf-8") as source:
         source.write(f"\n{line}\n")
     assert "BROKEN" in lint(tmp_path).stdout
+
+
+def test_tests_share_what_is_in_helpers_and_import_no_other_test() -> None:
+    imports = re.compile(r"^\s*(?:from|import) (?:\w+\.)*(?:test_\w+|conftest)\b", re.M)
+    tests = ROOT / "tests"
+    assert [file.name for file in tests.rglob("*.py") if imports.search(file.read_text())] == []

@@ -13,10 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import shared
+from bad_scans import bad_files
 from processes import WarmCommand
-from processing.test_volume import bad_files
 from pydicom.uid import MRImageStorage
+from repository import shared
 from scans import asymmetric, dicom_series
 
 from ctinstruct_hf import CTInstructConfig, CTInstructVisionModel

@@ -15,9 +15,8 @@ import pydicom
 import pytest
 from processes import WarmCommand
 from pydicom.datadict import DicomDictionary
+from running import Running
 from scans import asymmetric, dicom_series
-
-from tests.app.test_server import Running
 
 LENGTHS = {"PN": 64, "LO": 64, "SH": 16, "ST": 64, "LT": 64, "UT": 64, "UC": 64, "AE": 16}
 MEANING = {"SpecificCharacterSet", "RescaleType"}  # these say how to read the pixels and the text

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.conftest import script
+from repository import script
 
 ROOT = Path(__file__).parents[1]
 

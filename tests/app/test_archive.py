@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app.pages import BROWSER_OPTIONS, CHROMIUM
-from app.test_server import Running
 from orthanc import MISSING, Orthanc, free_port, is_installed
+from pages import BROWSER_OPTIONS, CHROMIUM
+from running import Running
 from scans import asymmetric, dicom_series
 from typer.testing import CliRunner
 

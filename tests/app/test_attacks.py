@@ -13,8 +13,8 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from app.test_server import Running
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from running import Running
 from scans import asymmetric, dicom_series
 
 SIDE = 8

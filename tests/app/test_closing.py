@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from app.test_server import Running
+from running import Running
 from scans import asymmetric, dicom_series
 
 from ctinstruct_hf.app.limits import Limits

@@ -11,9 +11,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from app.pages import browser, canvas, keep, needs_browser, open_scan, page, scan, server, tab  # noqa: F401  # fixtures
-from app.test_server import Running
+from pages import browser, canvas, keep, needs_browser, open_scan, page, scan, server, tab  # noqa: F401  # fixtures
 from playwright.sync_api import Page, expect
+from running import Running
 from scans import as_nifti, asymmetric, dicom_series
 
 from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model

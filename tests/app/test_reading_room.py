@@ -15,10 +15,10 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from app.pages import browser, canvas, keep, needs_browser, open_scan, page, scan, server, tab  # noqa: F401  # fixtures
-from app.test_server import Running
 from axe_playwright_python.sync_playwright import Axe
+from pages import browser, canvas, keep, needs_browser, open_scan, page, scan, server, tab  # noqa: F401  # fixtures
 from playwright.sync_api import Page, expect
+from running import Running
 from scans import asymmetric, dicom_series
 from typer.testing import CliRunner
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from app.test_server import Running
+from running import Running
 from scans import as_nifti, asymmetric
 
 from ctinstruct_hf.app.review import as_markdown, split_report

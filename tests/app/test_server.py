@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -22,41 +21,11 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-import uvicorn
+from running import Running
 from scans import asymmetric, dicom_series
 
 from ctinstruct_hf import Study
-from ctinstruct_hf.app.engine import Engine, Limits, remove_left_over, safe_name
-from ctinstruct_hf.app.server import create_app, listen
-
-
-class Running:
-    """A server in a thread, with its engine and a client."""
-
-    def __init__(self, model: str, page: bool = True, **limits: Any) -> None:
-        names, pacs = limits.pop("names", None), limits.pop("pacs", None)
-        self.engine = Engine(model, "cpu", limits=Limits(**{"new_tokens": 12, **limits}), names=names)
-        self.server = uvicorn.Server(uvicorn.Config(create_app(self.engine, page=page, pacs=pacs), log_level="error"))
-        listener = listen("127.0.0.1", 0)
-        self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self.thread.start()
-        self.client = httpx.Client(base_url=self.address, timeout=60)
-        while not self.server.started:
-            time.sleep(0.02)
-
-    def close(self) -> None:
-        self.client.close()
-        self.server.should_exit = True
-        self.thread.join(timeout=30)
-
-    def open(self, path: Path) -> str:
-        answer = self.client.post("/api/studies", params={"name": path.name}, content=path.read_bytes())
-        assert answer.status_code == 201, answer.text
-        return answer.json()["study"]
-
-    def ask(self, study: str, **words: Any) -> Any:
-        return self.client.post(f"/api/studies/{study}/jobs", params={"wait": True}, json={"kind": "ask", **words})
+from ctinstruct_hf.app.engine import remove_left_over, safe_name
 
 
 @pytest.fixture

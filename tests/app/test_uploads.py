@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import requests
 import uvicorn
-from app.test_server import Running
+from running import Running
 from scans import asymmetric, dicom_series
 from typer.testing import CliRunner
 

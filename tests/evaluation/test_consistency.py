@@ -8,11 +8,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from wordnets import needs_wordnet
 
 from ctinstruct_hf.evaluation.predictions import Predictions, Record
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.evaluation.tables import all_tables
-from tests.evaluation.test_text import needs_wordnet
 
 
 def contradictions(records: list[Record], folder: Path = Path(), thresholds: Any = 0.5) -> dict[str, dict[str, float]]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from wordnets import needs_wordnet
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.cli import app
 from ctinstruct_hf.evaluation.converters import convert_predictions
 from ctinstruct_hf.evaluation.predictions import read_predictions
-from tests.evaluation.test_text import needs_wordnet
 
 
 def table(path: Path, *rows: list[Any]) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
+from wordnets import needs_wordnet
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.cli import app
@@ -22,7 +23,6 @@ from ctinstruct_hf.evaluation.scoring import SystemScores, TaskScores, parse_thr
 from ctinstruct_hf.evaluation.segmentation import read_mask_pair, released_dice, surface_scores, volume_dice
 from ctinstruct_hf.evaluation.significance import Interval
 from ctinstruct_hf.evaluation.tables import PAPER_TABLES, all_tables, paper_table
-from tests.evaluation.test_text import needs_wordnet
 
 
 def write_lines(path: Path, *lines: dict[str, Any]) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from datasets_on_disk import table
 from typer.testing import CliRunner
+from wordnets import needs_wordnet
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructImageProcessor
 from ctinstruct_hf.cli import app
@@ -39,7 +40,6 @@ from ctinstruct_hf.inference.study import BUNDLED_MODEL, Study, load_model
 from ctinstruct_hf.modeling.configuration_ctinstruct import CT_RATE_DISEASES
 from ctinstruct_hf.phantoms import FINDINGS
 from ctinstruct_hf.phantoms.dataset import cases
-from tests.evaluation.test_text import needs_wordnet
 
 QUICK = RunOptions(limit=2, max_new_tokens=4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from wordnets import needs_wordnet
 
 from ctinstruct_hf import CTInstructError
 from ctinstruct_hf.evaluation import wordnet
@@ -12,16 +13,6 @@ from ctinstruct_hf.evaluation.predictions import Predictions, Record
 from ctinstruct_hf.evaluation.scoring import score_predictions
 from ctinstruct_hf.evaluation.text import choice_accuracy, chosen_option, clinical_efficacy, score_texts
 
-
-def has_wordnet() -> bool:
-    try:
-        wordnet.find_wordnet()
-    except CTInstructError:
-        return False
-    return True
-
-
-needs_wordnet = pytest.mark.skipif(not has_wordnet(), reason=wordnet.HOW_TO_GET)
 SAID = ["There is a small nodule in the left lung.", "", "No effusion.", "Heart size is normal, no effusion."]
 RIGHT = ["A small nodule is seen in the left lung.", "Emphysema.", "No effusion.", "The heart is of normal size."]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import shared
+from repository import shared
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared
+from repository import shared
 from safetensors.torch import save_file
 
 from tests.hub.released_folders import QWEN2_VL, write_tokenizer

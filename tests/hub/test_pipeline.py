@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 from scans import asymmetric, dicom_series
 from transformers import pipeline
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_client import point_to
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from ctinstruct_hf.inference import models
 from ctinstruct_hf.inference.models import load_model, resolve_model
 from tests.hub import released_folders as forms
 from tests.hub.stand_in import COMMIT, Hub, running
-from tests.hub.test_resolving import point_to
 
 NAME, QWEN = "JiayuLei/CTInstruct", "Qwen/Qwen2-VL-7B-Instruct"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_client import point_to
 from typer.testing import CliRunner
 
 from ctinstruct_hf import CTInstructError
@@ -28,23 +29,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with running() as one:
         point_to(monkeypatch, one.address, tmp_path / "cache")
         yield one
-
-
-def point_to(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path) -> None:
-    """Have the client, which reads its settings when it is imported, use this Hub."""
-    import huggingface_hub
-    from huggingface_hub import constants, hf_api
-
-    old = constants.ENDPOINT
-    for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": False,
-                        "HUGGINGFACE_CO_URL_TEMPLATE": constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(old, address)}.items():  # fmt: skip
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", address)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    assert huggingface_hub.HfApi().endpoint == address
-    for cached in (models._snapshot, models.load_processor, models.load_model):
-        cached.cache_clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
+from repository import script
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ctinstruct_hf import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared
+from repository import shared
 from safetensors.torch import load_file, save_file
 
 from ctinstruct_hf import CTInstructError, CTInstructForConditionalGeneration

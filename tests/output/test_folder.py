@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import shared
+from repository import shared
 from scans import as_nifti, asymmetric, dicom_series
 from typer.testing import CliRunner
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app.pages import BROWSER_OPTIONS, CHROMIUM, SCREENSHOTS, needs_browser
 from orthanc import MISSING, Orthanc, is_installed
+from pages import BROWSER_OPTIONS, CHROMIUM, SCREENSHOTS, needs_browser
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from scans import dicom_series

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import shared
+from repository import shared
 from scipy import ndimage
 
 from ctinstruct_hf import CTInstructError, read_volume

@@ -11,9 +11,9 @@ import pytest
 import SimpleITK
 import torch
 import torch.nn.functional as F
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import shared
 from scans import AXIS_ORDERS
 
 from ctinstruct_hf import CTInstructError, CTInstructImageProcessor, read_volume

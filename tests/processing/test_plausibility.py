@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import shared
+from repository import shared
 from scans import as_nifti, asymmetric, dicom_series
 
 from ctinstruct_hf import CTInstructError, Study, read_volume

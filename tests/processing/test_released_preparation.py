@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import shared
+from repository import shared
 from safetensors.torch import load_file
 
 from ctinstruct_hf import CTInstructImageProcessor

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from conftest import shared
+from bad_scans import bad_files
 from PIL import Image
+from repository import shared
 from scans import AXIS_ORDERS, as_nifti, asymmetric, dicom_series, dicom_slice, enhanced, save
 
 from ctinstruct_hf import CTInstructError, read_volume
@@ -322,31 +323,6 @@ def test_pictures_are_slices_in_a_stated_window(suffix: str, tmp_path: Path) -> 
 def test_sixteen_bit_pictures(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(tmp_path / "slice.png")
     assert read_volume(tmp_path / "slice.png", window=(-1000, 1000)).hu.max() == pytest.approx(1000)
-
-
-def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    good = as_nifti(asymmetric((8, 16, 16)), "RAS")
-    nib.save(good, folder / "good.nii.gz")
-    raw = (folder / "good.nii.gz").read_bytes()
-    (folder / "cut.nii.gz").write_bytes(raw[: len(raw) // 2])
-    (folder / "noise.nii.gz").write_bytes(bytes(range(256)) * 20)
-    (folder / "empty").mkdir()
-    (folder / "nothing.nii").touch()
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), folder / "four.nii.gz")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(folder / "colour.png")
-    dicom_series(folder / "mr", asymmetric((3, 8, 8)), Modality="MR")
-    (folder / "text.txt").write_text("hello")
-    return {
-        "missing": (folder / "nowhere.nii.gz", "does not exist"),
-        "no DICOM": (folder / "empty", "no DICOM file"),
-        "truncated": (folder / "cut.nii.gz", "cut short|no readable NIfTI"),
-        "unreadable": (folder / "noise.nii.gz", "no NIfTI|no readable NIfTI"),
-        "empty": (folder / "nothing.nii", "is empty"),
-        "4D": (folder / "four.nii.gz", "4D"),
-        "colour": (folder / "colour.png", "colour image"),
-        "MR": (folder / "mr", "no CT image"),
-        "no scan": (folder / "text.txt", "neither DICOM nor"),
-    }
 
 
 def test_bad_files_give_one_sentence(tmp_path: Path) -> None:

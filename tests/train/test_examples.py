@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 from safetensors.torch import load_file
 
 from ctinstruct_hf import Study

@@ -14,12 +14,11 @@ import fsdp_on_cpu
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainings import check_equal, losses
 
 from ctinstruct_hf import (  # fmt: skip
-    CTInstructConfig,
     CTInstructError,
     CTInstructForConditionalGeneration,
-    CTInstructImageProcessor,
     Study,
 )
 from ctinstruct_hf.data.cases import Case, ImageRef, Label, MaskRef
@@ -31,55 +30,11 @@ from ctinstruct_hf.modeling.pretraining_ctinstruct import CTInstructForPretraini
 from ctinstruct_hf.phantoms import FINDINGS, ORGANS, UNIONS
 from ctinstruct_hf.phantoms.dataset import cases
 from ctinstruct_hf.processing.volume_reading import read_volume
-from ctinstruct_hf.train.checkpoints import save_trained
 from ctinstruct_hf.train.collator import InstructionCollator, PreferenceCollator
 from ctinstruct_hf.train.instruct import PARTS, InstructSettings, build_model, instruct
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, recipe_names
 from ctinstruct_hf.train.small_models.stage_one import load_stage_one, start_bridger
 from ctinstruct_hf.train.small_models.token_store import TokenStore
-from tests.train.test_pretrain import QUICK, losses
-
-SMALL = {"patch_size": {"depth": 8, "height": 64, "width": 64}, "max_patches": 1}
-
-
-@pytest.fixture(scope="session")
-def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small stage-one model with random weights, as `ctinstruct pretrain` leaves it."""
-    from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
-
-    config = CTInstructConfig.preset("tiny")
-    config.vision_config.stage_depths = [1, 1, 1, 1]
-    config.text_encoder_config.vocab_size = 3000
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("stage_one") / "model"
-    save_trained(folder, CTInstructForPretraining(config), train_tokenizer(), CTInstructImageProcessor(**SMALL))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, stage_one: Path, cache: Path) -> dict[str, Any]:
-    slices = {"kind": "slice", "seeds": [0, 6]}
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "cache": str(cache),
-        "vision": str(stage_one),
-        "language_model": "tiny",
-        "disease_lists": {"phantom": FINDINGS},
-        "only_these_lists": True,
-        "mixture": [
-            {"name": "words", "phantoms": slices, "tasks": ["report", "question"]},
-            {"name": "masks", "phantoms": slices, "tasks": ["segmentation"]},
-            {"name": "diagnosis", "phantoms": slices, "tasks": ["diagnosis"]},
-        ],
-        "max_steps": 6,
-        "save_steps": 3,
-        **QUICK,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -514,12 +469,6 @@ def launch(told: dict[str, Any], folder: Path, processes: int, resume: Path | No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("trained: ") == 1  # by the main process
-
-
-def check_equal(one: Path, two: Path) -> None:
-    a, b = (CTInstructForConditionalGeneration.from_pretrained(path / "model") for path in (one, two))
-    for (name, first), second in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert torch.allclose(first, second, atol=1e-5), name
 
 
 @pytest.mark.parametrize("task", ["diagnosis", pytest.param("report", marks=pytest.mark.slow)])

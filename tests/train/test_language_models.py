@@ -1,6 +1,5 @@
 """Stage two on language models of Transformers as their own classes save them: causal ones, and text parts of vision-language models."""
 
-# ruff: noqa: F811
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from trainings import check_equal, losses
 
 from ctinstruct_hf import CTInstructError, CTInstructForConditionalGeneration
 from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
@@ -18,8 +18,6 @@ from ctinstruct_hf.train.building import build_model
 from ctinstruct_hf.train.instruct import InstructSettings, instruct
 from ctinstruct_hf.train.language_models import load_language_model
 from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe
-from tests.train.test_instruct import cache, check_equal, recipe, stage_one  # noqa: F401
-from tests.train.test_pretrain import losses
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

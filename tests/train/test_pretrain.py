@@ -19,14 +19,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel
+from trainings import QUICK, losses
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from ctinstruct_hf import CTInstructConfig, CTInstructError, CTInstructForPretraining, CTInstructVisionModel
 from ctinstruct_hf.data.prepare import open_rows
 from ctinstruct_hf.data.prepared import write_rows
 from ctinstruct_hf.data.store import PatchStore
 from ctinstruct_hf.modeling import pretraining_ctinstruct
-from ctinstruct_hf.phantoms.vocabulary import train_tokenizer
 from ctinstruct_hf.processing.image_processing_ctinstruct import CTInstructImageProcessor
 from ctinstruct_hf.train.checkpoints import MARK, missing_in, newest_complete, require_complete
 from ctinstruct_hf.train.pretrain import PretrainSettings, pretrain
@@ -34,34 +34,6 @@ from ctinstruct_hf.train.recipe import INSTRUCT, parse_recipe, read_recipe, reci
 from ctinstruct_hf.train.small_models.settings import SmallPretraining
 from ctinstruct_hf.train.tables import COLUMNS, ROWS, recipe_of_row, run_table
 from ctinstruct_hf.train.text_encoders import find_text_encoder, load_text_encoder
-
-# what every small training of the tests shares
-QUICK: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "learning_rate": "1e-3",
-    "logging_steps": 1,
-    "seed": 1,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
-
-
-@pytest.fixture(scope="session")
-def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT with dropout and a tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("text_encoder")
-    tokenizer = train_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
@@ -82,13 +54,6 @@ def recipe(tmp_path: Path, text_encoder: Path, cache: Path) -> dict[str, Any]:
         "save_steps": 2,
         **QUICK,
     }
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    state = json.loads(
-        (max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / "trainer_state.json").read_text()
-    )
-    return [{name: value for name, value in entry.items() if "loss" in name} for entry in state["log_history"] if "loss" in entry]  # fmt: skip
 
 
 def test_a_recipe_trains_scores_and_saves_what_loads(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def _with_adapters(model: Any, processor: CTInstructProcessor, settings: Instruc
 def _four_bits() -> Any:
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def in_full(model: Any) -> Any:

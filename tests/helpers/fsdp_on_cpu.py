@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONFIG = Path(__file__).parents[1] / "src" / "ctinstruct_hf" / "train" / "recipes" / "accelerate" / "fsdp2.yaml"
+CONFIG = Path(__file__).parents[2] / "src" / "ctinstruct_hf" / "train" / "recipes" / "accelerate" / "fsdp2.yaml"
 
 
 def launch(recipe: dict[str, Any], folder: Path, sharded: bool) -> None:
@@ -67,12 +67,12 @@ def _shard_on_cpus() -> None:
     state.AcceleratorState.__init__ = init  # type: ignore[method-assign]
 
 
-def _tell_of_shards() -> None:
+def _report_shards() -> None:
     from ctinstruct_hf.train import sharded
 
     whole_model = sharded.whole_model
 
-    def told(trainer: Any, everywhere: bool = False) -> Any:
+    def reported(trainer: Any, everywhere: bool = False) -> Any:
         from torch.distributed.tensor import DTensor
 
         shards = [weight for weight in trainer.model.parameters() if isinstance(weight, DTensor)]
@@ -83,15 +83,15 @@ def _tell_of_shards() -> None:
         print("sharded:", bool(shards) and held < 0.6 * sum(weight.numel() for weight in shards), flush=True)
         return whole_model(trainer, everywhere)
 
-    sharded.whole_model = told
+    sharded.whole_model = reported
 
 
 if __name__ == "__main__":
     _shard_on_cpus()
-    _tell_of_shards()
-    told = json.loads(Path(sys.argv[1]).read_text())
-    if "language_model" in told:
+    _report_shards()
+    recipe = json.loads(Path(sys.argv[1]).read_text())
+    if "language_model" in recipe:
         from ctinstruct_hf.train.instruct import instruct as train
     else:
         from ctinstruct_hf.train.pretrain import pretrain as train
-    train(told)
+    train(recipe)

@@ -13,9 +13,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from app.test_server import Running
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
+from running import Running
 
 from ctinstruct_hf.inference.study import BUNDLED_MODEL
 from ctinstruct_hf.phantoms import phantom_of
