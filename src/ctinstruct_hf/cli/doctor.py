@@ -27,7 +27,7 @@ class Finding:
 # what a normal user can do without -> (module, how it is installed, what for)
 OPTIONAL = {
     "DICOM SEG": ("highdicom", "pip install 'ctinstruct-hf[dicom-seg]'"),
-    "DICOMweb": ("dicomweb_client", "pip install 'ctinstruct-hf[pacs]'"),
+    "DICOMweb": ("dicomweb_client", "pip install 'ctinstruct-hf[dicomweb]'"),
     "DIMSE": ("pynetdicom", "pip install 'ctinstruct-hf[pacs]'"),
     "the page": ("fastapi", "pip install 'ctinstruct-hf[app]'"),
     "many scans on several machines": ("ray", "pip install 'ctinstruct-hf[ray]'"),

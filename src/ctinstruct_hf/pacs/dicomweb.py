@@ -66,7 +66,7 @@ def open_client(address: Address) -> Any:
         import requests
         from dicomweb_client.api import DICOMwebClient
     except ImportError as error:
-        raise CTInstructError("DICOMweb needs dicomweb-client: pip install 'ctinstruct-hf[pacs]'.") from error
+        raise CTInstructError("DICOMweb needs dicomweb-client: pip install 'ctinstruct-hf[dicomweb]'.") from error
     session = requests.Session()
     session.auth = _credentials()
     session.hooks["response"].append(_refuse_pages)
