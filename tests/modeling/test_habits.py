@@ -50,7 +50,8 @@ def test_presets_have_the_papers_sizes() -> None:
     assert len(model.segmentation_decoder.layers) == 6
     assert 320 < sum(p.numel() for p in model.model.vision_tower.parameters()) / 1e6 < 340
     assert 460 < count["segmentation_decoder"] < 475
-    assert 7000 < language < 7150  # Qwen2-7B without its head
+    assert 7000 < language < 7150  # that of Qwen2-VL-7B without its head
+    assert model.model.language_model.config.rope_parameters["mrope_section"] == [16, 24, 24]  # of three axes
     tiny = CTInstructForConditionalGeneration(CTInstructConfig.preset("tiny"))
     assert sum(p.numel() for p in tiny.parameters()) < 12e6
     with pytest.raises(CTInstructError, match="not known"):

@@ -301,7 +301,7 @@ class CTInstructConfig(PreTrainedConfig):
         """Sizes by name.
 
         Args:
-            name: `tiny` (about 5 M parameters, trains on a CPU) or `paper` (ResNet-50, 2048 wide, Qwen2-7B).
+            name: `tiny` (about 5 M parameters, trains on a CPU) or `paper` (ResNet-50, 2048 wide, the language model of Qwen2-VL-7B).
             overrides: fields of `CTInstructConfig` to set instead of the preset's.
 
         Raises:
@@ -309,7 +309,7 @@ class CTInstructConfig(PreTrainedConfig):
         """
         if name == "paper":
             settings: dict[str, Any] = {
-                "text_config": dict(_QWEN2_7B),
+                "text_config": dict(_QWEN2_VL_7B),
                 "text_encoder_config": {"model_type": "mpnet"},
                 **_QWEN2_TOKENS,
             }
@@ -326,9 +326,9 @@ class CTInstructConfig(PreTrainedConfig):
         return cls(**{**settings, **overrides})
 
 
-# Qwen2-7B, with the ids that its tokenizer gives the vision tokens and, appended, ours.
-_QWEN2_7B: dict[str, Any] = {
-    "model_type": "qwen2",
+# The language model of Qwen2-VL-7B-Instruct, with the ids that its tokenizer gives the vision tokens and, appended, ours.
+_QWEN2_VL_7B: dict[str, Any] = {
+    "model_type": "qwen2_vl_text",
     "vocab_size": 152064,
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -336,7 +336,7 @@ _QWEN2_7B: dict[str, Any] = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
     "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
     "bos_token_id": 151643,
     "eos_token_id": 151645,
     "pad_token_id": 151643,
