@@ -103,7 +103,7 @@ def test_held_out_phantoms_fit_and_real_scans_do_not() -> None:
     from sklearn.metrics import roc_auc_score
 
     model = load_model(None, "cpu")
-    phantoms = [Study(phantom_of(f"phantom:trunk:{seed}").volume, *model).fitness() for seed in range(900_600, 900_640)]
+    phantoms = [Study(phantom_of(f"phantom:trunk:{seed}").volume, *model).fitness() for seed in range(900_600, 900_680)]
     files = (
         "abdomen/ct.nii.gz",
         "chest_lidc0001/ct.nii.gz",
@@ -139,7 +139,7 @@ def test_the_agreed_draft_contradicts_less_and_mentions_as_much() -> None:
     reader = ReportReader(FINDINGS)
     model = load_model(None, "cpu")
     contradictions, mentions, truth = np.zeros(2), [], []
-    for seed in range(900_600, 900_640):
+    for seed in range(900_600, 900_680):
         phantom = phantom_of(f"phantom:trunk:{seed}")
         study = Study(phantom.volume, *model)
         row = []
@@ -155,7 +155,7 @@ def test_the_agreed_draft_contradicts_less_and_mentions_as_much() -> None:
         mentions.append(row)
         truth.append([phantom.labels[name] for name in FINDINGS])
     scores = [precision_recall_f1(np.array(mentions)[:, number], np.array(truth), FINDINGS)["f1"] for number in (0, 1)]
-    assert contradictions[1] <= 0.45 * contradictions[0]  # of 48 scans: 12 where the greedy reports have 32
+    assert contradictions[1] <= 0.4 * contradictions[0]  # of 80 scans: 22 where the greedy reports have 58
     assert scores[1] >= scores[0]
 
 
