@@ -14,10 +14,10 @@ from wordnets import has_wordnet
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("data", "evaluation", "scale", "study")]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("data", "evaluation", "scale", "study", "volumes")]
 
 
-@pytest.mark.parametrize("name", ["model", "volumes", *LONG])
+@pytest.mark.parametrize("name", ["model", *LONG])
 def test_a_quick_run_prints_its_table_and_gives_the_figures_of_numbers_json(name: str, tmp_path: Path) -> None:
     if name == "evaluation":
         pytest.importorskip("nltk", reason="the `eval` extra is not installed")

@@ -73,6 +73,7 @@ def fault_of(name: str, expected: str, got: str) -> str | None:
     return f"{', '.join(wrong)}: {got}" if wrong and (not warned or expected == "exact") else None
 
 
+@pytest.mark.slow
 def test_reports_of_users_do_not_come_back(tmp_path: Path) -> None:
     folder = shared("cases/reports")
     scripts = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
@@ -82,6 +83,7 @@ def test_reports_of_users_do_not_come_back(tmp_path: Path) -> None:
     assert set(ends.values()) == {"0"}, out
 
 
+@pytest.mark.slow  # their faults are tested one by one where they stood
 @pytest.mark.parametrize("script", ["q_dicom.py", "q_other.py"])
 def test_odd_scans_are_right_refused_or_told(script: str, tmp_path: Path) -> None:
     folder = shared("cases")

@@ -165,7 +165,7 @@ def kill_again_and_again(task: Any, folder: Path, times: int) -> None:
     assert not left, left
 
 
-@pytest.mark.parametrize("task", ["predict", "prepare"], indirect=True)
+@pytest.mark.parametrize("task", ["predict", pytest.param("prepare", marks=pytest.mark.slow)], indirect=True)
 def test_killed_and_run_again(task: Any, tmp_path: Path) -> None:
     kill_again_and_again(task, tmp_path, 2)
 
@@ -219,7 +219,7 @@ def full(tmp_path: Path) -> Iterator[Any]:
         subprocess.run(["umount", str(place)], check=False)
 
 
-@pytest.mark.parametrize("options", ["rw", "ro"])
+@pytest.mark.parametrize("options", ["rw", pytest.param("ro", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", ["predict", "prepare", "convert", "pretrain", "evaluate"], indirect=True)
 def test_a_full_or_locked_place_is_one_sentence(task: Any, full: Any, options: str) -> None:
     place = full(0.02 if options == "rw" else 1, options)

@@ -106,6 +106,7 @@ def test_an_interrupted_run_goes_on(data: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(data: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", "--data", str(data), "--tasks", "diagnosis", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

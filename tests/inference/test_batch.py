@@ -85,6 +85,7 @@ def test_several_processes_write_what_one_does(scans: Path, tmp_path: Path, engi
         assert (shared / mask.relative_to(alone)).read_bytes() == mask.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_scan_only(scans: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "ctinstruct_hf.cli", "predict", "-i", str(scans), "-o", str(output)]

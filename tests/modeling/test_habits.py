@@ -220,8 +220,8 @@ assert all(kind.__module__.startswith('ctinstruct_hf.') for kind in kinds), kind
     "first",
     [
         "import ctinstruct_hf",
-        "import transformers, ctinstruct_hf",
-        "from ctinstruct_hf.errors import CTInstructError",
+        pytest.param("import transformers, ctinstruct_hf", marks=pytest.mark.slow),
+        pytest.param("from ctinstruct_hf.errors import CTInstructError", marks=pytest.mark.slow),
         "from transformers import AutoModel, AutoProcessor; import ctinstruct_hf.cli",
         "import sys; sys.argv[0] = 'ctinstruct'; import ctinstruct_hf.cli, ctinstruct_hf.inference.models",
     ],

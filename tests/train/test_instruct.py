@@ -471,7 +471,8 @@ def launch(told: dict[str, Any], folder: Path, processes: int, resume: Path | No
     assert done.stdout.count("trained: ") == 1  # by the main process
 
 
-@pytest.mark.parametrize("task", ["diagnosis", pytest.param("report", marks=pytest.mark.slow)])
+@pytest.mark.slow  # stage one has its like in the quick tests
+@pytest.mark.parametrize("task", ["diagnosis", "report"])
 def test_two_processes_move_the_weights_like_one_with_the_joined_batch(
     recipe: dict[str, Any], tmp_path: Path, task: str
 ) -> None:
@@ -485,7 +486,8 @@ def test_two_processes_move_the_weights_like_one_with_the_joined_batch(
     check_equal(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     recipe: dict[str, Any], tmp_path: Path, before: int, after: int
 ) -> None:
