@@ -44,7 +44,9 @@ def run_demo(output: Path, seed: int = 3, progress: Callable[[str], None] = lamb
     scan = output / "scan.nii.gz"
     phantom = phantom_of(f"phantom:trunk:{seed}")
     phantom.volume.to_source(phantom.volume.hu, scan)
-    request = Request(report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom", consensus=DRAFTS)
+    request = Request(
+        report=True, questions=QUESTIONS, structures=STRUCTURES, diagnose="phantom", findings=True, consensus=DRAFTS
+    )
     return predict_study(scan, output / "results", request, tell=progress)
 
 
