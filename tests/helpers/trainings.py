@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ctinstruct_hf import CTInstructForConditionalGeneration
@@ -34,3 +35,10 @@ def check_equal(one: Path, two: Path) -> None:
     a, b = (CTInstructForConditionalGeneration.from_pretrained(path / "model") for path in (one, two))
     for (name, first), second in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.allclose(first, second, atol=1e-5), name
+
+
+def check_same_run(one: Path, two: Path) -> None:
+    """The same weights at the end, and the same losses on the way."""
+    check_equal(one, two)
+    for first, second in zip(losses(one), losses(two), strict=True):
+        assert second == pytest.approx(first, rel=1e-4)

@@ -14,7 +14,7 @@ import fsdp_on_cpu
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainings import check_equal, losses
+from trainings import check_equal, check_same_run, losses
 
 from ctinstruct_hf import (  # fmt: skip
     CTInstructError,
@@ -520,12 +520,7 @@ def test_fsdp_trains_as_ddp_does_saves_and_resumes(recipe: dict[str, Any], tmp_p
         "evaluation": {"phantoms": {"kind": "slice", "seeds": [100, 102]}, "batches": 2},
     }  # fmt: skip
 
-    def check(ddp: Path, fsdp: Path) -> None:
-        check_equal(ddp, fsdp)
-        for one, two in zip(losses(ddp), losses(fsdp), strict=True):
-            assert two == pytest.approx(one, rel=1e-4)
-
-    fsdp_on_cpu.train_both_ways(recipe, tmp_path, check)
+    fsdp_on_cpu.train_both_ways(recipe, tmp_path, check_same_run)
 
 
 def test_a_report_is_preferred_after_dpo(parts: tuple[Any, Any, PatchStore], stage_one: Path, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -18,12 +18,12 @@ from ..data.cases import ImageRef, Label, MaskRef
 from ..data.samples import InstructionSample, write_jsonl
 from ..data.templates import REPORT, answer_diagnosis, answer_segmentation, ask_diagnosis, ask_segmentation
 from ..errors import CTInstructError
+from ..output.types import NOTICE
 from .engine import Engine
 from .open_studies import OpenStudy
 from .receiving import parts, read_json, refuse_unknown
 from .review import as_docx, as_markdown, as_text
 
-_NOTICE = "Research use only. Not a diagnosis."
 _TYPES = {
     "report.txt": "text/plain; charset=utf-8",
     "report.md": "text/markdown; charset=utf-8",
@@ -107,7 +107,7 @@ def _write(one: OpenStudy, file: str) -> bytes:
         raise CTInstructError("There is no report yet: write one first.")
     sentences = one.review.sentences_of(report)
     if file == "report.docx":
-        return as_docx(sentences, _NOTICE)
+        return as_docx(sentences, NOTICE)
     if file == "report.json":
         content = {
             "research_use_only": True,
@@ -117,7 +117,7 @@ def _write(one: OpenStudy, file: str) -> bytes:
         }
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     text = as_text(sentences) if file == "report.txt" else as_markdown(sentences)
-    return f"{_NOTICE}\n\n{text}\n".encode()
+    return f"{NOTICE}\n\n{text}\n".encode()
 
 
 def _corrections(one: OpenStudy) -> bytes:
@@ -155,21 +155,15 @@ def _corrections(one: OpenStudy) -> bytes:
             )
             for number, (task, question, answer, more) in enumerate(rows)
         ]
-        path = one.folder / "corrections.zip"
         table = one.folder / "corrections.jsonl"
         write_jsonl(samples, table)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
             packed.write(table, table.name)
             packed.write(one.folder / "scan.nii", "scan.nii")
             for kept in review.edited:
                 packed.write(one.folder / "masks" / one.masks[kept]["file"], f"masks/{one.masks[kept]['file']}")
-        return _taken(path)
-
-
-def _taken(path: Path) -> bytes:
-    content = path.read_bytes()
-    path.unlink()
-    return content
+        return content.getvalue()
 
 
 __all__ = ["add_review"]

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .._version import __version__
 from ..errors import CTInstructError
 from ..inference.models import notes_on
+from ..output.types import NOTICE
 from .archive import Archive, add_archive
 from .asking import add_jobs
 from .engine import Busy, Engine, OpenStudy, SeveralSeries
@@ -36,7 +37,6 @@ from .receiving import is_form, read_json, receive, refuse_unknown
 from .review_routes import add_review
 
 STATIC = Path(__file__).parent / "static"
-NOTICE = "Research use only. Not a diagnosis."
 # the page and its viewer come from here, nothing from elsewhere; the viewer unpacks masks by WebAssembly
 _POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; worker-src 'self' blob:; style-src 'self' "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CTInstructError
-from ..output.types import OUTPUT_TYPES
+from ..output.types import NOTICE, OUTPUT_TYPES
 from .shared import (
     DeviceOption,
     DtypeOption,
@@ -184,7 +184,7 @@ def _predict_scan(
     if send is not None:
         _send(console, output, send)
     typer.echo(f"{output / 'report.html'}")
-    console.print("Research use only. Not a diagnosis.")
+    console.print(NOTICE)
     return not study.results.failures
 
 
@@ -216,7 +216,7 @@ def _predict_scans(
             if outcome.status != "failed":
                 _send(console, output / outcome.study, send)
     typer.echo(f"{output / 'results.csv'}")
-    console.print("Research use only. Not a diagnosis.")
+    console.print(NOTICE)
     failed = [f"{outcome.study}: {outcome.error}" for outcome in outcomes if outcome.status == "failed"]
     if failed:
         more = f" And {len(failed) - 5} more, see {output / 'failures.csv'}." if len(failed) > 5 else ""

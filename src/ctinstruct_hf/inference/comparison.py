@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import SimpleITK
 
+from ..output.dicom_source import LPS
 from ..processing.volume import CTVolume
 from .findings import finding_masks, findings_asked
 
 _GRID_MM = 4.0  # of the images that are aligned
 _WINDOW = (-1000.0, 1000.0)  # HU
 _REACH_MM = 20.0  # between two places of the same finding, beside its own radius
-_LPS = np.diag([-1.0, -1.0, 1.0])  # from RAS
 _SHOWN = ("volume_ml", "diameter_mm", "perpendicular_mm", "side", "place_mm")
 
 
@@ -102,8 +102,8 @@ def _matched(
     old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], transform: SimpleITK.Transform
 ) -> list[dict[str, Any]]:
     """Rows of one finding: pairs that lie nearest to each other, then what is left."""
-    moved = [np.array(transform.TransformPoint((_LPS @ one["centre_mm"]).tolist())) for one in old]
-    places = [_LPS @ np.array(one["centre_mm"]) for one in new]
+    moved = [np.array(transform.TransformPoint((LPS @ one["centre_mm"]).tolist())) for one in old]
+    places = [LPS @ np.array(one["centre_mm"]) for one in new]
     apart = sorted(
         (float(np.linalg.norm(first - second)), i, j)
         for i, first in enumerate(moved)

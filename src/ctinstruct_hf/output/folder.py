@@ -17,7 +17,7 @@ from .dicom_sr import findings_of
 from .measure import measure
 from .report import write_page
 from .results import Origin, Results
-from .types import OUTPUT_TYPES, WITHOUT_MASKS
+from .types import NOTICE, OUTPUT_TYPES, WITHOUT_MASKS
 from .writers import WRITERS as _WRITERS
 from .writers import Job, check_output, file_name, file_names
 
@@ -108,9 +108,8 @@ def save_results(
         (draft / "findings.json").write_text(
             json.dumps(findings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        notice = "Research use only. Not a diagnosis.\n"
         text = findings["report"] if findings["report"] is not None else "No report was asked for."
-        lines = [notice, *(f"Note: {note}\n" for note in findings["warnings"]), text, ""]
+        lines = [f"{NOTICE}\n", *(f"Note: {note}\n" for note in findings["warnings"]), text, ""]
         (draft / "report.txt").write_text("\n".join(lines), encoding="utf-8")
         write_page(results, volume, origin, findings, draft / "report.html")
     return folder

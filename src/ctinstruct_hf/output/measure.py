@@ -237,10 +237,10 @@ def _surroundings(
     return box, near[tuple(slice(b.start - first, b.stop - first) for b, first in zip(box, low, strict=True))]
 
 
-def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
-    """The smallest box around a mask of three axes that is not empty, wider by `margin` voxels where the grid goes on."""
+def box_of(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box around a mask of three axes that is not empty."""
     inside = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    return tuple(slice(max(int(found[0]) - margin, 0), int(found[-1]) + 1 + margin) for found in inside)
+    return tuple(slice(int(found[0]), int(found[-1]) + 1) for found in inside)
 
 
 def key_place(mask: np.ndarray) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
-"""Names of what results can be written as; imports nothing, since the command line's help needs them."""
+"""Names of what results can be written as, and the notice that goes with them; imports nothing, since the command line's help needs them."""
 
+NOTICE = "Research use only. Not a diagnosis."  # where results are shown
 # in the order of writing: DICOM SR and FHIR refer to the masks' files
 OUTPUT_TYPES = ("nifti", "nrrd", "dicom-seg", "dicom-seg-labelmap", "rtstruct", "dicom-sr", "fhir")
 WITHOUT_MASKS = ("dicom-sr", "fhir")  # written where there is only text or a probability, too
@@ -10,4 +11,4 @@ def output_type(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-__all__ = ["OUTPUT_TYPES", "WITHOUT_MASKS", "output_type"]
+__all__ = ["NOTICE", "OUTPUT_TYPES", "WITHOUT_MASKS", "output_type"]

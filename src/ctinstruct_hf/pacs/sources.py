@@ -121,7 +121,7 @@ class FolderSource:
         tags = ["SeriesDescription", "BodyPartExamined"]
         try:
             with no_quotes():
-                header = pydicom.dcmread(scan.files[0], stop_before_pixels=True, specific_tags=list(tags))
+                header = pydicom.dcmread(scan.files[0], stop_before_pixels=True, specific_tags=tags)
         except Exception:  # no DICOM has no description
             return False
         return self.order.wants(*(str(header.get(tag) or "") for tag in tags))

@@ -131,9 +131,8 @@ def _with_adapters(model: Any, processor: CTInstructProcessor, settings: Instruc
     except (TypeError, ValueError) as error:
         raise CTInstructError(f"lora does not fit: {str(error).strip().splitlines()[0]}") from error
     for part in adapted.modules():
-        if (
-            getattr(part, "tied_adapter", None) is not None
-        ):  # the head's rows are the embeddings': sharding takes them once
+        # the head's rows are the embeddings': sharding takes them once
+        if getattr(part, "tied_adapter", None) is not None:
             part.__dict__ |= {
                 name: part._modules.pop(name) for name in ("trainable_tokens_delta", "trainable_tokens_original")
             }

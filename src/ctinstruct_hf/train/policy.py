@@ -14,7 +14,7 @@ from ..processing.image_processing_ctinstruct import flatten_images
 from ..processing.processing_ctinstruct import IMAGE_TOKEN, CTInstructProcessor
 
 
-class EncodedScans:
+class NumberedScans:
     """The tokens of a frozen tower by the number of a scan; a batch's `pixel_values` are the numbers [images, 1], which trainers can
     split and shuffle as they like.
 
@@ -51,9 +51,9 @@ class EncodedScans:
 
 
 class NumbersScans(CTInstructProcessor):
-    """A processor whose `pixel_values` are numbers of `EncodedScans`; made of another one by `number_scans`."""
+    """A processor whose `pixel_values` are numbers of `NumberedScans`; made of another one by `number_scans`."""
 
-    scans: EncodedScans
+    scans: NumberedScans
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         numbers = [self.scans.number_of(image, self) for image in flatten_images(images)]
@@ -72,7 +72,7 @@ def number_scans(model: Any, processor: CTInstructProcessor) -> NumbersScans:
     numbering = NumbersScans(
         processor.image_processor, processor.tokenizer, template, disease_lists=processor.disease_lists
     )
-    numbering.scans = EncodedScans(model)
+    numbering.scans = NumberedScans(model)
     return numbering
 
 
@@ -87,4 +87,4 @@ def findings_f1(completions: Sequence[Any], report: Sequence[str], **columns: An
     return scores
 
 
-__all__ = ["EncodedScans", "NumbersScans", "findings_f1", "number_scans"]
+__all__ = ["NumberedScans", "NumbersScans", "findings_f1", "number_scans"]

@@ -4,6 +4,8 @@
 const $ = (id) => document.getElementById(id);
 const page = { model: null, study: null, viewer: null, job: null, editing: null, masks: new Map(), labels: {} };
 
+const NO_ANSWER = "The server does not answer: is ctinstruct app still running?";
+
 async function call(method, path, body) {
   const options = { method };
   if (body !== undefined) {
@@ -14,7 +16,7 @@ async function call(method, path, body) {
   try {
     answer = await fetch(path, options);
   } catch {
-    throw new Error("The server does not answer: is ctinstruct app still running?");
+    throw new Error(NO_ANSWER);
   }
   if (answer.status === 204) return null;
   const found = await answer.json().catch(() => ({}));

@@ -44,7 +44,7 @@ async function follow(job, written) {
         if (events.readyState === EventSource.CLOSED) fail(new Error("The server does not know this question any more."));
         else if (++broken > 5) {
           events.close();
-          fail(new Error("The server does not answer: is ctinstruct app still running?"));
+          fail(new Error(NO_ANSWER));
         }
       });
     });

@@ -10,10 +10,12 @@ const difference = (one, other) => one.map((value, axis) => value - other[axis])
 const length = (vector) => Math.hypot(...vector);
 const middle = ([one, other]) => one.map((value, axis) => (value + other[axis]) / 2);
 
+const pixelsPerUnit = () => page.viewer.uiData?.dpr || window.devicePixelRatio || 1; // of the canvas, to a unit of CSS
+
 function pointAt(event) {
   // The plane under the mouse and the point there in RAS mm; null between the planes.
   const viewer = page.viewer;
-  const scale = viewer.uiData?.dpr || window.devicePixelRatio || 1;
+  const scale = pixelsPerUnit();
   const [x, y] = [event.offsetX * scale, event.offsetY * scale];
   const tile = viewer.tileIndex(x, y);
   if (tile < 0) return null;
@@ -30,7 +32,7 @@ function onScreen(mm, plane) {
   if (viewer.frac2vox(fraction)[axis] !== viewer.frac2vox(viewer.scene.crosshairPos)[axis]) return null;
   fraction[axis] = viewer.scene.crosshairPos[axis];
   const found = viewer.frac2canvasPosWithTile(fraction, plane);
-  const scale = viewer.uiData?.dpr || window.devicePixelRatio || 1;
+  const scale = pixelsPerUnit();
   return found && found.pos.map((value) => value / scale);
 }
 

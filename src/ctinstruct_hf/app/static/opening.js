@@ -9,7 +9,7 @@ function send(path, file, arrived) {
     const request = new XMLHttpRequest();
     request.open("PUT", path);
     request.upload.addEventListener("progress", (event) => arrived(event.loaded));
-    request.addEventListener("error", () => fail(new Error("The server does not answer: is ctinstruct app still running?")));
+    request.addEventListener("error", () => fail(new Error(NO_ANSWER)));
     request.addEventListener("load", () => {
       if (request.status < 300) return done();
       let error;

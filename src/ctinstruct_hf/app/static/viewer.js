@@ -124,13 +124,9 @@ function showPosition() {
 }
 
 function hover(event) {
-  const viewer = page.viewer;
-  if (!viewer.volumes.length) return;
-  const scale = viewer.uiData?.dpr || window.devicePixelRatio || 1;
-  const [x, y] = [event.offsetX * scale, event.offsetY * scale];
-  const tile = viewer.tileIndex(x, y);
-  const fraction = tile < 0 ? [-1] : viewer.screenXY2TextureFrac(x, y, tile, true);
-  $("hover").textContent = fraction[0] < 0 ? "–" : `${valueAt(fraction)} HU at ${words(viewer.frac2mm(fraction))} mm`;
+  if (!page.viewer.volumes.length) return;
+  const found = pointAt(event);
+  $("hover").textContent = found ? `${valueAt(found.fraction)} HU at ${words(found.mm)} mm` : "–";
 }
 
 function press(event) {

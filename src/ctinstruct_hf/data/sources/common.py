@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,22 @@ def split_in_name(name: str) -> str:
     if "test" in lowered or "tst" in lowered:
         return "test"
     return "validation" if "val" in lowered else "train"
+
+
+def report_of(texts: Mapping[str, str]) -> str:
+    """Findings and impression as one report, with their headings; "" where there is neither."""
+    return " ".join(f"{name.capitalize()}: {texts[name]}" for name in ("findings", "impression") if name in texts)
+
+
+def label_values(listed: Mapping[str, Any]) -> dict[str, list[int]]:
+    """{structure: values} of {name: value or values}, or of {value: name} as MSD has it, without background."""
+    found: dict[str, list[int]] = {}
+    for key, given in listed.items():
+        name, values = (given, key) if isinstance(given, str) else (key, given)
+        ids = [int(one) for one in values] if isinstance(values, list) else [int(values)]
+        if name.lower() not in ("background", "ignore"):
+            found[name] = ids
+    return found
 
 
 def masks_of(path: Path, names: dict[str, list[int]]) -> list[MaskRef]:

@@ -16,7 +16,7 @@ import nibabel as nib
 
 from ...modeling.configuration_ctinstruct import CT_RATE_DISEASES
 from ..cases import Case, ImageRef, Label, Question
-from .common import Problem, need, read_json, read_table
+from .common import Problem, need, read_json, read_table, report_of
 
 # split -> folder and name in the files of metadata, reports, labels, questions
 _NAMES = {
@@ -143,8 +143,8 @@ def _texts(row: dict[str, str]) -> dict[str, str]:
     parts = {"technique": "Technique_EN", "findings": "Findings_EN", "impression": "Impressions_EN"}
     texts = {name: row.get(column, "").strip() for name, column in parts.items()}
     texts = {name: text for name, text in texts.items() if text and text.lower() != "not given."}
-    sections = [f"{name.capitalize()}: {texts[name]}" for name in ("findings", "impression") if name in texts]
-    return {**texts, **({"report": " ".join(sections)} if sections else {})}
+    report = report_of(texts)
+    return {**texts, **({"report": report} if report else {})}
 
 
 def _questions(path: Path) -> dict[str, list[Question]]:

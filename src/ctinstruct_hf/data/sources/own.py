@@ -15,7 +15,7 @@ from ..names import distinct, in_known_words, spell
 from ..reading import path_named
 from ..samples import InstructionSample, parts_of, text_of
 from ..templates import DISEASE_TOKEN, SEG_TOKEN
-from .common import Problem, split_in_name, split_of
+from .common import Problem, report_of, split_in_name, split_of
 from .own_folder import scans_with_masks
 from .own_rows import Row, is_saved_set, read_rows
 
@@ -189,10 +189,7 @@ def _add(case: Case, row: Row, names: Sequence[str], where: str, place: Place) -
         if text := _text(row.get(name)):
             case.texts.setdefault(name, text)
     if "report" not in case.texts and "findings" in case.texts:
-        parts = [
-            f"{name.capitalize()}: {case.texts[name]}" for name in ("findings", "impression") if name in case.texts
-        ]
-        case.texts["report"] = " ".join(parts)
+        case.texts["report"] = report_of(case.texts)
     if _text(row.get("question")) and _text(row.get("answer")):
         case.questions.append(Question(_text(row["question"]), _text(row["answer"])))
     case.meta |= {name: _text(row[name]) for name in META if _text(row.get(name))}

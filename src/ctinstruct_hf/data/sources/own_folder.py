@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import CTInstructError
 from ..cases import Case, ImageRef, MaskRef
 from ..names import distinct
-from .common import Problem, read_json, read_table
+from .common import Problem, label_values, read_json, read_table
 from .segmentations import nnunet
 
 # what a file or folder is, not whose
@@ -176,13 +176,8 @@ def _read_names(path: Path) -> dict[str, list[int]]:
     else:
         read = read_json(path)
         listed = read.get("labels", read) if isinstance(read, dict) else {}
-    found: dict[str, list[int]] = {}
     try:
-        for key, given in listed.items():
-            structure, values = (given, key) if isinstance(given, str) else (key, given)
-            ids = [int(one) for one in values] if isinstance(values, list) else [int(values)]
-            if ids != [0] and structure.lower() not in ("background", "ignore"):
-                found[structure] = ids
+        found = {structure: values for structure, values in label_values(listed).items() if values != [0]}
     except (TypeError, ValueError, AttributeError) as error:
         raise CTInstructError(
             f"{path.name} does not say which value is which structure: write {{name: value}}."

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import CTInstructError
 from ..cases import Case, ImageRef, MaskRef
 from ..names import distinct
-from .common import Problem, masks_of, need, nifti_name, niftis, read_json, read_table, split_of
+from .common import Problem, label_values, masks_of, need, nifti_name, niftis, read_json, read_table, split_of
 
 ABDOMEN_1K = {"liver": [1], "kidneys": [2], "spleen": [3], "pancreas": [4]}
 CT_ORG = {"liver": [1], "urinary bladder": [2], "lungs": [3], "kidneys": [4], "bones": [5], "brain": [6]}
@@ -100,12 +100,7 @@ def nnunet(folder: Path) -> Iterator[Case | Problem]:
     labels = description.get("labels")
     if not isinstance(labels, dict):
         raise CTInstructError(f"{folder / 'dataset.json'} has no labels.")
-    names: dict[str, list[int]] = {}
-    for key, value in labels.items():
-        name, values = (value, key) if isinstance(value, str) else (key, value)  # MSD: id -> name
-        ids = [int(one) for one in values] if isinstance(values, list) else [int(values)]
-        if name.lower() not in ("background", "ignore"):
-            names[name] = ids
+    names = label_values(labels)
     ours = distinct(names)
     names = {ours[name]: ids for name, ids in names.items()}
     source = str(description.get("name") or folder.name).lower().replace(" ", "_")
